@@ -1,0 +1,64 @@
+# The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all lint types bench bench-gpu clean
+
+BIN := .venv/bin
+CODE := src tests benchmarks examples
+FIND := for p in python3 python3.13 python3.12 python3.11 python3.14; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
+PYTHON ?= $(shell $(FIND))
+PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+UNITS := not slow and not gpu and not network
+
+help:  ## list the commands
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "Quadriga needs Python 3.11 or newer with its venv module, and none was found."; \
+		echo "Install one (Debian, Ubuntu: apt-get install python3 python3-venv) or name it: make PYTHON=/path/to/python3.12"; exit 1; } >&2
+	@echo "[install] a virtual environment in .venv, by $(PYTHON)"
+	@$(PYTHON) -m venv .venv
+
+# `demo` needs the run stamp only; the dev stamp covers it. A stamp is older than what it depends on → install again.
+.venv/.run-stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "[install] quadriga with ONNX Runtime and OpenVINO, versions from constraints.txt (PyTorch is large: some minutes)"
+	@$(PIP) hatchling
+	@$(PIP) --no-build-isolation -e ".[onnx,openvino]"
+	@touch $@
+
+.venv/.dev-stamp: pyproject.toml constraints.txt | $(BIN)/python
+	@echo "[install] quadriga with ONNX Runtime, OpenVINO and the test tools, versions from constraints.txt"
+	@$(PIP) hatchling
+	@$(PIP) --no-build-isolation -e ".[onnx,openvino,dev]"
+	@touch .venv/.run-stamp $@
+
+install: .venv/.dev-stamp  ## set up .venv with everything, the test tools too
+	@echo "[install] ready: $(BIN)/quadriga"
+
+demo: .venv/.run-stamp  ## optimize the mission's CNN by all four families and prove it (10 minutes)
+	@echo "[demo] LeNet on Fashion-MNIST; the report will be demo-out/report.html. Stop at will: make demo goes on."
+	$(BIN)/quadriga run lenet_fashion --floor -0.5pt --minimize latency --limit bytes=0.2 --budget 9m --out demo-out
+
+test: install lint types  ## everything that CI runs: lint, types, unit, contract and system tests, doctests, README blocks
+	$(BIN)/python -m pytest -m "$(UNITS)"
+
+test-all: install lint types  ## the slow tests too, with every extra
+	@$(PIP) --no-build-isolation -e ".[all,dev]"
+	$(BIN)/python -m pytest -m "not gpu and not network"
+
+lint: .venv/.dev-stamp  ## format and rules
+	$(BIN)/ruff format --check $(wildcard $(CODE))
+	$(BIN)/ruff check $(wildcard $(CODE))
+
+types: .venv/.dev-stamp  ## mypy, strict over the core, the composer and the public interface
+	$(BIN)/mypy
+
+bench: .venv/.run-stamp  ## the mission's own combination, as a table
+	$(BIN)/python benchmarks/mission.py
+
+bench-gpu: .venv/.run-stamp  ## what needs an NVIDIA GPU
+	$(BIN)/python benchmarks/gpu.py
+
+clean:  ## remove .venv, caches and outputs
+	rm -rf .venv build dist demo-out out .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,245 @@
+"""The command line: verbs only. What each does is in the module that it calls, imported when the verb runs."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, NoReturn
+
+from cyclopts import App, Parameter
+
+from quadriga import __version__
+from quadriga.arguments import parse_budget, parse_families, parse_limits
+from quadriga.console import Progress, emit, table, tree
+from quadriga.exits import STATUS, guarded
+
+Json = Annotated[bool, Parameter(name="--json", negative="")]
+Objective = Literal["latency", "bytes", "parameters", "train_cost"]
+
+app = App(
+    name="quadriga",
+    help="Makes a PyTorch model cheaper to train, to store and to run, and proves it.",
+    version=__version__,
+    result_action="return_value",
+)
+
+
+@app.command
+def run(
+    workload: str,
+    /,
+    *,
+    floor: Annotated[str, Parameter(allow_leading_hyphen=True)] = "-0.5pt",
+    minimize: Objective = "latency",
+    limit: Annotated[list[str] | None, Parameter(negative="")] = None,
+    budget: str = "10m",
+    out: Path = Path("out"),
+    only: Annotated[str | None, Parameter(name=["--only", "--families"])] = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> int:
+    """Search, verify and export the cheapest model above the floor. The same command resumes after an interruption.
+
+    Args:
+        workload: a ready-made name, or file.py:function that returns a Workload.
+        floor: how much quality may be lost, such as -0.5pt or -1%rel.
+        minimize: what to make small.
+        limit: an upper bound of a ratio to the baseline, such as bytes=0.2; repeatable.
+        budget: wall-clock time for everything, such as 90s, 10m or 1h30m.
+        out: the folder for the artifact and the report.
+        only: families that may be used, such as structure,hardware.
+        seed: of everything random.
+        as_json: print the result as one JSON object, last on stdout.
+    """
+    limits, seconds, families = parse_limits(limit or ()), parse_budget(budget), parse_families(only)
+    from quadriga import study, workloads
+
+    command = _command(workload, floor, minimize, limits, budget, out, families, seed)
+    with Progress() as progress:
+        result = study.run(
+            workloads.load(workload),
+            floor=floor,
+            minimize=minimize,
+            limits=limits,
+            budget=seconds,
+            out=out,
+            families=families,
+            seed=seed,
+            command=command,
+            progress=progress,
+        )
+    if as_json:
+        emit(result)
+    else:
+        _summary(result, floor, out)
+    return STATUS[result["status"]]
+
+
+@app.command
+def train(
+    workload: str, /, *, recipe: Path | None = None, out: Path = Path("out"), seed: int = 0, as_json: Json = False
+) -> int:
+    """Carry out one recipe, without a search, and measure what comes out.
+
+    Args:
+        workload: a ready-made name, or file.py:function.
+        recipe: a .toml or .json file; the workload's own training without it.
+        out: the folder for checkpoint and artifact.
+        seed: of everything random.
+        as_json: print the result as one JSON object.
+    """
+    from quadriga import study, workloads
+    from quadriga.core.recipe import Recipe
+
+    steps = Recipe.load(recipe) if recipe else None
+    with Progress() as progress:
+        result = study.train(workloads.load(workload), recipe=steps, out=out, seed=seed, progress=progress)
+    return _done(result, as_json)
+
+
+@app.command
+def profile(workload: str, /, *, seed: int = 0, as_json: Json = False) -> int:
+    """Show where a model's time, bytes and parameters are.
+
+    Args:
+        workload: a ready-made name, or file.py:function.
+        seed: of the initial weights.
+        as_json: print the profile as one JSON object.
+    """
+    from quadriga import study, workloads
+
+    with Progress() as progress:
+        result = study.profile(workloads.load(workload), seed=seed, progress=progress)
+    return _done(result, as_json)
+
+
+@app.command
+def compare(
+    a: str,
+    b: str,
+    /,
+    *,
+    workload: str | None = None,
+    batch: Annotated[list[int] | None, Parameter(negative="")] = None,
+    seed: int = 0,
+    as_json: Json = False,
+) -> int:
+    """Time two models against each other, in pairs, and say which is faster.
+
+    Args:
+        a: a workload (its baseline), a recipe file, an artifact folder or an .onnx file.
+        b: the same.
+        workload: where recipes and inputs come from, when neither side names one.
+        batch: a batch size; repeatable. Without it 1 and the workload's.
+        seed: of everything random.
+        as_json: print the result as one JSON object.
+    """
+    from quadriga import study, workloads
+
+    task = workloads.load(workload) if workload else None
+    with Progress() as progress:
+        result = study.compare(a, b, workload=task, batches=tuple(batch or ()), seed=seed, progress=progress)
+    return _done(result, as_json)
+
+
+@app.command
+def verify(artifact: Path, /, *, as_json: Json = False) -> int:
+    """Check an artifact: its files against their hashes, its outputs against its probes.
+
+    Args:
+        artifact: its folder.
+        as_json: print what was checked as one JSON object.
+    """
+    from quadriga.artifact import verify as check
+
+    return _done(check(artifact), as_json)
+
+
+@app.command
+def report(out: Path, /, *, as_json: Json = False) -> int:
+    """Write a study's report again from its records.json.
+
+    Args:
+        out: the study's folder.
+        as_json: print the files' paths as one JSON object.
+    """
+    from quadriga.core.files import read_json
+    from quadriga.report import write
+
+    paths = write(read_json(out / "records.json"), out)
+    return _done({"written": [str(p) for p in paths]}, as_json)
+
+
+@app.command
+def methods(*, as_json: Json = False) -> int:
+    """List the methods: what each does, what it promises and where it comes from.
+
+    Args:
+        as_json: print a JSON list of objects.
+    """
+    from quadriga.methods import cards
+
+    rows = cards()
+    if as_json:
+        emit(rows)
+    else:
+        columns = ("name", "family", "numerics", "about", "source")
+        table(columns, [[str(row[c]) for c in columns] for row in rows])
+    return 0
+
+
+@app.command
+def doctor(*, as_json: Json = False) -> int:
+    """Say what this machine has, what is missing, and which methods that removes.
+
+    Args:
+        as_json: print the findings as one JSON object.
+    """
+    from quadriga.doctor import examine
+
+    return _done(examine(), as_json)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """The command `quadriga`."""
+    sys.exit(guarded(app, list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def _done(result: Mapping[str, Any], as_json: bool) -> int:
+    """Show a result; a failed check is status 1."""
+    if as_json:
+        emit(result)
+    else:
+        tree(result)
+    return STATUS.get(str(result.get("status")), 0) or int(result.get("ok") is False)
+
+
+def _command(
+    workload: str,
+    floor: str,
+    minimize: str,
+    limits: Mapping[str, float],
+    budget: str,
+    out: Path,
+    families: Sequence[str] | None,
+    seed: int,
+) -> str:
+    """What reproduces a run, to be pasted into a shell."""
+    words = ["quadriga", "run", workload, "--floor", floor, "--minimize", minimize]
+    for name, bound in limits.items():
+        words += ["--limit", f"{name}={bound:g}"]
+    words += ["--only", ",".join(families)] if families else []
+    return shlex.join([*words, "--budget", budget, "--seed", str(seed), "--out", str(out)])
+
+
+def _summary(result: Mapping[str, Any], floor: str, out: Path) -> None:
+    """The verdict, and where things are."""
+    from quadriga.report.schema import complete
+    from quadriga.report.verdict import sentence
+
+    print(sentence(complete({"result": result, "floor": {"text": floor}})))
+    for name in ("artifact", "report"):
+        if result.get(name):
+            print(f"{name}: {out / result[name]}")

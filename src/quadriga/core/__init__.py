@@ -1,0 +1,1 @@
+"""The language: plain values that every other part speaks. Standard library and torch only."""

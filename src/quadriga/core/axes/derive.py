@@ -1,0 +1,170 @@
+"""Derive every later shape again after weights changed: which constants in the user's code must follow, which layers grow."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.conv import _ConvNd
+
+from quadriga.core.axes.reshape import blocks
+from quadriga.core.axes.trace import Traced
+from quadriga.core.axes.walk import Walk, _bind, _flat, _name
+from quadriga.core.errors import NotApplicable
+
+VIEWS = ("view", "reshape")
+Factors = tuple[tuple[int, ...], tuple[int, ...]]  # the sizes flattened into an axis, before and after
+
+
+@dataclass
+class Derived:
+    """What has to follow.
+
+    Args:
+        constants: reshape node → {position in its sizes: (constant, new constant)}.
+        inputs: id of a Linear's weight → sizes flattened into its inputs, before and after.
+    """
+
+    constants: dict[fx.Node, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    inputs: dict[int, Factors] = field(default_factory=dict)
+
+
+class _Run:
+    """Runs the traced graph on fake tensors of the present sizes, mending sizes on the way."""
+
+    def __init__(self, traced: Traced, walk: Walk) -> None:
+        self.traced, self.walk, self.found = traced, walk, Derived()
+        self.env: dict[fx.Node, Any] = {}
+        self.factors: dict[fx.Node, list[Factors]] = {}
+
+    def run(self) -> Derived:
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+            for node in self.traced.graph.nodes:
+                if node.op == "placeholder":
+                    self.env[node] = self._placeholder(node)
+                elif node.op == "get_attr":
+                    self.env[node] = getattr(self.traced.module, str(node.target))
+                elif node.op == "call_function":
+                    self.env[node] = self._guarded(node)
+        return self.found
+
+    def _placeholder(self, node: fx.Node) -> Any:
+        like = self.traced.states.get(node.name, node.meta.get("val"))
+        return torch.empty(tuple(like.shape), dtype=like.dtype, device=like.device) if isinstance(like, Tensor) else like
+
+    def _guarded(self, node: fx.Node) -> Any:
+        try:
+            return self._call(node)
+        except NotApplicable:
+            raise
+        except Exception as error:  # whatever an operator raises on sizes that do not fit
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise NotApplicable(f"{self.traced.where(node)} does not fit the new sizes: {reason}") from error
+
+    def _call(self, node: fx.Node) -> Any:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
+        name = _name(node)
+        if node.target is operator.getitem:
+            return args[0][args[1]]
+        if name in VIEWS or name in ("_unsafe_view", "flatten", "expand"):
+            return self._view(node, args[0], name)
+        if name == "linear":
+            args = (args[0], self._input(node, args[0], args[1]), *args[2:])
+        elif name.startswith("conv") and "transpose" not in name:
+            args, kwargs = (), self._conv(node)
+        elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
+            width = args[2][1].shape[1]
+            states = [s.new_empty((*s.shape[:-1], width)) for s in (args[1] if isinstance(args[1], list | tuple) else [args[1]])]
+            args = (args[0], states if isinstance(args[1], list | tuple) else states[0], *args[2:])
+        elif name == "layer_norm" and _bind(node).get("weight") is not None:
+            args = (args[0], list(self.env[_bind(node)["weight"]].shape), *args[2:])
+        value = node.target(*args, **kwargs)  # type: ignore[operator]
+        self._inherit(node, value)
+        return value
+
+    def _conv(self, node: fx.Node) -> dict[str, Any]:
+        """Padding and groups come from the module, which was changed, not from the trace."""
+        a = {k: fx.node.map_arg(v, lambda n: self.env[n]) for k, v in _bind(node).items()}
+        owner = self.traced.model.get_submodule(self.traced.layer(node))
+        if isinstance(owner, _ConvNd):
+            if owner.padding_mode == "zeros":  # other modes pad before, with an operator of its own
+                a["padding"] = owner.padding if isinstance(owner.padding, str) else list(owner.padding)
+            a["groups"] = owner.groups
+        return a
+
+    def _view(self, node: fx.Node, value: Tensor, name: str) -> Tensor:
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if name == "expand":
+            given, old = node.args[1], self.walk.shape(source)
+            shift = len(given) - len(old)  # type: ignore[arg-type]
+            sizes = [
+                value.shape[k - shift] if k >= shift and n == old[k - shift] else n
+                for k, n in enumerate(given)  # type: ignore[arg-type, var-annotated]
+            ]
+            return value.expand(sizes)
+        old, new = self.walk.shape(source), self.walk.shape(node)
+        sizes = self._sizes(node, old, new, tuple(value.shape))
+        if name in VIEWS:
+            given = node.args[1]
+            changed = {k: (n, sizes[k]) for k, n in enumerate(given) if n != -1 and n != sizes[k]}  # type: ignore[arg-type, var-annotated]
+            if changed:
+                self.found.constants[node] = changed
+        return value.reshape(sizes)
+
+    def _sizes(self, node: fx.Node, old: Sequence[int], new: Sequence[int], now: Sequence[int]) -> list[int]:
+        source = node.args[0]
+        before = self.factors.get(source) or [((o,), (n,)) for o, n in zip(old, now, strict=True)]  # type: ignore[arg-type]
+        sizes, factors = list(new), [((n,), (n,)) for n in new]
+        for ins, outs in blocks(old, new) or [(list(range(len(old))), list(range(len(new))))]:
+            total = prod(now[i] for i in ins)
+            if len(outs) == 1:
+                sizes[outs[0]] = total
+                flat = [before[i] for i in ins]
+                factors[outs[0]] = (sum((f[0] for f in flat), ()), sum((f[1] for f in flat), ()))
+            elif total != prod(new[o] for o in outs):
+                carry = [o for o in outs if isinstance(self.walk.axes(node)[o], Tensor)]
+                rest = prod(new[o] for o in outs if o not in carry)
+                if len(carry) != 1 or total % rest:
+                    raise NotApplicable(f"{self.traced.where(node)} splits a width that changed from {list(old)} to {list(now)}")
+                sizes[carry[0]] = total // rest
+                factors[carry[0]] = ((new[carry[0]],), (sizes[carry[0]],))
+        self.factors[node] = factors
+        return sizes
+
+    def _input(self, node: fx.Node, value: Tensor, weight: Tensor) -> Tensor:
+        """A Linear that reads another number of features than it did has to be rebuilt."""
+        if value.shape[-1] == weight.shape[1]:
+            return weight
+        source, holder = node.args[0], node.args[1]
+        assert isinstance(source, fx.Node) and isinstance(holder, fx.Node)
+        state, factors = self.traced.states.get(holder.name), self.factors.get(source)
+        if state is None or factors is None or prod(factors[-1][0]) != weight.shape[1] or prod(factors[-1][1]) != value.shape[-1]:
+            was, now = weight.shape[1], value.shape[-1]
+            raise NotApplicable(f"{self.traced.where(node)} reads {was} features and would get {now}, not a flattened map")
+        known = self.found.inputs.setdefault(id(state), factors[-1])
+        if known != factors[-1]:
+            raise NotApplicable(f"{self.traced.where(node)} is shared and would need two sizes")
+        return weight.new_empty(weight.shape[0], value.shape[-1])
+
+    def _inherit(self, node: fx.Node, value: Any) -> None:
+        sources = [n for n in _flat([node.args, node.kwargs]) if n in self.factors]
+        for source in sources:
+            if isinstance(node.meta.get("val"), Tensor) and self.walk.shape(source) == self.walk.shape(node):
+                self.factors[node] = self.factors[source]
+                return
+
+
+def derive(traced: Traced, walk: Walk) -> Derived:
+    """Run the trace of the *unchanged* model on the weights and fields as they are now.
+
+    Raises:
+        NotApplicable: some operator cannot take the new sizes; the reason names the layer and line.
+    """
+    return _Run(traced, walk).run()

@@ -1,0 +1,102 @@
+"""The interface of a model: the shapes of its outputs at batch 1, 2 and 25, which no structure method may change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.core.batch import Tree, call, device_of, resize, tensors, to_device
+from quadriga.core.errors import NotApplicable
+
+BATCHES = (1, 2, 25)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards each module has its own mode back."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def outputs(model: nn.Module, example: Tree, batch: int) -> list[Tensor]:
+    """All output tensors at a batch size, in evaluation mode, without gradients."""
+    with evaluating(model), torch.no_grad():
+        return tensors(call(model, to_device(resize(example, batch), device_of(model))))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What the interface was.
+
+    Args:
+        shapes: batch size → shapes of all output tensors.
+        rowwise: an example's output does not depend on the others in its batch.
+    """
+
+    shapes: dict[int, list[torch.Size]]
+    rowwise: bool
+
+    @classmethod
+    def of(cls, model: nn.Module, example: Tree) -> Reference:
+        """Run the model at each batch size.
+
+        Raises:
+            NotApplicable: it does not run at one of them.
+        """
+        found = {}
+        for batch in BATCHES:
+            try:
+                found[batch] = outputs(model, example, batch)
+            except Exception as error:  # whatever the user's forward raises
+                raise NotApplicable(f"the model does not run at batch {batch}: {_first(error)}") from error
+        return cls({b: [t.shape for t in out] for b, out in found.items()}, _rowwise(found))
+
+
+def check_interface(model: nn.Module, example: Tree, reference: Reference) -> None:
+    """Compare the model's interface with what it was, at batch 1, 2 and 25.
+
+    A `view(-1, 400)` that turns 25 rows of 576 numbers into 36 rows is found here, whichever way it comes out:
+    by a raised error, by the number of rows, or because rows began to depend on each other.
+
+    Raises:
+        NotApplicable: it fails, returns other shapes, or mixes examples that it did not mix before.
+    """
+    found = {}
+    for batch in BATCHES:
+        try:
+            found[batch] = outputs(model, example, batch)
+        except Exception as error:  # whatever the user's forward raises
+            raise NotApplicable(f"the changed model does not run at batch {batch}: {_first(error)}") from error
+        shapes = [t.shape for t in found[batch]]
+        if shapes != reference.shapes[batch]:
+            was, now = _shapes(reference.shapes[batch]), _shapes(shapes)
+            raise NotApplicable(f"at batch {batch} the changed model returns {now} where it returned {was}")
+    if reference.rowwise and not _rowwise(found):
+        raise NotApplicable("the changed model mixes the examples of a batch, which it did not before")
+
+
+def _rowwise(found: dict[int, list[Tensor]]) -> bool:
+    for one, two, many in zip(*(found[b] for b in BATCHES), strict=True):
+        if one.dim() == 0 or (len(one), len(two), len(many)) != BATCHES or not many.is_floating_point():
+            continue
+        for few in (one, two):
+            if not torch.allclose(few, many[: len(few)], rtol=1e-3, atol=1e-3 * float(many.abs().max()), equal_nan=True):
+                return False
+    return True
+
+
+def _shapes(shapes: list[torch.Size]) -> str:
+    return ", ".join(str(tuple(s)) for s in shapes)
+
+
+def _first(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,72 @@
+"""Changes to a live model that can be taken back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Patch:
+    """A list of changes, undone in reverse order.
+
+    Example:
+        >>> layer, patch = nn.Linear(4, 2), Patch()
+        >>> patch.data(layer.weight, torch.ones(2, 3))
+        >>> patch.undo()
+        >>> layer.weight.shape
+        torch.Size([2, 4])
+    """
+
+    def __init__(self) -> None:
+        self._undo: list[Callable[[], object]] = []
+
+    def data(self, tensor: Tensor, value: Tensor) -> None:
+        """Give a parameter or buffer new contents, of any shape. The object stays, so ties stay; its gradient goes."""
+        old, grad = tensor.data, tensor.grad
+
+        def back() -> None:
+            tensor.data, tensor.grad = old, grad
+
+        tensor.grad = None
+        tensor.data = value.detach().clone(memory_format=torch.contiguous_format)
+        self._undo.append(back)
+
+    def attr(self, owner: object, name: str, value: Any) -> None:
+        """Set a plain attribute."""
+        old = getattr(owner, name)
+        if old != value:
+            setattr(owner, name, value)
+            self._undo.append(lambda: setattr(owner, name, old))
+
+    def kind(self, module: nn.Module, cls: type[nn.Module]) -> None:
+        """Give a module another class with the same state."""
+        old = type(module)
+        module.__class__ = cls
+        self._undo.append(lambda: setattr(module, "__class__", old))
+
+    def module(self, model: nn.Module, path: str, new: nn.Module) -> None:
+        """Put another module at a path."""
+        old = model.get_submodule(path)
+        replace_module(model, path, new)
+        self._undo.append(lambda: replace_module(model, path, old))
+
+    def undo(self) -> None:
+        """Take everything back."""
+        while self._undo:
+            self._undo.pop()()
+
+
+def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:
+    """Put `new` where `path` is, under every name that the old module had."""
+    old = model.get_submodule(path)
+    assert old is not model, "the model itself cannot be replaced from within"
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):
+            if child is old:
+                parent._modules[name] = new
+    new.training = old.training
+    for child in new.modules():
+        child.training = old.training

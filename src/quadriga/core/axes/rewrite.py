@@ -1,0 +1,137 @@
+"""Constants in the user's forward, such as `view(-1, 400)`, rewritten to follow a changed width.
+
+The literal stands in the user's file, which is not ours to edit. So the one module whose `forward` holds it is traced with
+torch.fx, its submodules left whole, the constant exchanged, and the module gets a subclass of its own class with the new
+forward: same object, same attributes, same state_dict, same call signature; every other module runs the user's code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from quadriga.core.axes.derive import VIEWS, derive
+from quadriga.core.axes.patch import Patch
+from quadriga.core.axes.trace import layer_of
+from quadriga.core.axes.walk import _name
+from quadriga.core.errors import NotApplicable
+
+if TYPE_CHECKING:
+    from quadriga.core.axes.graph import AxisGraph
+
+Change = dict[int, tuple[int, int]]  # position in the sizes → (constant, new constant)
+
+
+def settle(graph: AxisGraph, patch: Patch) -> None:
+    """After weights changed: check the interface; if it broke, let the constants follow, and check again.
+
+    Raises:
+        NotApplicable: the interface cannot be kept.
+    """
+    try:
+        graph.check()
+        return
+    except NotApplicable as error:
+        failure = error
+    constants = derive(graph.traced, graph.walk).constants
+    if not constants:
+        raise failure
+    rewrite(graph, constants, patch)
+    graph.check()
+
+
+def rewrite(graph: AxisGraph, constants: dict[fx.Node, Change], patch: Patch) -> None:
+    """Exchange the constants of these reshapes in the modules that hold them.
+
+    Raises:
+        NotApplicable: a module's forward cannot be followed by torch.fx; the reason names the line.
+    """
+    for path in dict.fromkeys(layer_of(node) for node in constants):
+        node = next(n for n in constants if layer_of(n) == path)
+        module, where = graph.model.get_submodule(path), graph.traced.where(node)
+        changes = _per_call(graph.traced.graph, path, constants, where)
+        patch.kind(module, _with_forward(module, _rewritten(module, changes, where)))
+
+
+def _per_call(graph: fx.Graph, path: str, constants: dict[fx.Node, Change], where: str) -> list[Change]:
+    """The changes of the module's reshapes, in order; a module that is called often needs the same at each call."""
+    calls: dict[str, list[Change]] = {}
+    for node in graph.nodes:
+        if node.op == "call_function" and _name(node) in VIEWS and layer_of(node) == path:
+            instance = next(reversed(node.meta["nn_module_stack"]))
+            calls.setdefault(instance, []).append(constants.get(node, {}))
+    lists = list(calls.values())
+    if any(other != lists[0] for other in lists):
+        raise NotApplicable(f"{where} is called several times and would need different constants")
+    return lists[0]
+
+
+class _Shallow(fx.Tracer):
+    """Follows one module's own forward; every submodule stays a call."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _trace(module: nn.Module, training: bool) -> fx.Graph:
+    was, module.training = module.training, training
+    try:
+        return _Shallow().trace(module)
+    finally:
+        module.training = was
+
+
+def _rewritten(module: nn.Module, changes: list[Change], where: str) -> fx.Graph:
+    try:
+        graph, other = _trace(module, True), _trace(module, False)
+    except Exception as error:  # torch.fx raises many types
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise NotApplicable(f"the constant in {where} cannot be rewritten: {reason}", "derive it from the input's shape") from error
+    _keep_mode(graph, other, where)
+    views = [n for n in graph.nodes if n.target in (*VIEWS, torch.reshape)]
+    if len(views) != len(changes):
+        raise NotApplicable(f"the constant in {where} cannot be found in the forward", "derive it from the input's shape")
+    for view, change in zip(views, changes, strict=True):
+        nested = len(view.args) == 2 and isinstance(view.args[1], tuple | list)
+        sizes = list(view.args[1] if nested else view.args[1:])
+        for position, (old, new) in change.items():
+            if position >= len(sizes):
+                raise NotApplicable(f"the constant {old} in {where} cannot be found", "derive it from the input's shape")
+            if sizes[position] == old:  # else it is computed, and follows by itself
+                sizes[position] = new
+        view.args = (view.args[0], tuple(sizes)) if nested else (view.args[0], *sizes)
+    return graph
+
+
+def _keep_mode(train: fx.Graph, other: fx.Graph, where: str) -> None:
+    """`dropout(x, training=self.training)` was traced as a constant: where the two modes differ, ask the module again."""
+    if [(n.op, n.name) for n in train.nodes] != [(n.op, n.name) for n in other.nodes]:
+        raise NotApplicable(f"the forward of {where} is another one in training")
+    mode: list[fx.Node] = []
+    for node, twin in zip(list(train.nodes), list(other.nodes), strict=True):
+
+        def merge(mine: Any, theirs: Any, node: fx.Node = node) -> Any:
+            if mine is True and theirs is False:
+                if not mode:
+                    first = next(n for n in train.nodes if n.op != "placeholder")
+                    with train.inserting_before(first):
+                        mode.append(train.create_node("get_attr", "training"))
+                return mode[0]
+            if not isinstance(mine, fx.Node) and mine != theirs:
+                raise NotApplicable(f"{node.name} in {where} has another constant in training")
+            return mine
+
+        node.args = tuple(merge(x, y) if not _same(x, y) else x for x, y in zip(node.args, twin.args, strict=True))
+        node.kwargs = {k: merge(v, twin.kwargs[k]) if not _same(v, twin.kwargs[k]) else v for k, v in node.kwargs.items()}
+
+
+def _same(mine: Any, theirs: Any) -> bool:
+    return str(mine) == str(theirs)
+
+
+def _with_forward(module: nn.Module, graph: fx.Graph) -> type[nn.Module]:
+    cls = type(module)
+    forward = type(fx.GraphModule(module, graph)).forward
+    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})

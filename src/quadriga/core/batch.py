@@ -1,0 +1,105 @@
+"""A batch, and how models are called with one: tensors, tuples, dicts and ModelOutput alike."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Tree = Any  # a tensor, or a tuple, list or mapping of trees
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Examples along dimension 0 of every tensor.
+
+    Args:
+        inputs: what the model is called with: a tensor, a tuple (positional) or a dict (keywords).
+        target: what the loss compares with, or None.
+        index: [batch] int64, the examples' places in their split.
+        weight: [batch] float, or None for ones.
+    """
+
+    inputs: Tree
+    target: Tree
+    index: Tensor
+    weight: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+
+def call(model: Callable[..., Any], inputs: Tree) -> Tree:
+    """Call a model: a tuple spreads as positional arguments, a mapping as keywords."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    if isinstance(inputs, tuple | list):
+        return model(*inputs)
+    return model(inputs)
+
+
+def primary(output: Tree) -> Tensor:
+    """The tensor that losses and metrics read: the output itself, its `logits`, or its first tensor.
+
+    Raises:
+        TypeError: there is no tensor in it.
+
+    Example:
+        >>> primary({"loss": None, "logits": torch.ones(2, 3)}).shape
+        torch.Size([2, 3])
+    """
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping):
+        if isinstance(output.get("logits"), Tensor):
+            return output["logits"]
+        output = tuple(output.values())
+    if isinstance(getattr(output, "logits", None), Tensor):
+        return output.logits
+    if isinstance(output, tuple | list):
+        for part in output:
+            if isinstance(part, Tensor):
+                return part
+    raise TypeError(f"the model returned {type(output).__name__}, which holds no tensor")
+
+
+def tree_map(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
+    """Apply to every tensor of a tree; other leaves stay. Mappings become dicts."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {k: tree_map(function, v) for k, v in tree.items()}
+    if isinstance(tree, tuple | list):
+        return tuple(tree_map(function, v) for v in tree)
+    return tree
+
+
+def tensors(tree: Tree) -> list[Tensor]:
+    """All tensors of a tree, in order."""
+    found: list[Tensor] = []
+    tree_map(found.append, tree)
+    return found
+
+
+def resize(inputs: Tree, batch: int) -> Tree:
+    """Inputs with exactly `batch` examples: cut, or repeated from the front."""
+
+    def one(t: Tensor) -> Tensor:
+        return t[:batch] if len(t) >= batch else t.repeat((-(-batch // len(t)),) + (1,) * (t.dim() - 1))[:batch]
+
+    return tree_map(one, inputs)
+
+
+def to_device(tree: Tree, device: str | torch.device) -> Tree:
+    """Move every tensor, asynchronously where the memory is pinned."""
+    return tree_map(lambda t: t.to(device, non_blocking=True), tree)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's first parameter or buffer lives; the CPU when it has none."""
+    for t in (*model.parameters(), *model.buffers()):
+        return t.device
+    return torch.device("cpu")

@@ -1,0 +1,66 @@
+"""Atomic writes: a temporary file, fsync, rename, fsync of the folder. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from quadriga.core.errors import BadInput
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write a file whole or not at all; an older file of that name stays until the new one is safe.
+
+    Raises:
+        BadInput: no space is left, or the folder cannot be written; nothing of the old file is lost.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise BadInput(f"{path} could not be written: {error.strerror or error}", "free space or choose another folder") from error
+
+
+def fsync_folder(folder: str | Path) -> None:
+    """Make renames in a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write plain data as indented JSON, atomically; NaN and infinities are refused."""
+    atomic_write(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        BadInput: it is missing or damaged.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} does not exist", "check the path") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} is damaged: {error}", "restore it, or delete it to start again") from error
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file, as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,151 @@
+"""The one protocol: a method is a frozen value that maps a setup to a setup. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Self, get_type_hints
+
+from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
+
+if TYPE_CHECKING:
+    from quadriga.core.setup import Setup
+
+
+class Family(StrEnum):
+    """The four families; each owns one slot of the setup."""
+
+    STRUCTURE = "structure"
+    TRAINING = "training"
+    OPTIMIZER = "optimizer"
+    HARDWARE = "hardware"
+
+    @property
+    def slot(self) -> str:
+        """The name of the setup's slot that this family may write."""
+        return {"structure": "model", "hardware": "runtime"}.get(self.value, self.value)
+
+
+class Numerics(StrEnum):
+    """A method's promise about the outputs of a finished model, which selects how it is verified."""
+
+    EXACT = "exact"  # bit-equal
+    CLOSE = "close"  # within a tolerance by compute type
+    CHANGED = "changed"  # judged by the task's quality
+
+
+SLOTS = ("model", "training", "optimizer", "runtime")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Base of every method. Fields of the dataclass are the hyperparameters; calling it checks the contract.
+
+    Class attributes:
+        family: the slot that `apply` may write.
+        numerics: the promise about outputs.
+        source: the paper or page that it follows.
+        search: for each searched field, the choices; the first is where a search starts.
+        writes: further slots that it writes.
+        requires, adds, removes: traits, open strings that state facts about the setup.
+        name: how recipes call it; from the class name unless given.
+    """
+
+    family: ClassVar[Family]
+    numerics: ClassVar[Numerics]
+    source: ClassVar[str]
+    search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
+    writes: ClassVar[frozenset[str]] = frozenset()
+    requires: ClassVar[frozenset[str]] = frozenset()
+    adds: ClassVar[frozenset[str]] = frozenset()
+    removes: ClassVar[frozenset[str]] = frozenset()
+    name: ClassVar[str] = ""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if "name" not in cls.__dict__:
+            cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
+
+    @abstractmethod
+    def apply(self, setup: Setup) -> Setup:
+        """Return the changed setup. Raises NotApplicable(reason, remedy) when there is nothing to do."""
+
+    def __call__(self, setup: Setup) -> Setup:
+        """Apply under the contract: requirements before, owned slots and traits after.
+
+        Raises:
+            NotApplicable: a required trait is missing, or `apply` refused.
+            AssertionError: the method wrote a slot that it neither owns nor declares.
+        """
+        if missing := sorted(self.requires - setup.traits):
+            raise NotApplicable(f"{self.name} requires {', '.join(missing)}", REMEDIES.get(missing[0], ""))
+        after = self.apply(setup)
+        allowed = {self.family.slot, *self.writes}
+        for slot in SLOTS:
+            written = getattr(after, slot) is not getattr(setup, slot)
+            assert slot in allowed or not written, f"{self.name} wrote the slot {slot}, which it does not own"
+        assert after.context is setup.context, f"{self.name} replaced the context"
+        return dataclasses.replace(after, traits=(after.traits - self.removes) | self.adds)
+
+    @classmethod
+    def fields(cls) -> dict[str, Any]:
+        """Field names and defaults; a field without a default has `dataclasses.MISSING`."""
+        return {f.name: f.default for f in dataclasses.fields(cls)}
+
+    @classmethod
+    def parse(cls, fields: Mapping[str, Any]) -> Self:
+        """Build from plain data, with an error that names the field, the value and the remedy.
+
+        Raises:
+            BadInput: unknown field, missing field, or a value of the wrong type.
+        """
+        known = cls.fields()
+        hints = get_type_hints(cls)
+        for key, value in fields.items():
+            if key not in known:
+                raise BadInput(f'{cls.name} has no field "{key}"', did_you_mean(key, known))
+            if not _fits(value, hints[key]):
+                raise BadInput(f"{cls.name}.{key} is {value!r}", f"it takes {_spell(hints[key])}")
+        if missing := [k for k, v in known.items() if v is dataclasses.MISSING and k not in fields]:
+            raise BadInput(f"{cls.name} needs the field {missing[0]}", f"it takes {_spell(hints[missing[0]])}")
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+
+
+REMEDIES = {
+    "TRAINED": "put a train step before it",
+    "TRAIN_DATA": "give the workload training data",
+    "FLOAT_WEIGHTS": "put it before quantization",
+    "TEACHER": "the trained baseline serves as teacher; the workload has none",
+    "PER_EXAMPLE_LOSS": "let the loss return one value per example",
+    "CLASSES": "it needs class logits [batch, classes] and integer targets [batch]",
+    "IMAGES": "it needs inputs of shape [batch, channels, height, width]",
+}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    import types
+    from typing import Literal, Union, get_args, get_origin
+
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, a) for a in args)
+    if origin is Literal:
+        return value in args
+    if origin is tuple:
+        return isinstance(value, list | tuple) and all(_fits(v, args[0]) for v in value)
+    if origin in (dict, Mapping) or hint in (dict, Mapping):
+        return isinstance(value, Mapping)
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return hint is Any or isinstance(value, hint)
+
+
+def _spell(hint: Any) -> str:
+    return getattr(hint, "__name__", str(hint)) if isinstance(hint, type) else str(hint).replace("typing.", "")

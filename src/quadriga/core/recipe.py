@@ -1,0 +1,152 @@
+"""A recipe: an ordered list of steps as plain data, with a content hash. Imports no torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quadriga.core.errors import BadInput
+
+TRAIN = "train"
+TRAIN_FIELDS = {"epochs": float, "continue": bool}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One line of a recipe: a method's name and its fields, or `train` with `epochs` and `continue`.
+
+    A field that is None is left out, since the files cannot say it: it means the method's default.
+    """
+
+    method: str
+    fields: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "fields", {k: v for k, v in self.fields.items() if v is not None})
+
+    @property
+    def is_train(self) -> bool:
+        """Whether the engine carries this step out."""
+        return self.method == TRAIN
+
+    def plain(self) -> dict[str, Any]:
+        """As one flat table, the form of the files."""
+        return {"method": self.method, **{k: list(v) if isinstance(v, tuple) else v for k, v in self.fields.items()}}
+
+    def __str__(self) -> str:
+        inside = ", ".join(f"{k}={v}" for k, v in self.fields.items())
+        return f"{self.method}({inside})"
+
+
+def step(method: str, /, **fields: Any) -> Step:
+    """A step; `continue_=True` stands for the field `continue`.
+
+    Example:
+        >>> str(step("train", epochs=2, continue_=True))
+        'train(epochs=2, continue=True)'
+    """
+    return Step(method, {k.rstrip("_"): v for k, v in fields.items()})
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """An ordered list of steps, read from top to bottom. Equality and `hash` are over the steps, not the name.
+
+    Example:
+        >>> recipe = Recipe((step("shrink", kernel=3), step("train", epochs=1)))
+        >>> Recipe.from_toml(recipe.to_toml()) == recipe
+        True
+    """
+
+    steps: tuple[Step, ...] = ()
+    name: str = field(default="", compare=False)
+
+    @property
+    def hash(self) -> str:
+        """Twelve hexadecimal digits of the SHA-256 of the canonical JSON of the steps."""
+        return hashlib.sha256(json.dumps(self.plain(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def plain(self) -> list[dict[str, Any]]:
+        """The steps as plain tables."""
+        return [s.plain() for s in self.steps]
+
+    def without(self, index: int) -> Recipe:
+        """The recipe with one step taken out."""
+        return Recipe(self.steps[:index] + self.steps[index + 1 :], self.name)
+
+    def replaced(self, index: int, new: Step) -> Recipe:
+        """The recipe with one step exchanged."""
+        return Recipe((*self.steps[:index], new, *self.steps[index + 1 :]), self.name)
+
+    def __add__(self, steps: Iterable[Step]) -> Recipe:
+        return Recipe((*self.steps, *steps), self.name)
+
+    def __str__(self) -> str:
+        return " → ".join(map(str, self.steps)) or "(unchanged)"
+
+    @classmethod
+    def from_plain(cls, rows: Iterable[Mapping[str, Any]], name: str = "") -> Recipe:
+        """Read the plain form; checks shape and `train` fields, not the methods' fields.
+
+        Raises:
+            BadInput: a row without a method, or a bad train step.
+        """
+        steps = []
+        for number, row in enumerate(rows, 1):
+            if not isinstance(row, Mapping) or not isinstance(row.get("method"), str):
+                raise BadInput(f"step {number} is {row!r}", 'each [[step]] needs method = "name"')
+            fields = {k: v for k, v in row.items() if k != "method"}
+            if row["method"] == TRAIN:
+                _check_train(number, fields)
+            steps.append(Step(row["method"], fields))
+        return cls(tuple(steps), name)
+
+    @classmethod
+    def from_toml(cls, text: str, name: str = "") -> Recipe:
+        """Parse TOML: `name = "…"` is optional, then `[[step]]` tables."""
+        try:
+            data = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise BadInput(f"the recipe {name or ''} is not TOML: {error}", "see recipes/ for examples") from error
+        if unknown := set(data) - {"name", "about", "step"}:
+            raise BadInput(f"the recipe has an unknown key {sorted(unknown)[0]!r}", "it holds name, about and [[step]]")
+        return cls.from_plain(data.get("step", []), data.get("name", name))
+
+    @classmethod
+    def load(cls, path: str | Path) -> Recipe:
+        """Read a `.toml` or `.json` file.
+
+        Raises:
+            BadInput: the file is missing or malformed.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise BadInput(f"there is no recipe file {path}", "give the path of a .toml or .json recipe")
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".json":
+            try:
+                return cls.from_plain(json.loads(text), path.stem)
+            except json.JSONDecodeError as error:
+                raise BadInput(f"{path} is not JSON: {error}", "it holds a list of steps") from error
+        return cls.from_toml(text, path.stem)
+
+    def to_toml(self) -> str:
+        """The file form, which `from_toml` reads back equal."""
+        head = [f"name = {json.dumps(self.name)}", ""] if self.name else []
+        tables = ["\n".join(["[[step]]", *(f"{k} = {json.dumps(v)}" for k, v in row.items())]) for row in self.plain()]
+        return "\n".join(head) + "\n".join(t + "\n" for t in tables)
+
+
+def _check_train(number: int, fields: Mapping[str, Any]) -> None:
+    if unknown := set(fields) - set(TRAIN_FIELDS):
+        raise BadInput(f'step {number}: train has no field "{sorted(unknown)[0]}"', "it takes epochs and continue")
+    epochs = fields.get("epochs")
+    if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < 1e6):
+        raise BadInput(f"step {number}: epochs is {epochs!r}", "give a positive number")
+    if not isinstance(fields.get("continue", False), bool):
+        raise BadInput(f"step {number}: continue is {fields['continue']!r}", "give true or false")

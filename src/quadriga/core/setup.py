@@ -1,0 +1,252 @@
+"""The value that methods map: four slots, one per family, the traits known of it, and a read-only context."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.core.batch import Batch, Tree, primary
+from quadriga.core.metric import Loss, Metric
+from quadriga.core.workload import Workload, uses_images
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a schedule returns: multipliers of learning rate, momentum and decay. Schedules multiply."""
+
+    lr: float = 1.0
+    momentum: float = 1.0
+    decay: float = 1.0
+
+    def __mul__(self, other: Factors) -> Factors:
+        return Factors(self.lr * other.lr, self.momentum * other.momentum, self.decay * other.decay)
+
+
+Schedule = Callable[[float], Factors]  # progress in [0, 1] = samples seen / samples of this train step
+Transform = Callable[[Batch, torch.Generator], Batch]
+
+
+class Hook:
+    """Places in the loop where a training method may act. Every method does nothing unless overridden."""
+
+    def after_backward(self, model: nn.Module, progress: float) -> None:
+        """Gradients are there; the optimizer has not stepped."""
+
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        """The optimizer has stepped."""
+
+    def eval(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Entered around an evaluation, such as one with averaged weights."""
+        return nullcontext()
+
+    def end(self, model: nn.Module, data: Iterable[Batch]) -> None:
+        """The train step is over; `data` gives training batches."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers to be kept in a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training slot: how a batch becomes a step.
+
+    `transforms` act in order on each training batch; `make_hooks` are called at the start of a train step,
+    with the model, so that hooks have state per run.
+    """
+
+    loss: Loss
+    batch_size: int
+    transforms: tuple[Transform, ...] = ()
+    schedules: tuple[Schedule, ...] = ()
+    make_hooks: tuple[Callable[[nn.Module], Hook], ...] = ()
+
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerSlot:
+    """The optimizer slot: how a gradient becomes an update.
+
+    `make` is called with the model when `train` starts. `schedules` act like the training slot's; their decay
+    factor scales the group entries weight_decay, l1 and l2.
+    """
+
+    make: MakeOptimizer
+    schedules: tuple[Schedule, ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What to quantize, for each runtime to realise in its own best form.
+
+    Args:
+        weights: bits of weights, 8.
+        activations: "static" (calibrated), "dynamic" or "none" (weights only: a smaller file, float products).
+        per_channel: one scale per output channel.
+        calibration: "minmax" or "percentile".
+        keep_float: names of layers left out.
+    """
+
+    weights: int = 8
+    activations: str = "static"
+    per_channel: bool = True
+    calibration: str = "minmax"
+    keep_float: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    """The runtime slot: where and how the model executes, realised once after the last step.
+
+    Args:
+        name: of the runtime: "eager", "inductor", "onnxruntime", "openvino".
+        threads: of the CPU; None leaves the runtime's default.
+        channels_last: memory format of 4-d tensors, in training and in PyTorch runtimes.
+        matmul: "highest" or "medium", torch.set_float32_matmul_precision ("medium" goes through oneDNN).
+        compile: torch.compile the training step.
+        quant: quantization, or None.
+        device: "cpu" or "cuda".
+        options: further plain data for the runtime.
+    """
+
+    name: str = "eager"
+    threads: int | None = None
+    channels_last: bool = False
+    matmul: str = "highest"
+    compile: bool = False
+    quant: QuantSpec | None = None
+    device: str = "cpu"
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method may look at.
+
+    Args:
+        example: two examples' inputs.
+        calibration: batches cut from train.
+        metric: of the task.
+        seed: for anything random.
+        teacher: the trained baseline, frozen and in eval mode, or None.
+        invariances: changes of the input that keep its label.
+        classes: number of classes where outputs are [batch, classes] and targets integer, else None.
+        gradients: () → {parameter name: mean gradient over calibration} for the model given to it.
+        evaluate: (model) → quality on val.
+        time: (model, spec, batch) → latency in seconds.
+    """
+
+    example: Tree
+    calibration: tuple[Batch, ...]
+    metric: Metric
+    seed: int = 0
+    teacher: nn.Module | None = None
+    invariances: frozenset[str] = frozenset()
+    classes: int | None = None
+    gradients: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
+    evaluate: Callable[[nn.Module], float] | None = None
+    time: Callable[[nn.Module, RuntimeSpec, int], float] | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Four slots, traits and context. Methods return a new one; the model inside is the trial's own."""
+
+    model: nn.Module
+    training: Training
+    optimizer: OptimizerSlot
+    runtime: RuntimeSpec
+    traits: frozenset[str]
+    context: Context
+
+    @classmethod
+    def of(cls, workload: Workload, seed: int = 0, model: nn.Module | None = None, **services: Any) -> Setup:
+        """The start of every trial: the workload's own model, built or copied, and its plain training.
+
+        Args:
+            workload: what to start from.
+            seed: of the initial weights, and of everything random later.
+            model: takes the place of a freshly built one.
+            services: fields of `Context` that the study supplies (teacher, gradients, evaluate, time).
+        """
+        model = workload.build(seed) if model is None else model
+        source = workload.calibration_source
+        count = min(len(source), 512)
+        calibration = tuple(source.batch(i) for i in torch.arange(count).split(workload.batch_size))
+        classes = class_count(model, workload)
+        context = Context(
+            workload.example, calibration, workload.metric, seed, invariances=workload.invariances, classes=classes, **services
+        )
+        return cls(
+            model,
+            Training(workload.loss, workload.batch_size),
+            OptimizerSlot(plain_sgd),
+            RuntimeSpec(),
+            first_traits(model, workload, classes, context),
+            context,
+        )
+
+    def reset_training(self, workload: Workload) -> Setup:
+        """After a `train` step: TRAINED is known, the training and optimizer slots are the workload's again."""
+        return replace(
+            self,
+            training=Training(workload.loss, workload.batch_size),
+            optimizer=OptimizerSlot(plain_sgd),
+            traits=self.traits | {"TRAINED"},
+        )
+
+
+def plain_sgd(model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer when no step chose one: SGD at 0.1."""
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def class_count(model: nn.Module, workload: Workload) -> int | None:
+    """Number of classes if outputs are [batch, classes] and targets are integers [batch], else None."""
+    from quadriga.core.batch import call
+
+    target = workload.val.batch(torch.arange(1)).target
+    if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() != 1:
+        return None
+    was = model.training
+    with torch.inference_mode():
+        logits = primary(call(model.eval(), workload.example))
+    model.train(was)
+    return logits.shape[-1] if logits.dim() == 2 else None
+
+
+def first_traits(model: nn.Module, workload: Workload, classes: int | None, context: Context) -> frozenset[str]:
+    """The facts that hold before any method acted."""
+    names = list(dict(model.named_parameters(remove_duplicate=False)))
+    facts = {
+        "FLOAT_WEIGHTS": True,
+        "TRAINED": workload.trained,
+        "TRAIN_DATA": workload.train is not None,
+        "TEACHER": context.teacher is not None,
+        "TIED": len(names) > len(list(model.parameters())),
+        "CLASSES": classes is not None,
+        "IMAGES": uses_images(workload.example),
+        "PER_EXAMPLE_LOSS": _per_example(model, workload),
+    }
+    return frozenset(name for name, holds in facts.items() if holds)
+
+
+def _per_example(model: nn.Module, workload: Workload) -> bool:
+    from quadriga.core.batch import call
+
+    batch = workload.val.batch(torch.arange(min(2, len(workload.val))))
+    was = model.training
+    with torch.inference_mode():
+        loss = workload.loss(call(model.eval(), batch.inputs), batch)
+    model.train(was)
+    return isinstance(loss, Tensor) and loss.shape == batch.index.shape

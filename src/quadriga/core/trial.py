@@ -1,0 +1,76 @@
+"""One recipe tried: what it was, what it cost, what was measured, how it ended. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Any
+
+from quadriga.core.recipe import Recipe
+
+
+class Status(StrEnum):
+    """How a trial ended. Every end is a result."""
+
+    COMPLETE = "complete"
+    REFUSED = "refused"  # a method does not apply, or two may not follow each other
+    DIVERGED = "diverged"  # NaN or infinite loss or metric
+    CRASHED = "crashed"
+    OUT_OF_MEMORY = "out of memory"
+    TIMED_OUT = "timed out"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """An immutable record of one trial.
+
+    Args:
+        number: counts from 0 within the study.
+        stage: "baseline", "cost", "search", "ablation", "control" or "final".
+        recipe: what was tried.
+        seed: of the weights, the data order and the transforms.
+        status: how it ended.
+        reason: why, for people, when it is not COMPLETE.
+        values: measured numbers by name ("quality", "latency/1", "bytes", "samples", "seconds", …).
+        info: further plain data (parent hash, epochs, note).
+    """
+
+    number: int
+    stage: str
+    recipe: Recipe
+    seed: int = 0
+    status: Status = Status.COMPLETE
+    reason: str = ""
+    values: Mapping[str, float] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def ok(self) -> bool:
+        """Whether it ran to its end."""
+        return self.status is Status.COMPLETE
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {
+            "number": self.number,
+            "stage": self.stage,
+            "name": self.recipe.name,
+            "recipe": self.recipe.plain(),
+            "seed": self.seed,
+            "status": str(self.status),
+            "reason": self.reason,
+            "values": dict(self.values),
+            "info": dict(self.info),
+        }
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Trial:
+        """Read back what `plain` wrote."""
+        recipe = Recipe.from_plain(data["recipe"], data.get("name", ""))
+        rest = {k: data[k] for k in ("number", "stage", "seed", "reason", "values", "info")}
+        return cls(recipe=recipe, status=Status(data["status"]), **rest)
+
+    def with_values(self, **values: float) -> Trial:
+        """The same trial with more measured numbers."""
+        return replace(self, values={**self.values, **values})

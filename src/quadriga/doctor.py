@@ -1,0 +1,95 @@
+"""What this machine has, what is missing, and which methods that removes."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = (
+    "quadriga",
+    "torch",
+    "numpy",
+    "safetensors",
+    "optuna",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "transformers",
+)
+EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}  # runtime → the extra that brings it
+ROOM = 2e9  # bytes that a study of small models may need
+
+
+def examine(folder: Path = Path()) -> dict[str, Any]:
+    """Facts, checks and the methods that are not to be had here, as plain data.
+
+    Args:
+        folder: where a study would write.
+    """
+    import psutil
+    import torch
+
+    from quadriga.runtime import probe
+
+    runtimes = probe()
+    checks = [_python(), _space(folder), *(_runtime(name, found) for name, found in runtimes.items())]
+    away = [name for name, found in runtimes.items() if not found.ok]
+    return {
+        "ok": all(c["ok"] or not c["needed"] for c in checks),
+        "checks": checks,
+        "removed": [{"runtime": name, "methods": ", ".join(_methods_of(name)) or "–"} for name in away],
+        "versions": {name: _version(name) for name in PACKAGES},
+        "processor": platform.processor() or platform.machine(),
+        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory": psutil.virtual_memory().total,
+        "load": round(psutil.getloadavg()[0], 2),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def check(name: str, ok: bool, detail: str, remedy: str = "", needed: bool = True) -> dict[str, Any]:
+    """One line of the examination; a check that is not needed may fail without spoiling the whole."""
+    return {"check": name, "ok": ok, "detail": detail, "remedy": "" if ok else remedy, "needed": needed}
+
+
+def _python() -> dict[str, Any]:
+    return check("python", sys.version_info >= (3, 11), platform.python_version(), "install Python 3.11 or newer")
+
+
+def _space(folder: Path) -> dict[str, Any]:
+    free = shutil.disk_usage(next(p for p in (folder.resolve(), *folder.resolve().parents) if p.exists())).free
+    return check(
+        "disk", free >= ROOM, f"{free / 1e9:.1f} GB free", f"free {ROOM / 1e9:.0f} GB, or choose another --out", needed=False
+    )
+
+
+def _runtime(name: str, found: Any) -> dict[str, Any]:
+    remedy = found.remedy or (f'pip install "quadriga[{EXTRAS[name]}]"' if name in EXTRAS else "")
+    detail = str(found.version or "") if found.ok else str(found.reason)
+    return check(f"runtime {name}", bool(found.ok), detail, remedy, needed=name == "eager")
+
+
+def _methods_of(runtime: str) -> list[str]:
+    """Methods that choose this runtime: their name is its name."""
+    from quadriga.methods import cards
+
+    return [str(c["name"]) for c in cards() if str(c["name"]) == runtime or _default_runtime(c) == runtime]
+
+
+def _default_runtime(card: Mapping[str, Any]) -> str:
+    fields = card.get("fields")
+    return str(fields.get("runtime", "")) if isinstance(fields, Mapping) else ""
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -1,0 +1,194 @@
+"""A warm pool of worker processes with pinned threads and time limits; and its stand-in for live models."""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from quadriga.core.trial import Status
+from quadriga.core.workload import Workload
+
+SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+
+
+@dataclass
+class Order:
+    """A task to be done: its number, name, plain arguments and time limit in seconds."""
+
+    number: int
+    task: str
+    args: Mapping[str, Any] = field(default_factory=dict)
+    limit: float = 3600.0
+
+
+class Pool(Protocol):
+    """Takes orders and gives back results in the order in which they finish."""
+
+    size: int
+
+    def submit(self, order: Order) -> None: ...
+
+    def next(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
+        """A finished order's number and result, or None when none came in time."""
+
+    def stop(self) -> None: ...
+
+
+class ProcessPool:
+    """Workers are separate processes: a crash, an exhausted memory or a time limit ends one trial alone.
+
+    Args:
+        reference: how workers find the workload.
+        folder: the study's folder.
+        seed: of every trial.
+        size: number of workers; each computes with one thread.
+    """
+
+    def __init__(self, reference: str, folder: Path, seed: int, size: int) -> None:
+        self.size = size
+        self._spec = json.dumps({"workload": reference, "folder": str(folder), "seed": seed, "threads": 1})
+        self._orders: queue.Queue[Order | None] = queue.Queue()
+        self._results: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
+        self._workers: list[_Worker] = [_Worker(self._spec) for _ in range(size)]
+        self._stopping = False
+        self._threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, order: Order) -> None:
+        """Queue an order for the next free worker."""
+        self._orders.put(order)
+
+    def next(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
+        """A finished order, or None when none came within `timeout` seconds."""
+        try:
+            return self._results.get(timeout=max(timeout, 0.001))
+        except queue.Empty:
+            return None
+
+    def _serve(self, worker: _Worker) -> None:
+        while (order := self._orders.get()) is not None:
+            result = worker.do(order)
+            if not self._stopping:
+                self._results.put((order.number, result))
+
+    def stop(self) -> None:
+        """Kill the workers at once; checkpoints on disk are whole at any moment."""
+        self._stopping = True
+        for _ in self._workers:
+            self._orders.put(None)
+        for worker in self._workers:
+            worker.kill()
+        for thread in self._threads:
+            thread.join(timeout=5)
+
+
+class _Worker:
+    """One process, started ahead of its first task and again after it died."""
+
+    def __init__(self, spec: str) -> None:
+        self._spec = spec
+        self._start()
+
+    def _start(self) -> None:
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "quadriga.engine.worker", self._spec],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            env={**os.environ, **SINGLE}, text=True, bufsize=1,
+        )  # fmt: skip
+
+    def do(self, order: Order) -> dict[str, Any]:
+        if self._process.poll() is not None:
+            self._start()
+        late = threading.Event()
+        timer = threading.Timer(order.limit, lambda: (late.set(), self._process.kill()))
+        timer.start()
+        try:
+            return self._exchange(order) or self._obituary(late.is_set(), order.limit)
+        finally:
+            timer.cancel()
+
+    def _exchange(self, order: Order) -> dict[str, Any] | None:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None and stdout is not None
+        try:
+            stdin.write(json.dumps({"number": order.number, "task": order.task, "args": order.args}) + "\n")
+            stdin.flush()
+        except OSError:
+            return None
+        for line in stdout:
+            message = json.loads(line)
+            if "result" in message and message["number"] == order.number:
+                result: dict[str, Any] = message["result"]
+                return result
+        return None
+
+    def _obituary(self, late: bool, limit: float) -> dict[str, Any]:
+        code = self._process.wait()
+        if late:
+            return {"status": Status.TIMED_OUT, "reason": f"it ran longer than its limit of {limit:.0f} s"}
+        self._errors.seek(0)
+        said = self._errors.read().decode(errors="replace").strip().splitlines()
+        tail = f": {said[-1][:300]}" if said else ""
+        if code == -9:
+            return {"status": Status.OUT_OF_MEMORY, "reason": "the worker was killed, most likely for its memory"}
+        return {"status": Status.CRASHED, "reason": f"the worker ended with {code}{tail}"}
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for pipe in (self._process.stdin, self._process.stdout, self._errors):
+            if pipe is not None:
+                pipe.close()
+
+
+class InlinePool:
+    """Runs orders in the caller's process, for a live model that no other process can rebuild.
+
+    No time limit can be enforced and a crash of the interpreter ends the study; the report says so.
+    """
+
+    size = 1
+
+    def __init__(self, workload: Workload, folder: Path, seed: int) -> None:
+        from quadriga.engine.tasks import Desk
+
+        self._desk, self._orders = Desk(workload, folder, seed), list[Order]()
+
+    def submit(self, order: Order) -> None:
+        """Queue an order; it runs when `next` is called."""
+        self._orders.append(order)
+
+    def next(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
+        """Run the oldest order to its end."""
+        if not self._orders:
+            return None
+        order = self._orders.pop(0)
+        return order.number, self._desk.do(order.task, order.args)
+
+    def stop(self) -> None:
+        """Forget what was queued."""
+        self._orders.clear()
+
+
+def open_pool(workload: Workload, folder: Path, seed: int) -> Pool:
+    """Processes when the workload has a reference that they can load, else the caller's own process."""
+    if workload.reference is None:
+        return InlinePool(workload, folder, seed)
+    return ProcessPool(workload.reference, folder, seed, cores())
+
+
+def cores() -> int:
+    """How many workers this machine carries: the cores that this process may use, at most eight."""
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, usable))

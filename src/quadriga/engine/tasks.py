@@ -1,0 +1,212 @@
+"""What a worker does: probe a recipe's cost, or train it and measure its quality. Plain data in and out."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from quadriga import runtime
+from quadriga.core.batch import Tree, call
+from quadriga.core.errors import BadInput, Diverged, NotApplicable
+from quadriga.core.recipe import Recipe
+from quadriga.core.trial import Status
+from quadriga.core.workload import Workload
+from quadriga.engine.walk import Walked, walk
+from quadriga.measure.arm import load_folder
+from quadriga.measure.flops import flops as forward_flops
+from quadriga.measure.latency import quick
+from quadriga.measure.quality import score
+from quadriga.measure.size import parameters, weight_bytes
+from quadriga.train.loop import fit
+from quadriga.verify.equal import equal
+
+Progress = Callable[[dict[str, Any]], None]
+Run = Callable[[Tree], Tree]
+
+
+class Desk:
+    """One worker's place: the workload, and the reference that latencies are measured against in turn.
+
+    Args:
+        workload: loaded once.
+        folder: the study's folder; checkpoints, builds and scores are kept below it.
+        seed: of every trial.
+        progress: called with plain data while a task runs.
+    """
+
+    def __init__(self, workload: Workload, folder: Path, seed: int, progress: Progress | None = None) -> None:
+        self.workload, self.folder, self.seed, self.progress = workload, folder, seed, progress
+        self._reference: Run | None = None
+
+    def do(self, task: str, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Carry out a task by name; every way to fail is a plain record with `status` and `reason`."""
+        recipe = Recipe.from_plain(args.get("recipe", []))
+        try:
+            return {"status": Status.COMPLETE, **getattr(self, f"_{task}")(recipe, args)}
+        except NotApplicable as refusal:
+            step = getattr(refusal, "__notes__", [None])[-1]
+            return {"status": Status.REFUSED, "reason": refusal.reason, "remedy": refusal.remedy, "step": step}
+        except Diverged as error:
+            return {"status": Status.DIVERGED, "reason": str(error)}
+        except BadInput as error:
+            return {"status": Status.CRASHED, "reason": str(error), "bad_input": [error.problem, error.remedy]}
+        except MemoryError as error:
+            return {"status": Status.OUT_OF_MEMORY, "reason": f"out of memory: {error}"}
+        except RuntimeError as error:
+            memory = "not enough memory" in str(error) or "out of memory" in str(error)
+            return {"status": Status.OUT_OF_MEMORY if memory else Status.CRASHED, "reason": _brief(error)}
+        except Exception as error:  # a trial's crash is a result; the search goes on
+            return {"status": Status.CRASHED, "reason": _brief(error)}
+        finally:
+            gc.collect()
+
+    def _cost(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Bytes, parameters and speed of a recipe whose train steps are skipped; its weights are not trained."""
+        walked = walk(self.workload, recipe, seed=self.seed, store=None)
+        return {"values": self._measure(walked, args)}
+
+    def _measure(self, walked: Walked, args: Mapping[str, Any]) -> dict[str, float]:
+        model = walked.setup.model.eval()
+        values = {"parameters": float(parameters(model))}
+        run, size = self._executable(walked, f"cost-{args['hash']}", keep=False)
+        values["bytes"] = float(size)
+        for batch in args["batches"]:
+            values[f"speed/{batch}"] = self._speed(run, batch, args.get("seconds", 0.3))
+        return values
+
+    def _executable(self, walked: Walked, name: str, *, keep: bool) -> tuple[Run, int]:
+        folder = self.folder / "built" / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        setup = walked.setup
+        try:
+            built = runtime.build(setup.model.eval(), setup.runtime, setup.context, folder)
+        except NotApplicable:
+            if setup.runtime.name != "eager":
+                raise
+            return _Live(runtime.prepare(setup.model.eval(), setup.runtime)), weight_bytes(setup.model)
+        run = built.run()
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
+        return run, built.bytes
+
+    def _speed(self, run: Run, batch: int, seconds: float) -> float:
+        """How many times faster than the unchanged eager model, blocks in turn; for ranking, not for claims."""
+        inputs = self.workload.inputs(batch)
+        reference = self._reference or self._eager()
+        ratios = []
+        with torch.inference_mode():
+            for _ in range(5):
+                slow, fast = (quick(r, inputs, seconds=seconds / 10) for r in (reference, run))
+                ratios.append(slow / fast)
+        return median(ratios)
+
+    def _eager(self) -> Run:
+        model = self.workload.build(self.seed).eval()
+        self._reference = lambda inputs: call(model, inputs)
+        return self._reference
+
+    def _eager_variant(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Speed of the unchanged model in eager PyTorch under a runtime specification."""
+        setup = walk(self.workload, recipe, seed=self.seed, store=None).setup
+        threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
+        try:
+            run = runtime.prepare(setup.model.eval(), setup.runtime)
+            speeds = {f"speed/{b}": self._speed(run, b, args.get("seconds", 0.3)) for b in args["batches"]}
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(matmul)
+        return {"values": speeds, "spec": asdict(setup.runtime)}
+
+    def _train(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Train, realise, and measure quality on val through the very runtime that the recipe names."""
+        walked = self._walk(recipe, args)
+        run, size = self._executable(walked, f"train-{args['hash']}", keep=False)
+        scores = self._scored(run, "val", f"{args['hash']}.npz")
+        model = walked.setup.model
+        values = {
+            "quality": scores["quality"], "samples": float(walked.samples), "seconds": walked.seconds,
+            "bytes": float(size), "parameters": float(parameters(model)),
+            "train_flops": 3.0 * walked.samples * forward_flops(model, self.workload.inputs(1)),
+        }  # fmt: skip
+        return {"values": values, "info": {"scores": scores["path"], "checkpoint": _name(walked)}}
+
+    def _walk(self, recipe: Recipe, args: Mapping[str, Any]) -> Walked:
+        teacher = Path(args["teacher"]) if args.get("teacher") else None
+        store = self.folder / "checkpoints"
+        return walk(self.workload, recipe, seed=self.seed, store=store, teacher=teacher, progress=self.progress)
+
+    def _scored(self, run: Run, split: str, name: str) -> dict[str, Any]:
+        with torch.inference_mode():
+            scores = score(run, getattr(self.workload, split), self.workload.metric, 256)
+        path = self.folder / "scores" / name
+        scores.save(path)
+        return {"quality": scores.value, "path": str(path.relative_to(self.folder))}
+
+    def _pace(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Seconds that a recipe's training will take, going by a few steps."""
+        first = next(i for i, s in enumerate(recipe.steps) if s.is_train)
+        setup = walk(self.workload, Recipe(recipe.steps[:first]), seed=self.seed, store=None).setup
+        size = setup.training.batch_size
+        few = min(len(self.workload.train), 4 * size)
+        fit(setup, self.workload.train, epochs=few / len(self.workload.train), seed=self.seed)
+        outcome = fit(setup, self.workload.train, epochs=2 * few / len(self.workload.train), seed=self.seed)
+        epochs = sum(s.fields.get("epochs", 10) for s in recipe.steps if s.is_train)
+        return {"values": {"seconds": outcome.seconds / outcome.samples * epochs * len(self.workload.train)}}
+
+    def _build(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Realise an untrained recipe in a folder that stays, for timing."""
+        self._executable(walk(self.workload, recipe, seed=self.seed, store=None), args["name"], keep=True)
+        return {"values": {}}
+
+    def _realize(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Realise a trained recipe in a folder that stays, and compare it with the model that it came from."""
+        walked = self._walk(recipe, args)
+        run, size = self._executable(walked, args["name"], keep=True)
+        setup = walked.setup
+        if setup.runtime.quant is None and not isinstance(run, _Live):
+            largest = max(args["batches"])
+            found = equal(lambda x: call(setup.model, x), run, self.workload.inputs(largest), batches=(1, 2, largest))
+            if not found.holds:
+                raise NotApplicable(f"the exported model differs from the trained one: {found.failures[0]}", "use another runtime")
+        return {"values": {"bytes": float(size), "parameters": float(parameters(setup.model)), "samples": float(walked.samples),
+                           "seconds": walked.seconds}, "info": {"checkpoint": _name(walked), "live": isinstance(run, _Live)}}  # fmt: skip
+
+    def _score(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Quality of a realised folder, or of a trained recipe as eager PyTorch runs it, on a split."""
+        if args.get("folder"):
+            run = load_folder(self.folder / args["folder"])
+        else:
+            model = self._walk(recipe, args).setup.model.eval()
+            run = lambda inputs: call(model, inputs)  # noqa: E731
+        scores = self._scored(run, args["split"], f"{args['split']}-{args['name']}.npz")
+        return {"values": {"quality": scores["quality"]}, "info": {"scores": scores["path"]}}
+
+    def _hello(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        return {"values": {}}
+
+
+class _Live:
+    """A model that cannot be exported, run as it is; the bytes of its weights stand for its file."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+
+    def __call__(self, inputs: Tree) -> Tree:
+        return self.run(inputs)
+
+
+def _name(walked: Walked) -> str | None:
+    return walked.checkpoint.name if walked.checkpoint else None
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:300]}"

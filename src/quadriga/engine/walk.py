@@ -1,0 +1,173 @@
+"""Walk a recipe from top to bottom: apply its methods, carry out its train steps or take them from checkpoints."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from quadriga.core.batch import tensors
+from quadriga.core.errors import NotApplicable
+from quadriga.core.method import Family, Method
+from quadriga.core.recipe import Recipe
+from quadriga.core.setup import Factors, Schedule, Setup
+from quadriga.core.workload import Workload
+from quadriga.methods import build
+from quadriga.train.checkpoint import load_model
+from quadriga.train.gradients import mean_gradients
+from quadriga.train.loop import fit
+
+
+@dataclass(frozen=True)
+class Walked:
+    """The end of a walk.
+
+    Args:
+        setup: the finished setup; its model is trained if the recipe trains.
+        samples: training examples seen, over all train steps, cached ones included.
+        seconds: of training, cached steps included.
+        checkpoint: folder of the last train step, or None.
+    """
+
+    setup: Setup
+    samples: int
+    seconds: float
+    checkpoint: Path | None
+
+
+def walk(
+    workload: Workload,
+    recipe: Recipe,
+    *,
+    seed: int,
+    store: Path | None,
+    teacher: Path | None = None,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+) -> Walked:
+    """Apply every step of a recipe to a fresh setup.
+
+    Train steps are kept under `store` by the hash of (workload, seed, prefix), so that recipes with a common
+    prefix share its training and a killed step goes on where it was. Without a store nothing is trained: the
+    walk is a cost probe, which grants TRAINED and can never be verified.
+
+    Args:
+        teacher: checkpoint of the trained baseline, for methods that require TEACHER.
+
+    Raises:
+        NotApplicable: a method refuses; Diverged: the loss is not finite.
+    """
+    methods: list[Method | None] = [None if s.is_train else build(s) for s in recipe.steps]
+    setup = _start(workload, seed, methods, teacher, probe=store is None)
+    samples, seconds, last = 0, 0.0, None
+    for index, step in enumerate(recipe.steps):
+        method = methods[index]
+        if method is not None:
+            try:
+                setup = _apply(method, setup)
+            except NotApplicable as refusal:
+                refusal.add_note(step.method)  # which step it was, for those who may leave it out
+                raise
+            continue
+        if "TRAIN_DATA" not in setup.traits:
+            raise NotApplicable("train requires TRAIN_DATA", "give the workload training data")
+        going_on = bool(step.fields.get("continue", False))
+        if going_on and last is None and store is not None:
+            raise NotApplicable("train has nothing to continue", "put a train step without continue before it")
+        if store is not None:
+            folder = store / prefix_key(workload, recipe, index, seed)
+            outcome = fit(
+                setup, workload.train, epochs=step.fields.get("epochs", 10), seed=seed,
+                start=last if going_on else None, checkpoint=folder, progress=progress,
+            )  # fmt: skip
+            samples, seconds, last = samples + outcome.samples, seconds + outcome.seconds, folder
+        setup = _after_train(setup, workload, keep=_continues(recipe, index))
+    return Walked(setup, samples, seconds, last)
+
+
+def _start(workload: Workload, seed: int, methods: list[Method | None], teacher: Path | None, *, probe: bool) -> Setup:
+    services: dict[str, Any] = {}
+    if any(m is not None and "TEACHER" in m.requires for m in methods) and (teacher is not None or probe):
+        model = workload.build(seed)
+        if teacher is not None and not probe:
+            load_model(teacher, model)
+        services["teacher"] = model.eval().requires_grad_(False)
+    setup = Setup.of(workload, seed, **services)
+    loss, batches = workload.loss, setup.context.calibration
+    context = replace(setup.context, gradients=lambda model: mean_gradients(model, loss, batches))
+    return replace(setup, context=context)
+
+
+def _apply(method: Method, setup: Setup) -> Setup:
+    ties = _ties(setup.model) if method.family is Family.STRUCTURE else set()
+    after = method(setup)
+    if method.family is Family.STRUCTURE and "TIED" in after.traits and ties and not _ties(after.model):
+        raise NotApplicable(f"{method.name} breaks the tie of {' and '.join(sorted(ties)[0])}", "leave these layers out")
+    return after
+
+
+def _ties(model: nn.Module) -> set[tuple[str, ...]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return {tuple(sorted(group)) for group in names.values() if len(group) > 1}
+
+
+def _continues(recipe: Recipe, index: int) -> bool:
+    following = next((s for s in recipe.steps[index + 1 :] if s.is_train), None)
+    return following is not None and bool(following.fields.get("continue", False))
+
+
+def _after_train(setup: Setup, workload: Workload, *, keep: bool) -> Setup:
+    if not keep:
+        return setup.reset_training(workload)
+    training = replace(setup.training, schedules=_held(setup.training.schedules))
+    optimizer = replace(setup.optimizer, schedules=_held(setup.optimizer.schedules))
+    return replace(setup, training=training, optimizer=optimizer, traits=setup.traits | {"TRAINED"})
+
+
+def _held(schedules: tuple[Schedule, ...]) -> tuple[Schedule, ...]:
+    """Schedules of a finished step stay where they ended, while new ones start at 0."""
+    end = Factors()
+    for schedule in schedules:
+        end = end * schedule(1.0)
+    return (lambda progress: end,) if schedules else ()
+
+
+def prefix_key(workload: Workload, recipe: Recipe, index: int, seed: int) -> str:
+    """Name of the checkpoint of train step `index`: a hash of all that decides its weights."""
+    steps = Recipe(recipe.steps[: index + 1]).plain()
+    text = json.dumps([workload_key(workload), seed, steps], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_keys: dict[int, tuple[Workload, str]] = {}
+
+
+def workload_key(workload: Workload) -> str:
+    """A content hash: name, sizes of the splits, some of their rows, and the untrained model's weights."""
+    known = _keys.get(id(workload))
+    if known is None or known[0] is not workload:
+        known = _keys[id(workload)] = (workload, _content(workload))
+    return known[1]
+
+
+def _content(workload: Workload) -> str:
+    digest = hashlib.sha256(f"{workload.name} {workload.batch_size} {workload.metric.name}".encode())
+    for split in (workload.train, workload.val, workload.test):
+        if split is None:
+            continue
+        digest.update(str(len(split)).encode())
+        rows = split.batch(torch.linspace(0, len(split) - 1, min(8, len(split))).long())
+        for tensor in tensors(rows.inputs) + tensors(rows.target):
+            digest.update(tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    for name, tensor in workload.build(0).state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+

@@ -1,0 +1,52 @@
+"""A worker process: reads tasks as JSON lines, answers as JSON lines, dies with its driver.
+
+Started as `python -m quadriga.engine.worker SPEC`, where SPEC is JSON with workload, folder, seed and threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere a closed pipe ends it)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def main(spec: dict[str, Any]) -> None:
+    """Serve tasks until standard input closes."""
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
+    replies = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what user code prints must not mix with the replies
+
+    import torch
+
+    from quadriga.engine.tasks import Desk
+    from quadriga.workloads import load
+
+    torch.set_num_threads(spec["threads"])
+
+    def send(message: dict[str, Any]) -> None:
+        replies.write(json.dumps(message) + "\n")
+
+    desk = None
+    for line in sys.stdin:
+        order = json.loads(line)
+        if desk is None:
+            desk = Desk(load(spec["workload"]), Path(spec["folder"]), spec["seed"])
+        desk.progress = lambda event, number=order["number"]: send({"number": number, "progress": event})
+        send({"number": order["number"], "result": desk.do(order["task"], order["args"])})
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

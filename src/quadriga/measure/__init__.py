@@ -1,0 +1,1 @@
+"""Latency, memory, size, work and quality of a model, with their uncertainty."""

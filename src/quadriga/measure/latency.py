@@ -1,0 +1,173 @@
+"""Latency: paired, every arm in its own process and timed in turn; or quick, for ranking only."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quadriga.core.batch import Tree
+from quadriga.measure.process import Arm, ArmFailed, Process
+from quadriga.measure.timings import Blocks, Timings
+from quadriga.measure.tree import save_tree
+
+Launch = Callable[[str, Mapping[str, Any], Path], Arm]
+LEAST_RESTARTS = 4  # below, a 99 % interval over restarts says nothing
+
+
+def quick(
+    run: Callable[[Tree], Any], inputs: Tree, *, seconds: float = 0.2, clock: Callable[[], float] = time.perf_counter
+) -> float:
+    """Median seconds per call in this process, for ranking candidates; no claim rests on it.
+
+    Args:
+        run: called with the inputs.
+        inputs: one batch.
+        seconds: how long to measure; at least five calls after two untimed ones.
+        clock: in seconds.
+    """
+    for _ in range(2):
+        run(inputs)
+    times: list[float] = []
+    start = clock()
+    while len(times) < 5 or clock() - start < seconds:
+        before = clock()
+        run(inputs)
+        times.append(clock() - before)
+    return statistics.median(times)
+
+
+def write_inputs(inputs: Mapping[int, Tree], folder: Path) -> dict[str, str]:
+    """Write each batch's inputs once, for all arms to read; batch → file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for batch, tree in inputs.items():
+        path = folder / f"inputs_{batch}.safetensors"
+        save_tree(path, tree)
+        files[str(batch)] = str(path)
+    return files
+
+
+def arm_spec(arm: Mapping[str, Any], files: Mapping[str, str]) -> dict[str, Any]:
+    """What an arm's process is told first."""
+    return {"arm": dict(arm), "inputs": dict(files)}
+
+
+def paired(
+    arms: Mapping[str, Mapping[str, Any]],
+    inputs: Mapping[int, Tree],
+    *,
+    restarts: int = 8,
+    blocks: int = 10,
+    block_seconds: float = 0.1,
+    folder: Path,
+    launch: Launch = Process,
+    budget: float | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    seed: int = 0,
+    timeout: float = 300.0,
+) -> Timings:
+    """Time arms against each other so that they do not disturb each other.
+
+    In each restart every arm gets a fresh process; all load, then wait blocked on a pipe with spinning off. Block by
+    block each arm is timed alone while the others sleep, in an order that rotates, so that the machine's slow changes
+    fall on all alike. Restarts are the unit that `Timings.ratio` takes its interval over. (Calls interleaved in one
+    process doubled eager's time here: the runtimes' threads spin against each other.)
+
+    Args:
+        arms: by name, {"kind": "folder", "path"} or {"kind": "eager", "workload", "checkpoint", "recipe", "spec"}.
+        inputs: for each batch size, the inputs tree.
+        restarts: fresh processes per arm; 6 to 12.
+        blocks: per restart, arm and batch size.
+        block_seconds: a block has as many calls as last this long, counted once per arm and batch after warm-up.
+        folder: for the inputs and the arms' standard error.
+        launch: (name, spec, folder) → Arm; tests inject simulated ones.
+        budget: seconds; no restart is begun that would overrun it, once four are done.
+        clock: in seconds, for the budget.
+        seed: of the order.
+        timeout: seconds that an arm may take to answer; then it is killed.
+
+    Returns:
+        Timings; an arm that crashed or hung has an entry in `errors`, and the others went on.
+    """
+    files = write_inputs(inputs, folder)
+    specs = {name: arm_spec(arm, files) for name, arm in arms.items()}
+    session = _Session(Timings.empty(list(inputs), list(arms), restarts), launch, folder, blocks, block_seconds, timeout)
+    order, start, longest = random.Random(seed), clock(), 0.0
+    for number in range(restarts):
+        began = clock()
+        if budget is not None and number >= LEAST_RESTARTS and began - start + longest > budget:
+            break
+        alive = [name for name in specs if name not in session.timings.errors]
+        if not alive:
+            break
+        order.shuffle(alive)
+        session.restart({name: specs[name] for name in alive})
+        session.timings.restarts += 1
+        longest = max(longest, clock() - began)
+    return session.timings
+
+
+@dataclass
+class _Session:
+    """What stays the same over the restarts of one `paired`, and the processes of the present one."""
+
+    timings: Timings
+    launch: Launch
+    folder: Path
+    blocks: int
+    block_seconds: float
+    timeout: float
+    calls: dict[tuple[str, int], int] = field(default_factory=dict)
+    arms: dict[str, Arm] = field(default_factory=dict)
+
+    def restart(self, specs: Mapping[str, Mapping[str, Any]]) -> None:
+        """Start all arms, time all blocks, keep the times of the arms that came through, end all arms."""
+        self.arms = {}
+        try:
+            for name, spec in specs.items():  # all load at the same time
+                self.arms[name] = self.launch(name, spec, self.folder)
+            times = self._time()
+            for name in list(self.arms):
+                if facts := self._ask(name, {"do": "end"}):
+                    self.timings.add(name, times[name], facts)
+        finally:
+            for arm in self.arms.values():
+                arm.close()
+
+    def _time(self) -> dict[str, dict[int, Blocks]]:
+        batches = self.timings.batches
+        for name in list(self.arms):
+            self._ask(name, {"do": "ready"})
+        for name, batch in [(name, batch) for name in self.arms for batch in batches]:
+            if answer := self._ask(name, {"do": "warm", "batch": batch, "seconds": self.block_seconds}):
+                self.calls.setdefault((name, batch), int(answer["calls"]))
+        times: dict[str, dict[int, Blocks]] = {name: {batch: [] for batch in batches} for name in self.arms}
+        names = list(self.arms)
+        for number in range(self.blocks):
+            turn = number % max(len(names), 1)
+            for batch in batches:
+                for name in names[turn:] + names[:turn]:
+                    self._block(name, batch, times)
+        return times
+
+    def _block(self, name: str, batch: int, times: dict[str, dict[int, Blocks]]) -> None:
+        if name not in self.arms:  # it failed earlier in this restart
+            return
+        if answer := self._ask(name, {"do": "block", "batch": batch, "calls": self.calls[name, batch]}):
+            times[name][batch].append((float(answer["wall"]), float(answer["cpu"])))
+
+    def _ask(self, name: str, command: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """The answer; or None, and the arm is out, with the reason recorded."""
+        if name not in self.arms:
+            return None
+        try:
+            return self.arms[name].ask(command, self.timeout)
+        except ArmFailed as error:
+            self.timings.errors[name] = str(error)
+            self.arms.pop(name).close()
+            return None

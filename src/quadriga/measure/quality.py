@@ -1,0 +1,259 @@
+"""Quality of a model on a split, kept per example so that two models can be compared in pairs."""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from quadriga.core.batch import Batch, Tree, call, tensors, tree_map
+from quadriga.core.data import Data
+from quadriga.core.errors import BadInput
+from quadriga.core.files import atomic_write
+from quadriga.core.metric import Metric
+from quadriga.measure.tree import flatten, unflatten
+
+Array = NDArray[np.float64]
+MORE = "check the metric on this example"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What one model reached on one split.
+
+    Args:
+        values: [n] per example, unscaled; None for a metric of the whole set.
+        weights: [n]; None for a metric of the whole set.
+        predictions: [n] discrete predictions, or None where the metric has none per example.
+        value: of the split, in the metric's unit.
+        seconds: that the model took, without data and metric.
+        outputs, targets: of the whole split, for a metric of the whole set; else None.
+    """
+
+    values: Array | None
+    weights: Array | None
+    predictions: NDArray[np.int64] | None
+    value: float
+    seconds: float = 0.0
+    outputs: Tree = None
+    targets: Tree = None
+
+    def __len__(self) -> int:
+        return len(self.values) if self.values is not None else len(tensors(self.outputs)[0])
+
+    def plain(self) -> dict[str, Any]:
+        """The numbers of the whole, as JSON data; the examples go into `save`."""
+        return {"value": self.value, "n": len(self), "seconds": self.seconds}
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one `.npz` file, atomically."""
+        leaves, structure = flatten((self.outputs, self.targets))
+        arrays = {f"tree{i}": (t.float() if t.dtype == torch.bfloat16 else t).numpy() for i, t in enumerate(leaves)}
+        arrays |= {k: v for k in ("values", "weights", "predictions") if (v := getattr(self, k)) is not None}
+        facts = json.dumps({"value": self.value, "seconds": self.seconds, "structure": structure})
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, facts=np.array(facts), **arrays)
+        atomic_write(path, buffer.getvalue())
+
+    @classmethod
+    def load(cls, path: str | Path) -> Scores:
+        """Read back what `save` wrote.
+
+        Raises:
+            BadInput: the file is missing or damaged.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                facts = json.loads(str(file["facts"]))
+                count = sum(name.startswith("tree") for name in file.files)
+                leaves = [torch.from_numpy(file[f"tree{i}"]) for i in range(count)]
+                arrays = {k: file[k] if k in file.files else None for k in ("values", "weights", "predictions")}
+        except (OSError, ValueError, KeyError) as error:
+            raise BadInput(f"{path} holds no scores: {error}", "score the model again") from error
+        outputs, targets = unflatten(leaves, facts["structure"])
+        return cls(**arrays, value=facts["value"], seconds=facts["seconds"], outputs=outputs, targets=targets)
+
+
+def score(run: Callable[[Tree], Tree], data: Data, metric: Metric, batch_size: int = 256) -> Scores:
+    """Evaluate a model on every example of a split, once and in order.
+
+    Args:
+        run: inputs tree → outputs tree; an `nn.Module` is called in eval mode and left as it was.
+        data: the split; its last batch may be smaller.
+        metric: with `examples`, or with `whole`, which may also return [n] values: then it is called batch by batch,
+            otherwise once on all outputs.
+        batch_size: examples per call.
+
+    Raises:
+        BadInput: the metric raised, or returned NaN, infinity, a string, or another number of values than examples.
+    """
+    with torch.inference_mode(), _evaluating(run) as model:
+        batches = _outputs(model, data, batch_size)
+        first, output, seconds = next(batches)
+        if metric.examples is not None or _per_example(metric, output, first):
+            return _score_examples(metric, _chain((first, output, seconds), batches))
+        return _score_whole(metric, _chain((first, output, seconds), batches))
+
+
+Item = tuple[Batch, Tree, float]
+
+
+def _score_examples(metric: Metric, items: Iterator[Item]) -> Scores:
+    values, weights, predictions, total = [], [], [], 0.0
+    for batch, output, seconds in items:
+        v, w = _examples(metric, output, batch)
+        values.append(v)
+        weights.append(w)
+        if metric.predict is not None and (p := metric.predict(output)).dim() == 1 and len(p) == len(batch):
+            predictions.append(p.cpu().numpy().astype(np.int64))
+        total += seconds
+    value, weight = np.concatenate(values), np.concatenate(weights)
+    if not weight.sum() > 0 or (weight < 0).any():
+        raise BadInput(f'the metric "{metric.name}" gave weights that sum to {weight.sum():g}', "weights are positive")
+    predicted = np.concatenate(predictions) if len(predictions) == len(values) else None
+    return Scores(value, weight, predicted, metric.scale * float((weight * value).sum() / weight.sum()), total)
+
+
+def _score_whole(metric: Metric, items: Iterator[Item]) -> Scores:
+    outputs, targets, predictions, total = [], [], [], 0.0
+    for batch, output, seconds in items:
+        outputs.append(tree_map(lambda t: t.cpu(), output))
+        targets.append(tree_map(lambda t: t.cpu(), batch.target))
+        if metric.predict is not None and (p := metric.predict(output)).dim() == 1 and len(p) == len(batch):
+            predictions.append(p.cpu().numpy().astype(np.int64))
+        total += seconds
+    output, target = join(outputs), join(targets)
+    value = metric.scale * whole_value(metric, output, target)
+    return Scores(
+        None, None, np.concatenate(predictions) if len(predictions) == len(outputs) else None, value, total, output, target
+    )
+
+
+def whole_value(metric: Metric, outputs: Tree, targets: Tree) -> float:
+    """The number that a set metric gives, unscaled.
+
+    Raises:
+        BadInput: it raised, or the result is no finite number.
+    """
+    assert metric.whole is not None
+    with _blaming(metric, "all examples"):
+        result = metric.whole(outputs, targets)
+    if isinstance(result, Tensor | np.ndarray) and np.ndim(result) == 0:
+        result = result.item()
+    if isinstance(result, bool) or not isinstance(result, int | float | np.number):
+        raise BadInput(f'the metric "{metric.name}" returned {_short(result)}', "return one number, or one per example")
+    if not np.isfinite(result):
+        raise BadInput(f'the metric "{metric.name}" returned {float(result)} on all examples', "it has to be finite")
+    return float(result)
+
+
+def join(trees: list[Tree]) -> Tree:
+    """Concatenate batches of trees along dimension 0; mappings keep their type (a `ModelOutput` stays one).
+
+    Raises:
+        BadInput: shapes differ between batches, so that they cannot be joined.
+    """
+    first = trees[0]
+    if isinstance(first, Tensor):
+        try:
+            return torch.cat(trees) if first.dim() else torch.stack(trees)
+        except RuntimeError as error:
+            raise BadInput(
+                f"outputs of different batches cannot be joined: {error}", "pad them, or return [n] values"
+            ) from error
+    if isinstance(first, Mapping):
+        joined = {k: join([t[k] for t in trees]) for k in first}
+        return joined if type(first) is dict else type(first)(**joined)
+    if isinstance(first, tuple | list):
+        return tuple(join(list(parts)) for parts in zip(*trees, strict=True))
+    return first
+
+
+def _outputs(run: Callable[[Tree], Tree], data: Data, batch_size: int) -> Iterator[Item]:
+    for batch in data.batches(batch_size):
+        start = time.perf_counter()
+        output = run(batch.inputs)
+        yield batch, output, time.perf_counter() - start
+
+
+def _chain(first: Item, rest: Iterator[Item]) -> Iterator[Item]:
+    yield first
+    yield from rest
+
+
+@contextmanager
+def _evaluating(run: Callable[[Tree], Tree]) -> Iterator[Callable[[Tree], Tree]]:
+    """A module as a callable on trees, in eval mode meanwhile; other callables as they are."""
+    if not isinstance(run, nn.Module):
+        yield run
+        return
+    modes = {module: module.training for module in run.modules()}
+    run.eval()
+    try:
+        yield lambda inputs: call(run, inputs)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
+def _blaming(metric: Metric, where: str) -> Iterator[None]:
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f'the metric "{metric.name}" raised {type(error).__name__}: {error} on {where}', MORE) from error
+
+
+def _where(batch: Batch) -> str:
+    return f"examples {int(batch.index[0])} to {int(batch.index[-1])}"
+
+
+def _per_example(metric: Metric, output: Tree, batch: Batch) -> bool:
+    """Whether a user's callable returns [n] values; what it raises on one batch may be right on the whole set."""
+    assert metric.whole is not None
+    try:
+        result = metric.whole(output, batch.target)
+    except Exception:
+        return False
+    return isinstance(result, Tensor | np.ndarray | list | tuple) and np.ndim(result) == 1 and len(result) == len(batch)
+
+
+def _examples(metric: Metric, output: Tree, batch: Batch) -> tuple[Array, Array]:
+    """Checked values and weights of one batch."""
+    with _blaming(metric, _where(batch)):
+        if metric.examples is not None:
+            values, weights = metric.examples(output, batch)
+        else:
+            values = metric.whole(output, batch.target)  # type: ignore[misc]
+            weights = np.ones(len(batch))
+    return _numbers(metric, values, batch, "values"), _numbers(metric, weights, batch, "weights")
+
+
+def _numbers(metric: Metric, given: Any, batch: Batch, what: str) -> Array:
+    try:
+        array = np.asarray(given.detach().cpu().double() if isinstance(given, Tensor) else given, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise BadInput(f'the metric "{metric.name}" returned {_short(given)} as {what}', "return numbers") from error
+    if isinstance(given, str) or array.shape != (len(batch),):
+        text = f'the metric "{metric.name}" returned {what} of shape {list(array.shape)} for {len(batch)} examples'
+        raise BadInput(text, "return one number per example")
+    if not np.isfinite(array).all():
+        place = int(np.flatnonzero(~np.isfinite(array))[0])
+        raise BadInput(f'the metric "{metric.name}" returned {array[place]} for example {int(batch.index[place])}', MORE)
+    return array
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:60]

@@ -1,0 +1,171 @@
+"""Where the time goes, layer by layer, and how far each layer is from what this machine can do."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from quadriga.core.batch import Tree, call, tensors
+from quadriga.measure.flops import evaluating, flops, formulas
+from quadriga.measure.size import parameters
+
+REST = "(between layers)"
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this machine reaches: floating-point operations and copied bytes per second."""
+
+    flops: float
+    bytes: float
+
+
+@lru_cache(maxsize=8)
+def ceilings(threads: int | None = None, seconds: float = 0.1) -> Ceilings:
+    """Measure the ceilings with the present settings: a float32 product of 512×512 matrices, a copy of 64 MB.
+
+    They are the best that PyTorch reaches, not the data sheet's figures; a layer can exceed them, as when its data
+    stay in the cache.
+
+    Args:
+        threads: only a key: the figures hold for one thread count; None is the present one.
+        seconds: for each of the two.
+    """
+    a, b, out = (torch.randn(512, 512) for _ in range(3))
+    source, target = torch.zeros(16_000_000), torch.zeros(16_000_000)
+    with torch.no_grad():
+        product = _best(lambda: torch.mm(a, b, out=out), seconds)
+        copy = _best(lambda: target.copy_(source), seconds)
+    return Ceilings(2 * 512**3 / product, 2 * source.nbytes / copy)  # read once, written once
+
+
+def _best(run: Callable[[], object], seconds: float) -> float:
+    times: list[float] = []
+    start = time.perf_counter()
+    while len(times) < 3 or time.perf_counter() - start < seconds:
+        before = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - before)
+    return min(times)
+
+
+@dataclass
+class _Layer:
+    """Sums over one forward pass, filled by hooks."""
+
+    kind: str
+    parameters: int
+    seconds: list[float] = field(default_factory=list)  # one per repeat
+    bytes: int = 0
+    flops: int = 0
+    started: float = 0.0
+
+
+def profile(model: nn.Module, inputs: Tree, *, repeats: int = 20, ceiling: Ceilings | None = None) -> list[dict[str, Any]]:
+    """One row per layer without children, and one for the time between them, slowest first.
+
+    Args:
+        model: called in eval mode without gradients, and left as it was.
+        inputs: one batch.
+        repeats: forward passes that the median is taken over, after three untimed ones.
+        ceiling: of this machine; measured if None.
+
+    Returns:
+        Rows {"layer", "kind", "seconds", "share", "parameters", "flops", "bytes", "bound", "fraction"}: bytes of inputs,
+        outputs and weights, each once per call; bound is "compute" or "memory", whichever takes longer at the ceilings;
+        fraction is that time / the measured one, so 1 is the roofline. Where the bytes are unknown both are None.
+
+    Source: Williams, Waterman and Patterson 2009, Roofline, CACM 52(4).
+    """
+    ceiling = ceiling or ceilings(torch.get_num_threads())
+    layers = {name: _layer(module) for name, module in model.named_modules() if not list(module.children())}
+    counter = FlopCounterMode(display=False, custom_mapping=formulas())
+    totals: list[float] = []
+    with evaluating(model), torch.no_grad():
+        with counter, _hooks(model, layers, counter):
+            call(model, inputs)
+        for _ in range(2):
+            call(model, inputs)
+        with _hooks(model, layers, None):
+            for _ in range(repeats):
+                for layer in layers.values():
+                    layer.seconds.append(0.0)
+                start = time.perf_counter()
+                call(model, inputs)
+                totals.append(time.perf_counter() - start)
+    rest = _Layer("", 0, [total - sum(layer.seconds[i] for layer in layers.values()) for i, total in enumerate(totals)])
+    rest.parameters = max(0, parameters(model) - sum(layer.parameters for layer in layers.values()))
+    rest.flops = max(0, flops(model, inputs, batch=None) - sum(layer.flops for layer in layers.values()))
+    rows = [_row(name, layer, statistics.median(totals), ceiling) for name, layer in {**layers, REST: rest}.items()]
+    return sorted(rows, key=lambda row: -row["seconds"])
+
+
+def _layer(module: nn.Module) -> _Layer:
+    return _Layer(type(module).__name__, sum(p.numel() for p in module.parameters()))
+
+
+def _row(name: str, layer: _Layer, total: float, ceiling: Ceilings) -> dict[str, Any]:
+    seconds = max(0.0, statistics.median(layer.seconds)) if layer.seconds else 0.0
+    compute, memory = layer.flops / ceiling.flops, layer.bytes / ceiling.bytes
+    known = layer.bytes > 0
+    return {
+        "layer": name or "(model)",
+        "kind": layer.kind,
+        "seconds": seconds,
+        "share": seconds / total if total > 0 else 0.0,
+        "parameters": layer.parameters,
+        "flops": layer.flops,
+        "bytes": layer.bytes,
+        "bound": ("compute" if compute > memory else "memory") if known else None,
+        "fraction": max(compute, memory) / seconds if known and seconds > 0 else None,
+    }
+
+
+@contextmanager
+def _hooks(model: nn.Module, layers: Mapping[str, _Layer], counter: FlopCounterMode | None) -> Iterator[None]:
+    """Count every layer's forward meanwhile, or clock it if there is no counter."""
+    handles = []
+    for name, module in model.named_modules():
+        if name in layers:
+            before, after = _clocks(layers[name]) if counter is None else _counters(layers[name], counter)
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True, prepend=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _clocks(layer: _Layer) -> tuple[Callable[..., None], Callable[..., None]]:
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        layer.started = time.perf_counter()
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        layer.seconds[-1] += time.perf_counter() - layer.started
+
+    return before, after
+
+
+def _counters(layer: _Layer, counter: FlopCounterMode) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Bytes that a call moves, and the FLOPs that the counter saw meanwhile."""
+    seen = [0]
+
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        seen[0] = counter.get_total_flops()
+
+    def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        layer.flops += int(counter.get_total_flops() - seen[0])
+        moved = [*tensors((args, kwargs, output)), *module.parameters(recurse=False)]
+        layer.bytes += sum(t.numel() * t.element_size() for t in moved)
+
+    return before, after

@@ -1,0 +1,1 @@
+"""Optimizer methods: how a gradient becomes an update."""

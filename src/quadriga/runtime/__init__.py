@@ -1,0 +1,132 @@
+"""How a finished model executes: one file a runtime, one call shape.
+
+A runtime is a module of this folder with `NAME`, `probe() -> Probe` and `write(capture, spec, folder) -> dict`;
+adding one touches its file and the loader in `standalone.py`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import shutil
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from quadriga.core.batch import Tree, call, tree_map
+from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
+from quadriga.core.files import atomic_write, write_json
+from quadriga.core.setup import Context, RuntimeSpec
+from quadriga.runtime import standalone
+from quadriga.runtime._types import Built, Probe
+
+__all__ = ["Built", "Probe", "build", "open_built", "prepare", "probe"]
+
+
+@cache
+def _modules() -> dict[str, ModuleType]:
+    names = [m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_") and m.name != "standalone"]
+    found = [importlib.import_module(f"{__name__}.{name}") for name in names]
+    return {module.NAME: module for module in found}
+
+
+def probe() -> dict[str, Probe]:
+    """Every runtime by name, and whether it can run here. Nothing heavy is imported.
+
+    Example:
+        >>> probe()["eager"].ok
+        True
+    """
+    return {name: module.probe() for name, module in sorted(_modules().items())}
+
+
+def build(
+    model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | Path, batches: Sequence[int] = (1, 64)
+) -> Built:
+    """Realise a specification: write the model's files, `load.py` and `runtime.json` into a folder.
+
+    Args:
+        model: finished; it is not changed.
+        spec: what to realise.
+        context: its example inputs give the structure, its calibration batches the ranges of int8 activations
+            and the dimensions that vary.
+        folder: is made when missing; files of the same names are replaced.
+        batches: sizes to specialise for, where the runtime can; any other size runs too.
+
+    Raises:
+        BadInput: no such runtime.
+        NotApplicable: the runtime is absent, cannot realise the specification, or the model cannot be exported;
+            the reason names the line or the layer.
+    """
+    from quadriga.runtime._capture import capture
+
+    modules = _modules()
+    if spec.name not in modules:
+        raise BadInput(f'there is no runtime "{spec.name}"', did_you_mean(spec.name, modules))
+    state = modules[spec.name].probe()
+    if not state.ok:
+        raise NotApplicable(f"{spec.name} cannot run here: {state.reason}", state.remedy)
+    if spec.device != "cpu":
+        raise NotApplicable(f"{spec.name} is built for the CPU, not for {spec.device}", 'use device = "cpu"')
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    taken = capture(model, context)
+    entry = {
+        "format": standalone.FORMAT,
+        "runtime": spec.name,
+        "threads": spec.threads,
+        "batches": sorted(set(batches)),
+        "inputs": taken.inputs,
+        "names": taken.names,
+        "outputs": taken.outputs,
+        "rank": taken.rank,
+        "quantized": [],
+        **modules[spec.name].write(taken, spec, folder),
+    }
+    write_json(folder / "runtime.json", entry)
+    atomic_write(folder / "load.py", Path(standalone.__file__).read_bytes())
+    shutil.rmtree(folder / "__pycache__", ignore_errors=True)
+    return open_built(folder, spec)
+
+
+def open_built(folder: str | Path, spec: RuntimeSpec | None = None) -> Built:
+    """The built model of a folder that `build` or an artifact wrote.
+
+    Raises:
+        quadriga.runtime.standalone.Damaged: a file is missing or unreadable.
+    """
+    folder = Path(folder)
+    entry = standalone.read_entry(folder)
+    files = ("runtime.json", *entry["files"])
+    size = sum(standalone.inside(folder, name).stat().st_size for name in files)
+    return Built(folder, spec or RuntimeSpec(entry["runtime"], entry["threads"]), entry, files, size)
+
+
+def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
+    """A live module as eager PyTorch runs it under a specification: memory format, matmul precision and threads.
+
+    The matmul precision and the threads are the process's. The model is not changed: channels-last weights are a copy.
+
+    Args:
+        model: any module.
+        spec: of the runtime eager, without quantization.
+
+    Returns:
+        inputs tree → outputs tree, in inference mode.
+    """
+    standalone.torch_settings({"matmul": spec.matmul}, spec.threads)
+    if spec.channels_last:
+        model = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    modes = model.eval()
+
+    def run(inputs: Tree) -> Any:
+        with torch.inference_mode():
+            return call(modes, tree_map(standalone.channels_last, inputs) if spec.channels_last else inputs)
+
+    return run

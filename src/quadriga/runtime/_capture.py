@@ -1,0 +1,176 @@
+"""Capture a model once: torch.export over flat tensors, with the structure of inputs and outputs as plain data."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.core.batch import Batch, Tree, call, tensors
+from quadriga.core.errors import NotApplicable
+from quadriga.core.setup import Context
+from quadriga.runtime.standalone import rebuild
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A captured model.
+
+    Args:
+        program: operations, from flat input tensors to a tuple of flat output tensors.
+        inputs, outputs: their structure: {"kind": "tensor", "index"}, "tuple" or "dict" with "items", or a "value".
+        names: of the input tensors, in order: the forward's argument names.
+        output_names: of the output tensors, in order.
+        rank: dimensions of the first output.
+        calibration: batches of inputs for int8 ranges.
+        example: the flat input tensors it was captured with.
+    """
+
+    program: torch.export.ExportedProgram
+    inputs: dict[str, Any]
+    outputs: dict[str, Any]
+    names: list[str]
+    output_names: list[str]
+    rank: int
+    calibration: tuple[Batch, ...]
+    example: tuple[Tensor, ...]
+
+
+def describe(tree: Tree, count: list[int] | None = None) -> dict[str, Any]:
+    """The structure of a tree as plain data; tensors are numbered in order.
+
+    Raises:
+        TypeError: a leaf is neither a tensor nor None, a number or a string.
+
+    Example:
+        >>> describe({"a": torch.ones(1), "b": None})["items"]["b"]
+        {'kind': 'value', 'value': None}
+    """
+    count = [0] if count is None else count
+    if isinstance(tree, Tensor):
+        count[0] += 1
+        return {"kind": "tensor", "index": count[0] - 1}
+    if isinstance(tree, Mapping):
+        return {"kind": "dict", "items": {str(k): describe(v, count) for k, v in tree.items()}}
+    if isinstance(tree, tuple | list):
+        return {"kind": "tuple", "items": [describe(v, count) for v in tree]}
+    if tree is None or isinstance(tree, bool | int | float | str):
+        return {"kind": "value", "value": tree}
+    raise TypeError(f"a {type(tree).__name__}")
+
+
+def capture(model: nn.Module, context: Context) -> Capture:
+    """Trace a model with a dynamic batch dimension; dimensions that vary between calibration batches are dynamic too.
+
+    Raises:
+        NotApplicable: it cannot be traced, its batch size is fixed, or it returns something other than tensors.
+    """
+    example = context.example
+    leaves = tuple(t.detach() for t in tensors(example))
+    inputs = describe(example)
+    flat = _Flat(model, inputs)
+    with _evaluated(model), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output = flat.output(leaves)
+        try:
+            outputs = describe(output)
+        except TypeError as error:
+            raise NotApplicable(f"the model returns {error}, which cannot be stored", "return tensors (use_cache=False)") from error
+        found = tensors(output)
+        if not found:
+            raise NotApplicable("the model returns no tensor")
+        shapes = _dynamic(leaves, context.calibration)
+        try:
+            program = torch.export.export(flat, leaves, dynamic_shapes=(shapes,), strict=False)
+        except Exception as error:  # whatever a user's forward can raise while it is traced
+            raise NotApplicable(f"the model cannot be exported: {reason(error)}", "make the forward traceable, or use eager") from error
+    for buffer in program.graph_signature.buffers_to_mutate.values():
+        raise NotApplicable(f"the model changes its buffer {buffer.removeprefix('model.')} when it runs", "make it stateless")
+    return Capture(
+        program, inputs, outputs, _input_names(model, inputs), _output_names(outputs), found[0].dim(), context.calibration, leaves
+    )
+
+
+class _Flat(nn.Module):
+    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        super().__init__()
+        self.model, self.inputs = model, inputs
+        self.training = False
+
+    def output(self, leaves: tuple[Tensor, ...]) -> Tree:
+        return call(self.model, rebuild(self.inputs, list(leaves)))
+
+    def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        return tuple(tensors(self.output(leaves)))
+
+
+@contextlib.contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _dynamic(leaves: tuple[Tensor, ...], calibration: tuple[Batch, ...]) -> tuple[dict[int, Any], ...]:
+    others = [tensors(batch.inputs) for batch in calibration]
+    batch, sizes = torch.export.Dim("batch"), []
+    for number, leaf in enumerate(leaves):
+        vary = {d for d in range(1, leaf.dim()) if any(o[number].shape[d] != leaf.shape[d] for o in others)}
+        sizes.append({0: batch, **{d: torch.export.Dim.AUTO for d in sorted(vary)}})
+    return tuple(sizes)
+
+
+def _input_names(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
+    if inputs["kind"] == "dict":
+        top = list(inputs["items"].items())
+    else:
+        parameters = [p for p in inspect.signature(model.forward).parameters.values() if p.kind != p.VAR_KEYWORD]
+        items = inputs["items"] if inputs["kind"] == "tuple" else [inputs]
+        known = [p.name for p in parameters if p.kind != p.VAR_POSITIONAL]
+        top = [(known[i] if i < len(known) else f"input_{i}", item) for i, item in enumerate(items)]
+    return [name for key, item in top for name in _leaf_names(key, item)]
+
+
+def _output_names(outputs: dict[str, Any]) -> list[str]:
+    if outputs["kind"] == "dict":
+        return [name for key, item in outputs["items"].items() for name in _leaf_names(f"out.{key}" if key == "" else key, item)]
+    return _leaf_names("output", outputs)
+
+
+def _leaf_names(key: str, item: dict[str, Any]) -> list[str]:
+    key = re.sub(r"\W", "_", key)
+    if item["kind"] == "tensor":
+        return [key]
+    if item["kind"] == "value":
+        return []
+    pairs = item["items"].items() if item["kind"] == "dict" else enumerate(item["items"])
+    return [name for k, v in pairs for name in _leaf_names(f"{key}_{k}", v)]
+
+
+def reason(error: BaseException) -> str:
+    """One line for people: what export said, and the line of the model where it happened."""
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    first = next((line for line in lines if not line.startswith(("Failed to export", "⬆", "="))), type(error).__name__)
+    if "specialized" in text and "batch" in text:
+        first = "its batch size is fixed in the code (a view or a constant)"
+    home = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(home) and "/quadriga/" not in f.filename]
+    cause = re.search(r"Caused by: \((.+?)\)", text) or re.search(r'File "([^"]+)", line (\d+), in forward', text)
+    place = ":".join(Path(g).name for g in cause.groups()) if cause else ""
+    if not place and frames:
+        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+    return f"{first[:300]} (at {place})" if place else first[:300]

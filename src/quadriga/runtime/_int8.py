@@ -1,0 +1,219 @@
+"""int8 of an ONNX model: static (calibrated), dynamic, or weights only."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quadriga.core.batch import resize, tensors
+from quadriga.core.errors import NotApplicable
+from quadriga.core.setup import QuantSpec
+from quadriga.runtime._capture import Capture
+from quadriga.runtime._program import MINIMUM
+
+PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
+HOLDERS = PRODUCTS | {"Gather", "LSTM", "GRU", "RNN", "Transpose"}
+BATCHES, ROWS = 8, 64  # of calibration
+
+
+def quantize(proto: Any, quant: QuantSpec, taken: Capture, *, dynamic_operators: bool) -> Any:
+    """Quantize a model's weights, and its activations as the specification says.
+
+    Args:
+        proto: float `onnx.ModelProto` as exported, with its scopes.
+        quant: what to do; `keep_float` names layers by their module path.
+        taken: gives the calibration batches.
+        dynamic_operators: realise "dynamic" with ONNX operators; else as int8 weights.
+
+    Raises:
+        NotApplicable: nothing to quantize, or no calibration batches.
+    """
+    for number, node in enumerate(proto.graph.node):
+        node.name = f"n{number}"
+    keep = [node.name for node in proto.graph.node if _kept(node, quant.keep_float)]
+    found = {node.op_type for node in proto.graph.node if node.name not in keep}
+    if not found & (HOLDERS - {"Transpose"}):
+        raise NotApplicable("there is no convolution, linear, recurrent or embedding layer to quantize")
+    if quant.activations == "static":
+        if not found & PRODUCTS:
+            raise NotApplicable("static int8 needs a convolution or a linear layer", 'use activations = "dynamic" or "weights"')
+        return _static(proto, quant, taken, keep)
+    if quant.activations == "dynamic" and dynamic_operators:
+        proto = _dynamic(proto, quant, keep)
+    return weights_only(proto, quant, keep)
+
+
+def scope(node: Any) -> list[str]:
+    """The module paths that a node was exported from, outermost first, as the exporter's metadata says."""
+    for item in node.metadata_props:
+        if item.key == "pkg.torch.onnx.name_scopes":
+            return [part.strip(" '\"").removeprefix("model.") for part in item.value.strip("[]").split(",")]
+    return []
+
+
+def _kept(node: Any, layers: tuple[str, ...]) -> bool:
+    paths = scope(node)
+    stored = [name.rpartition(".")[0] for name in node.input]
+    return any(path == layer or path.startswith(f"{layer}.") for layer in layers for path in (*paths, *stored))
+
+
+def _static(proto: Any, quant: QuantSpec, taken: Capture, keep: list[str]) -> Any:
+    """QDQ with unsigned activations (signed ones run 2 to 3 times slower) and signed weights.
+
+    Attention keeps its inner products in float: with every operator quantized a small GPT lost 1.0 bits per byte.
+    """
+    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+
+    if not taken.calibration:
+        raise NotApplicable("static int8 needs calibration batches", "give the workload training data")
+    attention = any(node.op_type in ("Softmax", "LayerNormalization", "Attention") for node in proto.graph.node)
+    method = CalibrationMethod.Percentile if quant.calibration == "percentile" else CalibrationMethod.MinMax
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        quantize_static(
+            _simplified(proto, Path(folder)),
+            (out := Path(folder) / "int8.onnx"),
+            _Reader(taken, proto),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=sorted(PRODUCTS) if attention else None,
+            per_channel=quant.per_channel,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=keep,
+            calibrate_method=method,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        return _load(out)
+
+
+def _simplified(proto: Any, folder: Path) -> Path:
+    """Shapes inferred, and transposes of weights folded, so that the tools see which weights are constant."""
+    import onnx
+    from onnx import numpy_helper
+
+    constants = {t.name: t for t in proto.graph.initializer}
+    for node in list(proto.graph.node):
+        if node.op_type == "Transpose" and node.input[0] in constants:
+            turned = numpy_helper.to_array(constants[node.input[0]])
+            order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
+            proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(turned.transpose(order)), node.output[0]))
+            proto.graph.node.remove(node)
+    _drop_unused(proto)
+    path = folder / "float.onnx"
+    onnx.save(onnx.shape_inference.infer_shapes(proto), path)
+    return path
+
+
+def _dynamic(proto: Any, quant: QuantSpec, keep: list[str]) -> Any:
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    with tempfile.TemporaryDirectory() as folder, _quiet():
+        quantize_dynamic(
+            _simplified(proto, Path(folder)),
+            (out := Path(folder) / "int8.onnx"),
+            op_types_to_quantize=["MatMul", "Gemm", "LSTM"],  # dynamic convolutions run 2 to 5 times slower than float
+            per_channel=quant.per_channel,
+            weight_type=QuantType.QInt8,
+            nodes_to_exclude=keep,
+            extra_options={"MatMulConstBOnly": True},
+        )
+        return _load(out)
+
+
+def _load(path: Path) -> Any:
+    import onnx
+
+    proto = onnx.load(path)
+    _drop_unused(proto)
+    return proto
+
+
+def weights_only(proto: Any, quant: QuantSpec, keep: list[str]) -> Any:
+    """Store float weights as int8 with a DequantizeLinear behind them: symmetric, one scale per output channel.
+
+    |error| ≤ scale / 2 = max|row| / 254 for every element.
+    """
+    from onnx import TensorProto, helper, numpy_helper
+
+    plans = {}
+    for tensor in proto.graph.initializer:
+        users = [node for node in proto.graph.node if tensor.name in node.input]
+        small = len(tensor.dims) < 2 or int(np.prod(tensor.dims)) < MINIMUM
+        if tensor.data_type != TensorProto.FLOAT or small or not users or any(node.op_type not in HOLDERS for node in users):
+            continue
+        if not any(node.name in keep for node in users):
+            plans[tensor.name] = _axis(users[0], tensor)
+    for tensor in [t for t in proto.graph.initializer if t.name in plans]:
+        name, axis = tensor.name, plans[tensor.name] if quant.per_channel else None
+        q, scale = _int8(numpy_helper.to_array(tensor), axis)
+        proto.graph.initializer.remove(tensor)
+        proto.graph.initializer.extend([numpy_helper.from_array(q, f"{name}.q"), numpy_helper.from_array(scale, f"{name}.scale")])
+        attributes = {} if axis is None else {"axis": axis}
+        proto.graph.node.insert(0, helper.make_node("DequantizeLinear", [f"{name}.q", f"{name}.scale"], [name], **attributes))
+    return proto
+
+
+def _axis(node: Any, tensor: Any) -> int:
+    """The axis of output channels: rows, but columns of a matrix that is multiplied from the right."""
+    if node.op_type == "MatMul":
+        return len(tensor.dims) - 1 if tensor.name == node.input[1] else len(tensor.dims) - 2
+    if node.op_type == "Gemm":
+        turned = next((a.i for a in node.attribute if a.name == "transB"), 0)
+        return 0 if turned else 1
+    return 1 if node.op_type in ("LSTM", "GRU", "RNN", "ConvTranspose") else 0
+
+
+def _int8(values: np.ndarray[Any, Any], axis: int | None) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    rest = tuple(d for d in range(values.ndim) if d != axis)
+    peak = np.abs(values).max(axis=rest, keepdims=True).astype(np.float32)
+    scale = np.where(peak > 0, peak / np.float32(127), np.float32(1))
+    q = np.clip(np.rint(values / scale), -127, 127).astype(np.int8)
+    return q, scale.reshape(-1) if axis is not None else scale.reshape(())
+
+
+def _drop_unused(proto: Any) -> None:
+    used = {name for node in proto.graph.node for name in node.input} | {o.name for o in proto.graph.output}
+    for tensor in [t for t in proto.graph.initializer if t.name not in used]:
+        proto.graph.initializer.remove(tensor)
+    domains = {node.domain for node in proto.graph.node} | {""}
+    for item in [i for i in proto.opset_import if i.domain not in domains]:
+        proto.opset_import.remove(item)
+
+
+class _Reader:
+    """Calibration batches as ONNX Runtime's tools read them: one dict of arrays a call, then None."""
+
+    def __init__(self, taken: Capture, proto: Any) -> None:
+        used = {i.name for i in proto.graph.input}
+        self.rows: Iterator[dict[str, Any]] = iter(
+            [
+                {n: t.detach().numpy() for n, t in zip(taken.names, tensors(resize(b.inputs, min(len(b), ROWS))), strict=True) if n in used}
+                for b in taken.calibration[:BATCHES]
+            ]
+        )
+
+    def get_next(self) -> dict[str, Any] | None:
+        """The next batch."""
+        return next(self.rows, None)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return self.rows
+
+
+class _quiet:  # noqa: N801  (reads as a verb where it is used)
+    """The tools advise through the root logger and through warnings."""
+
+    def __enter__(self) -> None:
+        logging.disable(logging.WARNING)
+        self.caught = warnings.catch_warnings()
+        self.caught.__enter__()
+        warnings.simplefilter("ignore")
+
+    def __exit__(self, *_: object) -> None:
+        logging.disable(logging.NOTSET)
+        self.caught.__exit__(None, None, None)

@@ -1,0 +1,132 @@
+"""A captured model as one small ONNX file."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from quadriga.core.errors import NotApplicable
+from quadriga.core.files import atomic_write
+from quadriga.core.setup import QuantSpec
+from quadriga.runtime._capture import Capture, reason
+
+LIMIT = 2_000_000_000  # bytes of one protobuf message
+
+
+def write_onnx(taken: Capture, quant: QuantSpec | None, path: Path, *, dynamic_operators: bool) -> None:
+    """Export, quantize, strip and write; weights are inside, once.
+
+    Args:
+        taken: the captured model.
+        quant: what to quantize, or None.
+        path: of the file.
+        dynamic_operators: realise "dynamic" with ONNX operators; else as int8 weights, for a runtime that does the rest.
+
+    Raises:
+        NotApplicable: an operation has no ONNX form, nothing can be quantized, or the file would pass 2 GB.
+    """
+    proto = export(taken)
+    if quant is not None:
+        from quadriga.runtime._int8 import quantize
+
+        proto = quantize(proto, quant, taken, dynamic_operators=dynamic_operators)
+    data = strip(proto).SerializeToString()
+    if len(data) > LIMIT:
+        raise NotApplicable(f"model.onnx would have {len(data)} bytes, more than one file may", "use eager or inductor")
+    atomic_write(path, data)
+
+
+def export(taken: Capture) -> Any:
+    """The captured model as an `onnx.ModelProto`, inputs and outputs named, constants folded.
+
+    Raises:
+        NotApplicable: an operation has no ONNX form; the reason names it.
+    """
+    with _quiet():
+        try:
+            made = torch.onnx.export(taken.program, (), dynamo=True, external_data=False, verbose=False, optimize=True)
+        except Exception as error:  # the exporter raises many types
+            cause: BaseException = error
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            raise NotApplicable(f"the model has no ONNX form: {reason(cause)}", "use eager or inductor") from error
+    assert made is not None
+    proto = made.model_proto
+    for kind, values, names in (("input", proto.graph.input, taken.names), ("output", proto.graph.output, taken.output_names)):
+        assert len(values) == len(names), f"{len(values)} {kind}s in ONNX, {len(names)} in the model"
+        _rename(proto.graph, {v.name: n for v, n in zip(values, names, strict=True)})
+    _rename(proto.graph, {t.name: t.name.removeprefix("model.") for t in proto.graph.initializer})
+    return proto
+
+
+def _rename(graph: Any, names: dict[str, str]) -> None:
+    """Rename values; another value that has one of the new names already gets out of the way."""
+    final = {old: new for old, new in names.items() if old != new}
+    taken = {t.name for t in (*graph.initializer, *graph.input)} | {o for node in graph.node for o in node.output}
+    final.update({name: f"{name}_inner" for name in taken & set(final.values()) if name not in final})
+
+    def change(g: Any) -> None:
+        for value in (*g.input, *g.output, *g.initializer, *g.value_info):
+            value.name = final.get(value.name, value.name)
+        for node in g.node:
+            for field in (node.input, node.output):
+                field[:] = [final.get(n, n) for n in field]
+            for attribute in node.attribute:
+                if attribute.HasField("g"):
+                    change(attribute.g)
+
+    change(graph)
+
+
+def strip(proto: Any) -> Any:
+    """Take out what no runtime reads: stack traces, documentation, intermediate shapes and node names."""
+    proto.doc_string = ""
+    del proto.metadata_props[:]
+    _strip_graph(proto.graph)
+    for function in proto.functions:
+        function.doc_string = ""
+        del function.metadata_props[:], function.value_info[:]
+        for node in function.node:
+            _strip_node(node)
+    return proto
+
+
+def _strip_graph(graph: Any) -> None:
+    graph.doc_string = ""
+    del graph.metadata_props[:], graph.value_info[:]
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    for node in graph.node:
+        _strip_node(node)
+
+
+def _strip_node(node: Any) -> None:
+    node.doc_string = node.name = ""
+    del node.metadata_props[:]
+    for attribute in node.attribute:
+        if attribute.HasField("g"):
+            _strip_graph(attribute.g)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    logger = logging.getLogger("torch.onnx")
+    inner = logging.getLogger("torch.onnx._internal.exporter._registration")
+    levels = logger.level, inner.level
+    logger.setLevel(logging.ERROR)
+    inner.setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logger.setLevel(levels[0])
+            inner.setLevel(levels[1])

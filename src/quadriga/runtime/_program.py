@@ -1,0 +1,133 @@
+"""PyTorch's stand-alone form: the captured operations as a Python file, the weights in safetensors, each once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, fx
+from torch.export.graph_signature import InputKind
+
+from quadriga.core.errors import NotApplicable
+from quadriga.core.files import atomic_write
+from quadriga.core.setup import QuantSpec, RuntimeSpec
+from quadriga.runtime._capture import Capture
+
+MINIMUM = 256  # elements of a weight that is worth a scale
+
+
+def write_program(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, Any]:
+    """Write program.py and weights.safetensors; return their part of runtime.json.
+
+    Raises:
+        NotApplicable: quantized activations, or an operation that is not data (a script object).
+    """
+    if spec.quant is not None and spec.quant.activations != "none":
+        raise NotApplicable(f"{spec.name} does not run {spec.quant.activations} int8", "use onnxruntime or openvino")
+    names, tensors = program_weights(taken)
+    stored, aliases = unique({name: tensors[name] for name in names if name is not None})
+    quantized = [n for n, t in stored.items() if spec.quant is not None and quantizable(n, t, spec.quant)]
+    for name in quantized:
+        stored[name], stored[name + ".scale"] = int8(stored[name])
+    atomic_write(folder / "weights.safetensors", save({n: t.detach().contiguous() for n, t in stored.items()}))
+    atomic_write(folder / "program.py", source(taken.program.graph_module))
+    return {
+        "files": ["program.py", "weights.safetensors"],
+        "weights": names,
+        "aliases": aliases,
+        "quantized": quantized,
+        "session": {"channels_last": spec.channels_last, "matmul": spec.matmul},
+        "tolerance": 1e-4,
+        "needs": [f"torch>={torch.__version__.split('+')[0]}", "safetensors"],
+    }
+
+
+def program_weights(taken: Capture) -> tuple[list[str | None], dict[str, Tensor]]:
+    """The program's weights in the order of its arguments (None for one that is not used), and the tensors by name."""
+    users = {node.name: len(node.users) for node in taken.program.graph.nodes if node.op == "placeholder"}
+    names: list[str | None] = []
+    tensors: dict[str, Tensor] = {}
+    for item in taken.program.graph_signature.input_specs:
+        if item.kind is InputKind.USER_INPUT:
+            continue
+        target = item.target or ""
+        value = taken.program.state_dict.get(target, taken.program.constants.get(target))
+        if not isinstance(value, Tensor):
+            raise NotApplicable(f"the model holds {target}, a {type(value).__name__} that is not a tensor")
+        name = target.removeprefix("model.")
+        names.append(name if users[item.arg.name] else None)
+        tensors[name] = value
+    return names, tensors
+
+
+def unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors without those that share memory with an earlier equal one, and the names that stand for such: tied weights."""
+    stored: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    seen: dict[tuple[Any, ...], str] = {}
+    for name, t in tensors.items():
+        key = (t.data_ptr(), t.shape, t.stride(), t.dtype) if t.numel() else (name,)
+        if key in seen:
+            aliases[name] = seen[key]
+        else:
+            seen[key], stored[name] = name, t
+    return stored, aliases
+
+
+def quantizable(name: str, t: Tensor, quant: QuantSpec) -> bool:
+    """Whether a weight becomes int8: a float matrix or more, large enough, its layer not left out."""
+    return (
+        t.is_floating_point()
+        and t.dim() >= 2
+        and t.numel() >= MINIMUM
+        and not any(name == layer or name.startswith(f"{layer}.") for layer in quant.keep_float)
+    )
+
+
+def int8(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8, one scale per row: t ≈ q · scale with |error| ≤ scale / 2.
+
+    Args:
+        t: [rows, …] float.
+
+    Returns:
+        q: int8 of t's shape; scale: float32 [rows, 1, …].
+
+    Example:
+        >>> q, scale = int8(torch.tensor([[1.0, -127.0], [0.0, 0.0]]))
+        >>> q.tolist(), scale.flatten().tolist()
+        ([[1, -127], [0, 0]], [1.0, 1.0])
+    """
+    peak = t.detach().float().abs().flatten(1).amax(1)
+    scale = torch.where(peak > 0, peak / 127, 1.0).view(-1, *[1] * (t.dim() - 1))
+    return (t.detach().float() / scale).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def source(module: fx.GraphModule) -> str:
+    """The operations as a Python file with one function, `forward(self, *weights, *inputs) -> tuple of tensors`."""
+    return f'"""The model\'s operations as PyTorch exported them. Made by Quadriga."""\n\n{_imports(module)}\n{_function(module, "forward")}\n'
+
+
+def _imports(module: fx.GraphModule) -> str:
+    skip = {"torch", "device", "inf", "nan", "NoneType", "fx_pytree", "pytree"}
+    lines = ["import torch", "from torch import device, inf, nan", "NoneType = type(None)"]
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for name, value in part.graph.python_code("self").globals.items():
+                if name not in skip:
+                    lines.append(f"from {value.__module__} import {value.__qualname__} as {name}")
+    return "\n".join(dict.fromkeys(lines)) + "\n"
+
+
+def _function(module: fx.GraphModule, name: str) -> str:
+    children = [(key, child) for key, child in module.named_children() if isinstance(child, fx.GraphModule)]
+    bodies = [_function(child, f"{name}_{key}") for key, child in children]
+    holder = [f"class {name}_parts:", *(f"    {key} = staticmethod({name}_{key})" for key, _ in children), ""] if children else []
+    text = module.graph.python_code("self").src.strip("\n").replace("def forward(", f"def {name}(", 1)
+    if children:
+        head, _, rest = text.partition(":\n")
+        text = f"{head}:\n    self = {name}_parts\n{rest}"
+    return "\n".join([*bodies, *holder, text, ""])

@@ -1,0 +1,34 @@
+"""ONNX Runtime on the CPU: one model.onnx with the weights inside."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from quadriga.core.setup import RuntimeSpec
+from quadriga.runtime._capture import Capture
+from quadriga.runtime._types import Probe, package_probe
+
+NAME = "onnxruntime"
+
+
+def probe() -> Probe:
+    """It needs onnxruntime to run, onnx and onnxscript to export."""
+    return package_probe("onnxruntime", "onnx", also=("onnx", "onnxscript"))
+
+
+def write(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, Any]:
+    """Write model.onnx, quantized as asked."""
+    from quadriga.runtime._onnx import write_onnx
+
+    write_onnx(taken, spec.quant, folder / "model.onnx", dynamic_operators=True)
+    quantized = spec.quant is not None and spec.quant.activations != "none"
+    # Weights only: the stored int8 becomes float once, at load, so that products are float products.
+    folded = {"session.disable_quant_qdq": "1"} if spec.quant is not None and spec.quant.activations != "static" else {}
+    return {
+        "files": ["model.onnx"],
+        "session": folded,
+        "tolerance": 0.1 if quantized else 1e-4,
+        "needs": ["torch", "safetensors", f"onnxruntime>={metadata.version('onnxruntime')}"],
+    }

@@ -1,0 +1,165 @@
+"""Which candidate to train next, and how long: expected gain over the incumbent per unit of training.
+
+Successive halving decides by rank alone; here a rung's measured quality is turned into the chance that the
+candidate still passes the floor at the top rung, and that chance is weighed with what it would gain. A candidate
+that is cheaper than the incumbent and may still pass is trained; one that cannot win any more is not.
+Rungs and promotion follow Li et al. 2020 (ASHA, arXiv:1810.05934), the weighing Jones et al. 1998 (expected
+improvement).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import NormalDist, median
+
+from quadriga.core.recipe import Recipe
+
+PHI = NormalDist().cdf
+SAFE = 0.8  # chance of passing the sealed test from which a candidate counts as qualified
+
+
+@dataclass(frozen=True)
+class Score:
+    """A rung's result on val, against the baseline.
+
+    Args:
+        difference: of quality, positive is better, in the metric's unit.
+        sd: standard deviation of the paired differences per example, same unit.
+    """
+
+    difference: float
+    sd: float
+
+
+@dataclass
+class Candidate:
+    """A template recipe, what it gains in the objective, and how far it was trained.
+
+    Args:
+        recipe: the template.
+        gain: natural logarithm of the objective's improvement over the baseline.
+        scores: by rung.
+        trains: whether it has train steps of its own; one that has not is measured once, at the top.
+        dead: why it is out, or "".
+        running: whether a trial of it is under way.
+    """
+
+    recipe: Recipe
+    gain: float
+    scores: dict[int, Score] = field(default_factory=dict)
+    trains: bool = True
+    dead: str = ""
+    running: bool = False
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What a candidate has to reach on val so that the sealed test can prove the floor.
+
+    Args:
+        margin: the loss that the floor allows, in the metric's unit.
+        z: normal quantile of the test's level.
+        n_val, n_test: examples.
+    """
+
+    margin: float
+    z: float
+    n_val: int
+    n_test: int
+
+    def slack(self, score: Score) -> float:
+        """Expected lower bound on test, plus the margin: ≥ 0 is expected to pass."""
+        return score.difference + self.margin - self.z * score.sd / math.sqrt(self.n_test)
+
+    def chance(self, score: Score, growth: float = 0.0, doubt: float = 0.0) -> float:
+        """Probability of passing the test, given the val score and a further expected growth with its doubt."""
+        noise = math.hypot(score.sd * math.sqrt(1 / self.n_val + 1 / self.n_test), doubt)
+        slack = self.slack(score) + growth
+        return PHI(slack / noise) if noise > 0 else float(slack >= 0)
+
+
+class Allocator:
+    """Chooses the next (candidate, rung).
+
+    Args:
+        bar: what has to be reached.
+        rungs: epochs of each rung.
+    """
+
+    def __init__(self, bar: Bar, rungs: Sequence[float]) -> None:
+        self.bar, self.rungs = bar, tuple(rungs)
+        self.top = len(self.rungs) - 1
+
+    def qualified(self, candidates: Iterable[Candidate], chance: float = 0.5) -> list[Candidate]:
+        """Those that, fully trained, pass with at least this chance; best gain first."""
+        done = [c for c in candidates if self.top in c.scores and self.bar.chance(c.scores[self.top]) >= chance]
+        return sorted(done, key=lambda c: -c.gain)
+
+    def next(self, candidates: Sequence[Candidate]) -> tuple[Candidate, int, float] | None:
+        """The most promising (candidate, rung, value), or None when none can win."""
+        safe = self.qualified(candidates, SAFE)
+        incumbent = safe[0].gain if safe else 0.0
+        growth = self._growth(candidates)
+        best: tuple[Candidate, int, float] | None = None
+        for candidate in candidates:
+            if candidate.dead or candidate.running or self.top in candidate.scores:
+                continue
+            rung = self._rung(candidate)
+            value = self._value(candidate, candidates, incumbent, growth) / self._price(candidate, rung)
+            if value > 1e-4 and (best is None or value > best[2]):
+                best = (candidate, rung, value)
+        return best
+
+    def _rung(self, candidate: Candidate) -> int:
+        return self.top if not candidate.trains else max(candidate.scores, default=-1) + 1
+
+    def _price(self, candidate: Candidate, rung: int) -> float:
+        if not candidate.trains:
+            return 0.02
+        done = self.rungs[rung - 1] if rung else 0.0
+        return (self.rungs[rung] - 0.7 * done) / self.rungs[-1]
+
+    def _value(
+        self, candidate: Candidate, others: Sequence[Candidate], incumbent: float, growth: Mapping[int, tuple[float, float]]
+    ) -> float:
+        improvement = candidate.gain - incumbent
+        if improvement <= 0.005:
+            return 0.0
+        if candidate.scores:
+            rung = max(candidate.scores)
+            mean, doubt = growth[rung]
+            return improvement * self.bar.chance(candidate.scores[rung], mean, doubt)
+        return improvement * self._prior(candidate, others, growth)
+
+    def _prior(self, candidate: Candidate, others: Sequence[Candidate], growth: Mapping[int, tuple[float, float]]) -> float:
+        """The chance of an untried candidate, from the tried ones with the most steps in common."""
+        mine = {str(s) for s in candidate.recipe.steps}
+        near: list[tuple[float, float]] = []
+        for other in others:
+            if not other.scores:
+                continue
+            theirs = {str(s) for s in other.recipe.steps}
+            rung = max(other.scores)
+            mean, doubt = growth[rung] if rung < self.top else (0.0, 0.0)
+            spread = math.hypot(doubt, 2 * other.scores[rung].sd / math.sqrt(self.bar.n_val))
+            near.append((len(mine & theirs) / len(mine | theirs), self.bar.chance(other.scores[rung], mean, spread)))
+        near.sort(reverse=True)
+        if not near:
+            return 0.5
+        weights = [share + 0.05 for share, _ in near[:3]]
+        return 0.1 + 0.8 * sum(w * p for w, (_, p) in zip(weights, near[:3], strict=True)) / sum(weights)
+
+    def _growth(self, candidates: Iterable[Candidate]) -> dict[int, tuple[float, float]]:
+        """Expected further rise of quality from each rung to the top, and its doubt: observed, else a guess."""
+        seen: dict[int, list[float]] = {r: [] for r in range(self.top + 1)}
+        sds = [1.0]
+        for candidate in candidates:
+            for rung, score in candidate.scores.items():
+                sds.append(score.sd)
+                if self.top in candidate.scores and rung < self.top:
+                    seen[rung].append(candidate.scores[self.top].difference - score.difference)
+        unit = 2 * median(sds[1:] or sds) / math.sqrt(self.bar.n_val)
+        guess = {r: (unit * (self.top - r), unit * (self.top - r)) for r in seen}
+        return {r: (median(s), unit / math.sqrt(len(s))) if len(s) > 1 else guess[r] for r, s in seen.items()}

@@ -1,0 +1,171 @@
+"""Which recipes there are: legality by facts, one-step edits, and the same recipe at other training lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+from quadriga.core.recipe import Recipe, Step, step
+
+Card = Mapping[str, Any]  # a method's plain facts: name, family, numerics, search, requires, adds, removes, writes
+
+
+@dataclass(frozen=True)
+class Space:
+    """The methods that may be used and the facts that hold at the start.
+
+    Args:
+        cards: by method name.
+        traits: of the untouched setup.
+        baseline: the recipe that trains the unchanged model; empty for a trained one.
+        families: those that may be used.
+    """
+
+    cards: Mapping[str, Card]
+    traits: frozenset[str]
+    baseline: Recipe
+    families: frozenset[str]
+
+    def illegal(self, recipe: Recipe) -> str | None:
+        """Why a recipe cannot be, by the facts that its steps require, add and remove; None if it can."""
+        traits, given = set(self.traits), self.fixed(recipe)
+        for number, one in enumerate(recipe.steps):
+            if one.is_train:
+                if "TRAIN_DATA" not in traits:
+                    return "train requires TRAIN_DATA"
+                traits.add("TRAINED")
+                continue
+            card = self.cards.get(one.method)
+            if card is None:
+                return f"{one.method} is not known"
+            if card["family"] not in self.families and number >= given:
+                return f"{one.method} is of the family {card['family']}, which is not searched"
+            if missing := sorted(set(card["requires"]) - traits):
+                return f"{one.method} requires {', '.join(missing)}"
+            traits = (traits - set(card["removes"])) | set(card["adds"])
+        return None
+
+    def fixed(self, recipe: Recipe) -> int:
+        """How many leading steps are the baseline's own training, which stays as it is."""
+        steps = self.baseline.steps
+        return len(steps) if recipe.steps[: len(steps)] == steps else 0
+
+    def complete(self, recipe: Recipe) -> Recipe:
+        """Put the baseline's training in front of a recipe that starts from a trained model."""
+        if "TRAINED" in self.traits or not self.baseline.steps or self.fixed(recipe):
+            return recipe
+        before = []
+        for one in recipe.steps:
+            if one.is_train:
+                break
+            before.append(one)
+        needs = any("TRAINED" in self.cards[s.method]["requires"] for s in before if s.method in self.cards)
+        if needs or len(before) == len(recipe.steps):
+            return Recipe((*self.baseline.steps, *recipe.steps), recipe.name)
+        return recipe
+
+    def cost_part(self, recipe: Recipe) -> Recipe:
+        """The steps that decide latency and bytes; recipes that share them share one cost probe."""
+        kept = [s for s in recipe.steps if s.is_train or self._costs(s)]
+        plain = [step("train") if s.is_train else s for s in kept]
+        return Recipe(tuple(s for i, s in enumerate(plain) if not (s.is_train and i and plain[i - 1].is_train)))
+
+    def _costs(self, one: Step) -> bool:
+        card = self.cards.get(one.method, {})
+        return card.get("family") in ("structure", "hardware") and "training" not in card.get("writes", ())
+
+    def edits(self, recipe: Recipe) -> Iterator[Recipe]:
+        """All recipes one step away: a field changed to a neighbouring choice, a step dropped, a method added."""
+        first = self.fixed(recipe)
+        for index, one in enumerate(recipe.steps[first:], first):
+            if one.is_train:
+                continue
+            for changed in self._neighbours(one):
+                yield self._named(recipe.replaced(index, changed), f"{one.method} changed")
+            yield self._named(recipe.without(index), f"without {one.method}")
+        present = {s.method for s in recipe.steps}
+        for name, card in sorted(self.cards.items()):
+            if name not in present and card["family"] in self.families:
+                yield self._insert(recipe, name, card, first)
+
+    def _neighbours(self, one: Step) -> Iterator[Step]:
+        for field, choices in self.cards[one.method]["search"].items():
+            now = one.fields.get(field, self.cards[one.method]["fields"].get(field))
+            places = [i for i, c in enumerate(choices) if c == now]
+            near = {places[0] - 1, places[0] + 1} if places and _ordered(choices) else set(range(len(choices)))
+            for place in sorted(near):
+                if 0 <= place < len(choices) and choices[place] != now:
+                    yield Step(one.method, {**one.fields, field: choices[place]})
+
+    def _insert(self, recipe: Recipe, name: str, card: Card, first: int) -> Recipe:
+        new = Step(name, {field: choices[0] for field, choices in card["search"].items()})
+        trains = [i for i, s in enumerate(recipe.steps) if s.is_train and i >= first]
+        late = card["family"] == "hardware"
+        if late:
+            runtimes = [i for i, s in enumerate(recipe.steps) if i > max(trains, default=first - 1)]
+            place = runtimes[0] if runtimes else len(recipe.steps)
+        else:
+            place = trains[0] if trains else first
+        return self._named(Recipe((*recipe.steps[:place], new, *recipe.steps[place:]), recipe.name), f"with {name}")
+
+    @staticmethod
+    def _named(recipe: Recipe, change: str) -> Recipe:
+        base = recipe.name.split(" · ")[0]
+        return replace(recipe, name=f"{base} · {change}")
+
+
+def _ordered(choices: Iterable[Any]) -> bool:
+    values = list(choices)
+    numbers = all(isinstance(v, int | float) and not isinstance(v, bool) for v in values)
+    return numbers and (values == sorted(values) or values == sorted(values, reverse=True))
+
+
+def trained_epochs(recipe: Recipe) -> float:
+    """Epochs over all train steps."""
+    return sum(s.fields.get("epochs", 10) for s in recipe.steps if s.is_train)
+
+
+def at_rung(recipe: Recipe, rungs: tuple[float, ...], rung: int, fixed: int = 0) -> Recipe:
+    """The recipe at a training length, always decayed, so that lengths compare.
+
+    With a WSD schedule and one train step, the stable phase is a chain of segments shared between rungs, and
+    each rung ends in its own short decay. Otherwise every train step after the first `fixed` steps is scaled.
+
+    Args:
+        recipe: the template.
+        rungs: total epochs of each rung, rising.
+        rung: index into rungs.
+        fixed: leading steps that stay as they are (the baseline's training).
+
+    Example:
+        >>> template = Recipe((step("schedule", kind="wsd", decay=0.5), step("train", epochs=8)))
+        >>> print(at_rung(template, (2.0, 4.0), 1))
+        schedule(kind=constant, warmup=0.0) → train(epochs=1.0) → train(epochs=1.0, continue=True) → \
+schedule(kind=linear) → train(epochs=2.0, continue=True)
+    """
+    trains = [i for i, s in enumerate(recipe.steps) if s.is_train and i >= fixed]
+    if not trains:
+        return recipe
+    before = recipe.steps[fixed : trains[0]]
+    wsd = [s for s in before if s.method == "schedule" and s.fields.get("kind") == "wsd"]
+    if len(trains) == 1 and len(wsd) == 1:
+        return _branch(recipe, trains[0], wsd[0], rungs, rung)
+    total = sum(recipe.steps[i].fields.get("epochs", 10) for i in trains)
+    for i in trains:
+        old = recipe.steps[i]
+        epochs = round(old.fields.get("epochs", 10) * rungs[rung] / total, 4)
+        recipe = recipe.replaced(i, Step("train", {**old.fields, "epochs": epochs}))
+    return recipe
+
+
+def _branch(recipe: Recipe, at: int, wsd: Step, rungs: tuple[float, ...], rung: int) -> Recipe:
+    decay = wsd.fields.get("decay", 0.3)
+    stable = step("schedule", kind="constant", warmup=wsd.fields.get("warmup", 0.0))
+    lengths = [rungs[0], *(b - a for a, b in pairwise(rungs[: rung + 1]))]
+    segments = [step("train", epochs=round(lengths[0] * (1 - decay), 4))]
+    segments += [step("train", epochs=round(x * (1 - decay), 4), continue_=True) for x in lengths[1:]]
+    tail = [step("schedule", kind="linear"), step("train", epochs=round(rungs[rung] * decay, 4), continue_=True)]
+    head = [stable if s is wsd else s for s in recipe.steps[:at]]
+    return Recipe((*head, *segments, *tail, *recipe.steps[at + 1 :]), recipe.name)

@@ -1,0 +1,239 @@
+"""Ablation on val: what a method gives, and whether it pays. What does not pay is taken out."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from quadriga.core.recipe import Recipe
+from quadriga.core.trial import Trial
+from quadriga.measure.latency import paired
+from quadriga.measure.stats import ratio
+from quadriga.measure.timings import Timings
+from quadriga.search.allocate import SAFE, Bar, Candidate, Score
+from quadriga.stages.baseline import bar
+from quadriga.stages.explore import Explorer, over_limit
+from quadriga.stages.state import TIMING_LEVEL, Study
+
+
+@dataclass
+class Row:
+    """What the recipe is without one step.
+
+    Args:
+        index: of the step in the template.
+        step: in words.
+        method, family: of the step.
+        quality_gain: what the step adds to quality on val, positive is better.
+        latency_ratio: time without it over time with it, with its interval; None where it cannot change.
+        bytes_ratio: bytes with it over bytes without it.
+        train_cost_ratio: training FLOPs with it over those without it.
+        pays: whether it stays; None when it was not measured.
+        why: in words.
+    """
+
+    index: int
+    step: str
+    method: str
+    family: str
+    quality_gain: float | None = None
+    latency_ratio: dict[str, Any] | None = None
+    bytes_ratio: float | None = None
+    train_cost_ratio: float | None = None
+    pays: bool | None = None
+    why: str = ""
+
+
+@dataclass
+class Ablation:
+    """The rows, and the recipe that is left: as a template, and at its training length."""
+
+    rows: list[Row] = field(default_factory=list)
+    template: Recipe = field(default_factory=Recipe)
+    recipe: Recipe = field(default_factory=Recipe)
+    taken_out: list[str] = field(default_factory=list)
+
+    def plain(self) -> dict[str, Any]:
+        """As JSON data."""
+        recipes = {"template": self.template.plain(), "recipe": self.recipe.plain(), "name": self.template.name}
+        return {"rows": [asdict(r) for r in self.rows], "taken_out": self.taken_out, **recipes}
+
+    @classmethod
+    def from_plain(cls, data: Mapping[str, Any]) -> Ablation:
+        """Read back what `plain` wrote."""
+        parts = (Recipe.from_plain(data[k], data["name"]) for k in ("template", "recipe"))
+        return cls([Row(**r) for r in data["rows"]], *parts, taken_out=list(data["taken_out"]))
+
+
+class Ablator:
+    """Measures one candidate without each of its steps.
+
+    Args:
+        study: the state.
+        explorer: knows rungs and costs.
+        candidate: fully trained.
+        reserve: seconds of budget to be left.
+    """
+
+    def __init__(self, study: Study, explorer: Explorer, candidate: Candidate, reserve: float) -> None:
+        self.study, self.explorer, self.candidate, self.reserve = study, explorer, candidate, reserve
+        self.bar: Bar = bar(study)
+        self.whole = self._trial(candidate.recipe)
+
+    def run(self) -> Ablation:
+        """Leave each step out once; then take out together what does not pay, if the floor still holds."""
+        template = self.candidate.recipe
+        first = self.study.space.fixed(template)
+        indices = [i for i, s in enumerate(template.steps) if not s.is_train and i >= first]
+        rows = [Row(i, str(template.steps[i]), template.steps[i].method, self._family(template, i)) for i in indices]
+        self._train([template.without(i) for i in indices])
+        ratios = self._time({r.index: template.without(r.index) for r in rows if self._changes_cost(template, r.index)})
+        for row in rows:
+            self._judge(row, template.without(row.index), ratios.get(row.index))
+        return self._reduce(rows)
+
+    def _family(self, recipe: Recipe, index: int) -> str:
+        return str(self.study.space.cards[recipe.steps[index].method]["family"])
+
+    def _changes_cost(self, recipe: Recipe, index: int) -> bool:
+        space = self.study.space
+        return space.cost_part(recipe.without(index)).hash != space.cost_part(recipe).hash
+
+    def _exact(self, template: Recipe) -> Recipe:
+        return self.explorer.exact(template)
+
+    def _trial(self, template: Recipe) -> Trial | None:
+        return self.study.find(("search", "ablation"), self._exact(template))
+
+    def _train(self, templates: list[Recipe]) -> None:
+        """Train those that the time allows, two orders ahead at the most."""
+        study = self.study
+        waiting = [t for t in templates if study.space.illegal(t) is None and self._trial(t) is None]
+        while (waiting or study.running) and study.budget.left > self.reserve:
+            while waiting and study.running < study.pool.size:
+                self._submit(waiting.pop(0))
+            study.collect(min(1.0, max(0.01, study.budget.left - self.reserve)))
+            study.say("ablation", f"{len(waiting) + study.running} of {len(templates)} left")
+        study.forget()
+
+    def _submit(self, template: Recipe) -> None:
+        study = self.study
+        teacher = study.baseline.info.get("checkpoint")
+        args = {"teacher": str(study.folder / "checkpoints" / teacher) if teacher else None}
+        study.submit("ablation", "train", self._exact(template), limit=max(5.0, study.budget.left - self.reserve), args=args)
+
+    def _time(self, variants: dict[int, Recipe]) -> dict[int, dict[str, Any]]:
+        """Time without each step over time with all, by the paired protocol, both batch sizes together."""
+        study = self.study
+        if not variants or study.budget.left < self.reserve + 10:
+            return {}
+        folders = {"whole": self._build(self.candidate.recipe)}
+        folders.update({str(i): self._build(t) for i, t in variants.items() if study.space.illegal(t) is None})
+        study.collect_all(self.reserve)
+        study.forget()
+        ready = {k: {"kind": "folder", "path": str(f)} for k, f in folders.items() if (f / "load.py").is_file()}
+        if "whole" not in ready or len(ready) < 2:
+            return {}
+        inputs = {b: study.workload.inputs(b) for b in study.batches}
+        timings = paired(
+            ready, inputs, restarts=6, blocks=6, block_seconds=0.02, folder=study.folder / "timing",
+            budget=max(10.0, study.budget.left - self.reserve),
+        )  # fmt: skip
+        return {int(k): _objective_ratio(timings, k, study.batches) for k in ready if k != "whole" and _timed(timings, k, study.batches)}
+
+    def _build(self, template: Recipe) -> Path:
+        part = self.study.space.cost_part(template)
+        name = f"ablation-{part.hash}"
+        self.study.submit("build", "build", part, limit=60, args={"name": name})
+        return self.study.folder / "built" / name
+
+    def _judge(self, row: Row, template: Recipe, timing: dict[str, Any] | None) -> None:
+        reason = self.study.space.illegal(template)
+        if reason is not None:
+            row.pays, row.why = True, f"without it the recipe cannot be: {reason}"
+            return
+        trial = self._trial(template)
+        if trial is None:
+            failed = next((t for t in self.study.stage("ablation") if t.recipe == self._exact(template)), None)
+            if failed is not None:
+                row.pays, row.why = True, f"without it: {failed.reason}"
+            else:
+                row.why = "the budget did not allow to measure it"
+            return
+        self._compare(row, trial, timing)
+        row.pays, row.why = self._verdict(row, trial)
+
+    def _compare(self, row: Row, trial: Trial, timing: dict[str, Any] | None) -> None:
+        assert self.whole is not None
+        row.quality_gain = self.study.paired(self.whole)[0] - self.study.paired(trial)[0]
+        row.latency_ratio = timing
+        row.bytes_ratio = self.whole.values["bytes"] / trial.values["bytes"]
+        if trial.values.get("train_flops"):
+            row.train_cost_ratio = self.whole.values["train_flops"] / trial.values["train_flops"]
+
+    def _verdict(self, row: Row, trial: Trial) -> tuple[bool, str]:
+        chance = self.bar.chance(Score(*self.study.paired(trial)))
+        if chance < SAFE:
+            return True, f"without it the floor would hold with probability {chance:.2f} only"
+        if broken := over_limit(self.study, dict(trial.values)):
+            return True, f"without it {broken}"
+        objective = self.study.options.minimize
+        if objective == "latency" and row.latency_ratio and row.latency_ratio["low"] > 1:
+            return True, f"without it {row.latency_ratio['value']:.2f} times as slow"
+        if objective == "bytes" and (row.bytes_ratio or 1) < 0.999:
+            return True, f"without it {1 / row.bytes_ratio:.2f} times the bytes"
+        if (row.train_cost_ratio or 1) < 0.98:
+            return True, f"without it {1 / row.train_cost_ratio:.2f} times the training FLOPs"
+        return False, "without it nothing is worse"
+
+    def _reduce(self, rows: list[Row]) -> Ablation:
+        """Take out what does not pay: all of it, else the one that matters least."""
+        template = self.candidate.recipe
+        useless = [r for r in rows if r.pays is False]
+        tries = [useless] + ([[max(useless, key=self._loss)]] if len(useless) > 1 else [])
+        for group in tries:
+            reduced = template
+            for row in sorted(group, key=lambda r: -r.index):
+                reduced = reduced.without(row.index)
+            if group and self._holds(reduced):
+                taken = [r.method for r in group]
+                return Ablation(rows, reduced, self._exact(reduced), taken)
+        for row in useless:
+            row.why = "without it nothing is worse, but without all of these together the floor is missed; it stays"
+        return Ablation(rows, template, self._exact(template))
+
+    def _loss(self, row: Row) -> float:
+        return -(row.quality_gain or 0.0)
+
+    def _holds(self, template: Recipe) -> bool:
+        if self.study.space.illegal(template) is not None:
+            return False
+        if self._trial(template) is None:
+            self._train([template])
+        trial = self._trial(template)
+        if trial is None or self.bar.chance(Score(*self.study.paired(trial))) < SAFE:
+            return False
+        return not over_limit(self.study, dict(trial.values))
+
+
+def _timed(timings: Timings, arm: str, batches: tuple[int, ...]) -> bool:
+    return all(timings[b][name] for b in batches for name in (arm, "whole"))
+
+
+def _objective_ratio(timings: Timings, arm: str, batches: tuple[int, ...]) -> dict[str, Any]:
+    """The ratio of geometric means over batch sizes, block by block."""
+    slow, fast = (_geometric([timings.per_call(b, name) for b in batches]) for name in (arm, "whole"))
+    count = min(len(slow), len(fast))
+    found = ratio(slow[:count], fast[:count], level=TIMING_LEVEL)
+    return {"value": found.value, "low": found.low, "high": found.high, "verdict": found.verdict}
+
+
+def _geometric(tables: list[list[list[float]]]) -> list[list[float]]:
+    """Per restart and block, the geometric mean over tables."""
+    return [
+        [math.exp(sum(map(math.log, cells)) / len(cells)) for cells in zip(*rows, strict=True)]
+        for rows in zip(*tables, strict=True)
+    ]

@@ -1,0 +1,131 @@
+"""The baseline: the unchanged model, trained as its user does; and its strongest unchanged opponents."""
+
+from __future__ import annotations
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+from quadriga.core.errors import BadInput
+from quadriga.core.recipe import Recipe, step
+from quadriga.core.trial import Status, Trial
+from quadriga.measure.stats import smallest_floor
+from quadriga.search.allocate import Bar
+from quadriga.stages.state import FINALISTS, LEVEL, Study
+
+
+def measure_baseline(study: Study) -> Trial:
+    """Train and score the baseline; meanwhile probe what eager PyTorch and a lossless export can do at best.
+
+    Raises:
+        BadInput: the budget is smaller than the baseline's time, the baseline fails, or the floor cannot be proved.
+    """
+    with study.budget.phase("baseline"):
+        check_floor(study)
+        if not study.stage("baseline"):
+            _check_pace(study)
+            study.say("baseline", "training and scoring the unchanged model")
+            study.submit("baseline", "train", study.workload.baseline)
+        _submit_opponents(study)
+        while study.running and not (study.stage("baseline") and study.pool.size == 1):
+            study.collect(1.0)
+            _check_baseline(study)
+    base = study.baseline
+    study.say("baseline", f"quality {base.values['quality']:.4g} {study.workload.metric.unit} on val")
+    return base
+
+
+def _check_baseline(study: Study) -> None:
+    for trial in study.stage("baseline"):
+        if not trial.ok:
+            problem, remedy = trial.info.get("bad_input", [trial.reason, trial.info.get("remedy", "")])
+            raise BadInput(f"the baseline failed: {problem}", remedy or "mend the workload and try again")
+
+
+def _check_pace(study: Study) -> None:
+    """Refuse a budget that the baseline alone would use up, after timing a few of its steps."""
+    if not any(s.is_train for s in study.workload.baseline.steps):
+        return
+    study.submit("pace", "pace", study.workload.baseline, limit=max(10.0, study.budget.left / 10))
+    trial = None
+    while trial is None and study.running:
+        trial = study.collect(1.0)
+    if trial is None or not trial.ok:
+        if trial is not None and trial.status is not Status.TIMED_OUT:
+            problem, remedy = trial.info.get("bad_input", [trial.reason, trial.info.get("remedy", "")])
+            raise BadInput(f"the baseline cannot be trained: {problem}", remedy or "mend the workload and try again")
+        raise BadInput(f"a few training steps took a tenth of the budget of {study.options.budget:.0f} s", "give a larger --budget")
+    needed = trial.values["seconds"]
+    if needed > 0.6 * study.options.budget:
+        remedy = f"give --budget {math.ceil(needed / 30)}m or more, or fewer baseline epochs"
+        raise BadInput(f"training the baseline alone takes about {needed:.0f} s of the budget of {study.options.budget:.0f} s", remedy)
+
+
+def check_floor(study: Study, disagreement: float = 0.03) -> float:
+    """The smallest floor that the test split can prove, said before any time is spent.
+
+    Raises:
+        BadInput: the floor asked for is a tenth of it or less, so that no result could be proved.
+    """
+    metric, n = study.workload.metric, len(study.workload.test)
+    smallest = smallest_floor(n, disagreement, LEVEL) * metric.scale
+    if metric.unit != "pt":
+        return smallest
+    margin = study.options.floor.margin(100.0)
+    study.notes.append(f"{n} test examples can prove a floor of {-smallest:.2f} pt, if predictions differ on {disagreement:.0%}")
+    study.say("floor", study.notes[-1])
+    if 0 < margin < smallest / 2:
+        remedy = f"ask for {-smallest:.2g}pt or give about {math.ceil(n * (smallest / margin) ** 2)} test examples"
+        raise BadInput(f"the floor {study.options.floor} cannot be proved with {n} test examples", remedy)
+    return smallest
+
+
+def bar(study: Study) -> Bar:
+    """What candidates have to reach on val."""
+    z = NormalDist().inv_cdf(1 - (1 - LEVEL) / FINALISTS)
+    margin = study.options.floor.margin(study.baseline.values["quality"])
+    return Bar(margin, z, len(study.workload.val), len(study.workload.test))
+
+
+def lossless_recipes(study: Study) -> list[Recipe]:
+    """The unchanged model in every runtime that keeps its numerics, with the thread counts worth trying."""
+    found = []
+    for name, card in sorted(study.space.cards.items()):
+        if "RUNTIME" in card["adds"] and card["numerics"] in ("exact", "close") and name not in ("eager", "inductor"):
+            found += [Recipe((step("threads", count=1), step(name)), f"{name}, 1 thread"), Recipe((step(name),), name)]
+    return found
+
+
+def eager_recipes(study: Study) -> list[Recipe]:
+    """Eager PyTorch, tuned: threads, memory format and matmul back end."""
+    one = step("threads", count=1)
+    wanted = [(), (one,), (step("channels_last"),), (one, step("channels_last")), (one, step("matmul_backend"))]
+    return [Recipe(w, "eager" + ", ".join(["", *map(str, w)])) for w in wanted]
+
+
+def _submit_opponents(study: Study) -> None:
+    known = {(t.stage, t.recipe.hash) for t in study.trials}
+    for recipe in lossless_recipes(study):
+        if ("lossless", recipe.hash) not in known:
+            study.submit("lossless", "cost", recipe, limit=60)
+    for recipe in eager_recipes(study):
+        if ("tuned_eager", recipe.hash) not in known:
+            study.submit("tuned_eager", "eager_variant", recipe, limit=60)
+
+
+def best_opponents(study: Study, stage: str) -> list[Trial]:
+    """The fastest of an opponent's variants: one for each batch size, without repetition."""
+    tried = [t for t in study.stage(stage) if t.ok]
+    best = [max(tried, key=lambda t, b=b: t.values[f"speed/{b}"]) for b in study.batches] if tried else []  # type: ignore[misc]
+    return list({t.number: t for t in best}.values())
+
+
+def gain_of(study: Study, values: dict[str, float]) -> float:
+    """Natural logarithm of the objective's improvement over the baseline."""
+    if study.options.minimize == "latency":
+        return float(np.mean([math.log(values[f"speed/{b}"]) for b in study.batches]))
+    base = study.baseline.values
+    if study.options.minimize == "train_cost":
+        return math.log(max(base["seconds"], 1e-9) / max(values.get("seconds", base["seconds"]), 1e-9))
+    return math.log(base[study.options.minimize] / values[study.options.minimize])

@@ -1,0 +1,280 @@
+"""Freeze, export, open the sealed split once, time against all opponents, and decide."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quadriga.core.recipe import Recipe
+from quadriga.core.trial import Trial
+from quadriga.engine.pool import open_pool
+from quadriga.measure.latency import paired
+from quadriga.measure.quality import Scores
+from quadriga.measure.timings import Timings
+from quadriga.stages.ablate import Ablation
+from quadriga.stages.baseline import best_opponents
+from quadriga.stages.state import LEVEL, TIMING_LEVEL, Study
+from quadriga.verify.quality import compare
+
+OPPONENTS = {
+    "eager": "the unchanged model as its user runs it in PyTorch",
+    "tuned_eager": "the unchanged model in PyTorch with the best threads, memory format and matmul back end",
+    "lossless_export": "the unchanged model in the fastest runtime that keeps its numerics, chosen for each batch size",
+    "same_training": "the original network under the winner's training",
+    "from_scratch": "the winner's network, trained from fresh weights at the winner's total cost",
+}
+
+
+@dataclass
+class Finalist:
+    """A frozen recipe and everything measured of it on the sealed split.
+
+    Args:
+        recipe: exact.
+        ablation: its rows, or None when it was not ablated.
+        folder: its realised form, below the study's folder.
+        trial: of realising it.
+        quality: the record of `verify.quality.compare`, with "holds".
+        ratios: opponent → batch → ratio.
+        why_not: what keeps it from being the winner, or "".
+    """
+
+    recipe: Recipe
+    ablation: Ablation | None
+    folder: str
+    trial: Trial | None = None
+    quality: dict[str, Any] | None = None
+    ratios: dict[str, dict[str, Any]] | None = None
+    why_not: str = ""
+
+
+@dataclass
+class Conclusion:
+    """The end of a study: the finalists in the order named before, the winner among them, the opponents' timings."""
+
+    finalists: list[Finalist]
+    winner: Finalist | None
+    timings: Timings | None
+    controls: dict[str, dict[str, Any]]
+    baseline_quality: float | None = None
+
+
+class Judge:
+    """Verifies at most three finalists.
+
+    Args:
+        study: the state; its pool is replaced by fresh processes before the sealed split is opened.
+    """
+
+    def __init__(self, study: Study) -> None:
+        self.study = study
+
+    def run(self, frozen: list[tuple[Recipe, Ablation | None]]) -> Conclusion:
+        """Freeze the finalists, realise them and the opponents, score on test, time, decide."""
+        finalists = [Finalist(r, a, f"built/final-{r.hash}") for r, a in frozen]
+        if not finalists:
+            return Conclusion([], None, None, {})
+        self._freeze(finalists)
+        arms = self._realize(finalists)
+        scores = self._open_test(finalists)
+        if "baseline" not in scores:
+            return Conclusion(finalists, None, None, {})
+        self._judge_quality(finalists, scores)
+        timings = self._time(arms)
+        for number, finalist in enumerate(finalists):
+            self._judge_cost(finalist, f"final-{number}", timings)
+        good = [f for f in finalists if not f.why_not]
+        best = max(good, key=self._gain) if good else None
+        return Conclusion(finalists, best, timings, self._controls(scores), scores["baseline"].value)
+
+    def _freeze(self, finalists: list[Finalist]) -> None:
+        known = self.study.store.get("frozen")
+        if known is None:
+            record = {"at": time.time(), "recipes": [f.recipe.plain() for f in finalists]}
+            self.study.store.put("frozen", record)
+
+    def _realize(self, finalists: list[Finalist]) -> dict[str, dict[str, Any]]:
+        """Build finalists and lossless opponents with trained weights; the arms of the timing."""
+        study = self.study
+        study.say("verification", "building the finalists and their opponents")
+        base = study.workload.baseline
+        teacher = study.baseline.info.get("checkpoint")
+        args = {"teacher": str(study.folder / "checkpoints" / teacher) if teacher else None}
+        for control, recipe in self._control_recipes(finalists[0].recipe).items():
+            if study.find(("control", "search", "ablation"), recipe) is None:
+                study.submit("control", "train", recipe, limit=max(5.0, study.budget.left * 0.5), args=args, control=control)
+        for finalist in finalists:
+            study.submit("final", "realize", finalist.recipe, args={**args, "name": Path(finalist.folder).name})
+        lossless = best_opponents(study, "lossless")
+        for number, trial in enumerate(lossless):
+            name = f"lossless-{number}"
+            study.submit("opponent", "realize", Recipe((*base.steps, *trial.recipe.steps), trial.recipe.name), args={"name": name})
+        if study.workload.reference is None:
+            study.submit("opponent", "realize", base, args={"name": "eager"})
+        study.collect_all(study.budget.left * 0.45)
+        study.forget()
+        for finalist in finalists:
+            finalist.trial = next((t for t in study.stage("final")[::-1] if t.recipe == finalist.recipe), None)
+        return self._arms(finalists, len(lossless))
+
+    def _arms(self, finalists: list[Finalist], lossless: int) -> dict[str, dict[str, Any]]:
+        study = self.study
+        built = study.folder / "built"
+        arms: dict[str, dict[str, Any]] = {}
+        if study.workload.reference is not None:
+            kept = study.baseline.info.get("checkpoint")
+            checkpoint = str(study.folder / "checkpoints" / kept) if kept else None
+            eager = {"kind": "eager", "workload": study.workload.reference, "checkpoint": checkpoint, "seed": study.options.seed}
+            arms["eager"] = eager
+            for number, trial in enumerate(best_opponents(study, "tuned_eager")):
+                if trial.recipe.steps:  # plain eager is an arm already
+                    arms[f"tuned_eager-{number}"] = {**eager, "spec": trial.info["spec"]}
+        else:
+            arms["eager"] = {"kind": "folder", "path": str(built / "eager")}
+        arms.update({f"lossless-{n}": {"kind": "folder", "path": str(built / f"lossless-{n}")} for n in range(lossless)})
+        for number, finalist in enumerate(finalists):
+            if finalist.trial is not None and finalist.trial.ok:
+                arms[f"final-{number}"] = {"kind": "folder", "path": str(study.folder / finalist.folder)}
+            else:
+                finalist.why_not = f"it could not be built: {finalist.trial.reason if finalist.trial else 'no time was left'}"
+        return {k: a for k, a in arms.items() if a["kind"] == "eager" or (Path(a["path"]) / "load.py").is_file()}
+
+    def _open_test(self, finalists: list[Finalist]) -> dict[str, Scores]:
+        """Score baseline, finalists and controls on test, in processes started for it."""
+        study = self.study
+        study.pool.stop()
+        study.pool = open_pool(study.workload, study.folder, study.options.seed)
+        opened = study.store.get("opened", [])
+        study.store.put("opened", [*opened, {"split": "test", "when": time.time(), "by": [f.recipe.hash for f in finalists]}])
+        study.say("verification", "scoring on the sealed test split")
+        wanted = {"baseline": study.submit("test", "score", study.workload.baseline, args={"split": "test", "name": "baseline"})}
+        for number, finalist in enumerate(finalists):
+            if not finalist.why_not:
+                args = {"split": "test", "name": f"final-{number}", "folder": finalist.folder}
+                wanted[f"final-{number}"] = study.submit("test", "score", finalist.recipe, args=args)
+        for name, recipe in self._control_recipes(finalists[0].recipe).items():
+            if study.find(("control", "search", "ablation"), recipe) is not None:
+                wanted[name] = study.submit("test", "score", recipe, args={"split": "test", "name": name})
+        trials = {t.info["scores"]: t for t in study.collect_all(0.0) if t.ok}
+        study.forget()
+        return {n: Scores.load(study.folder / p) for n in wanted if (p := f"scores/test-{n}.npz") in trials}
+
+    def _judge_quality(self, finalists: list[Finalist], scores: dict[str, Scores]) -> None:
+        metric, base = self.study.workload.metric, scores["baseline"]
+        margin = self.study.options.floor.margin(base.value)
+        for number, finalist in enumerate(finalists):
+            mine = scores.get(f"final-{number}")
+            if mine is None:
+                finalist.why_not = finalist.why_not or "it could not be scored on test"
+                continue
+            finalist.quality = compare(base, mine, metric, margin, LEVEL, finalists=len(finalists))
+            if not finalist.quality["holds"]:
+                low, unit = finalist.quality["low"], metric.unit
+                finalist.why_not = f"on test it is proved to lose at most {-low:.3g} {unit}, the floor allows {margin:.3g}"
+
+    def _time(self, arms: dict[str, dict[str, Any]]) -> Timings:
+        study = self.study
+        study.pool.stop()
+        study.say("verification", f"timing {len(arms)} arms in turn, each in its own process")
+        inputs = {b: study.workload.inputs(b) for b in study.batches}
+        short = study.options.budget < 120
+        return paired(
+            arms, inputs, restarts=5 if short else 8, blocks=6 if short else 8, block_seconds=0.02 if short else 0.04,
+            folder=study.folder / "timing", budget=max(10.0, study.budget.left - 4),
+        )  # fmt: skip
+
+    def _judge_cost(self, finalist: Finalist, arm: str, timings: Timings) -> None:
+        """Ratios against each opponent; the winner has to be better in the objective by more than chance."""
+        finalist.ratios = opponents_ratios(timings, arm)
+        if finalist.why_not:
+            return
+        objective, base = self.study.options.minimize, self.study.baseline.values
+        assert finalist.trial is not None
+        mine = finalist.trial.values
+        verdicts = [r["verdict"] for r in finalist.ratios.get("eager", {}).values()]
+        if arm in timings.errors:
+            finalist.why_not = f"it failed while it was timed: {timings.errors[arm]}"
+        elif objective == "latency" and ("faster" not in verdicts or "slower" in verdicts):
+            finalist.why_not = "it is not shown to be faster than the unchanged model in eager PyTorch"
+        elif objective in ("bytes", "parameters") and mine[objective] >= base[objective]:
+            finalist.why_not = f"it has no fewer {objective} than the unchanged model"
+        elif objective == "train_cost" and mine["seconds"] >= base["seconds"]:
+            finalist.why_not = "its training costs no less than the baseline's"
+
+    def _gain(self, finalist: Finalist) -> float:
+        assert finalist.trial is not None and finalist.ratios is not None
+        if self.study.options.minimize == "latency":
+            return sum(math.log(r["value"]) for r in finalist.ratios["eager"].values())
+        key = {"train_cost": "seconds"}.get(self.study.options.minimize, self.study.options.minimize)
+        return -finalist.trial.values[key]
+
+    def _control_recipes(self, recipe: Recipe) -> dict[str, Recipe]:
+        """The original network under the winner's training; the winner's network from fresh weights at equal cost."""
+        cards = self.study.space.cards
+        fixed = self.study.space.fixed(recipe)
+        own = recipe.steps[fixed:]
+        family = {s: ("train" if s.is_train else cards[s.method]["family"]) for s in own}
+        if not any(s.is_train for s in own):
+            return {}
+        last = max(i for i, s in enumerate(own) if s.is_train)
+        training = tuple(s for s in own[: last + 1] if family[s] in ("train", "training", "optimizer"))
+        structure = tuple(s for s in own[: last + 1] if family[s] == "structure" and "training" not in cards[s.method]["writes"])
+        found = {"same_training": Recipe((*recipe.steps[:fixed], *training), "original network, winner's training")}
+        if fixed and structure and not any("TRAINED" in cards[s.method]["requires"] for s in structure):
+            found["from_scratch"] = Recipe((*structure, *training, *own[last + 1 :]), "winner's network from fresh weights")
+        return found
+
+    def _controls(self, scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
+        """Quality on test of the controls that were trained."""
+        metric, base = self.study.workload.metric, scores["baseline"]
+        return {
+            name: compare(base, scores[name], metric, self.study.options.floor.margin(base.value), LEVEL)
+            for name in ("same_training", "from_scratch")
+            if name in scores
+        }
+
+
+def opponents_ratios(timings: Timings, arm: str) -> dict[str, dict[str, Any]]:
+    """Opponent → batch → ratio; of an opponent's variants the fastest at each batch size counts."""
+    found: dict[str, dict[str, Any]] = {}
+    names = {name for batch in timings.batches for name in timings[batch]}
+    for opponent, prefix in (("eager", "eager"), ("tuned_eager", "tuned_eager-"), ("lossless_export", "lossless-")):
+        variants = [n for n in sorted(names) if n == prefix or (prefix.endswith("-") and n.startswith(prefix))]
+        if opponent == "tuned_eager":
+            variants = ["eager", *variants] if variants else []
+        for batch in timings.batches:
+            ratios = [r for v in variants if (r := timings.ratio(v, arm, batch, level=TIMING_LEVEL)) is not None]
+            cpu = [r for v in variants if (r := timings.ratio(v, arm, batch, level=TIMING_LEVEL, clock="cpu")) is not None]
+            if ratios:
+                least = min(range(len(ratios)), key=lambda i: ratios[i].value)
+                found.setdefault(opponent, {})[str(batch)] = {**ratios[least].plain(), "processor_time": cpu[least].plain()}
+    return found
+
+
+def keep_winner(study: Study, conclusion: Conclusion, evidence: dict[str, Any]) -> Path | None:
+    """Write the winner's artifact; without a winner the baseline's, as eager PyTorch runs it."""
+    winner = conclusion.winner
+    recipe = winner.recipe if winner else study.workload.baseline
+    folder = winner.folder if winner else None
+    if study.find(("final", "baseline"), recipe) is None:
+        return None
+    study.pool.stop()
+    study.pool = open_pool(study.workload, study.folder, study.options.seed)
+    args = {"folder": folder, "evidence": evidence}
+    study.submit("artifact", "artifact", recipe, limit=60, args=args)
+    done = study.collect_all(study.budget.left - 90)
+    target = study.folder / "artifact"
+    if not done or not done[-1].ok:
+        study.notes.append(f"no artifact: {done[-1].reason if done else 'no time was left'}")
+        return None
+    return target
+
+
+def clear(study: Study) -> None:
+    """Remove what only served on the way; checkpoints and the store stay."""
+    for name in ("built", "timing"):
+        shutil.rmtree(study.folder / name, ignore_errors=True)

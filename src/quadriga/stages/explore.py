@@ -1,0 +1,267 @@
+"""The search: cost first, then training only those candidates that can still win."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+from quadriga.core.errors import BadInput
+from quadriga.core.recipe import Recipe
+from quadriga.core.trial import Status, Trial
+from quadriga.search.allocate import SAFE, Allocator, Candidate, Score
+from quadriga.search.propose import Proposer
+from quadriga.search.space import at_rung, trained_epochs
+from quadriga.stages.baseline import bar, gain_of
+from quadriga.stages.state import Study
+
+OPEN = 6  # candidates kept in sight before new ones are proposed
+ETA = 3.0  # each rung trains so many times longer than the one before
+
+
+class Explorer:
+    """Keeps the candidates and decides what the next free worker does.
+
+    Everything it knows comes from acknowledged trials, so a resumed study goes on where it was.
+
+    Args:
+        study: the state.
+        reserve: seconds of budget to be left for ablation, verification and report.
+        portfolio: recipes to start from.
+    """
+
+    def __init__(self, study: Study, reserve: float, portfolio: Iterable[Recipe]) -> None:
+        self.study, self.reserve = study, reserve
+        self.rungs = rungs(study, reserve)
+        self.allocator = Allocator(bar(study), self.rungs)
+        self.proposer = Proposer(study.space, study.options.seed)
+        self.candidates: dict[str, Candidate] = {}
+        self.costs: dict[str, Trial] = {}
+        self.waiting: dict[str, list[Recipe]] = {}
+        self.queue = [r for r in map(study.space.complete, portfolio) if self._fits(r)]
+        self.known: set[str] = set()
+        self.turn = 0
+        for trial in study.trials:
+            self._remember(trial)
+
+    def _fits(self, recipe: Recipe) -> bool:
+        reason = self.study.space.illegal(recipe)
+        if reason is not None and not any(t.stage == "portfolio" and t.recipe == recipe for t in self.study.trials):
+            number = len(self.study.trials)
+            self.study.add(Trial(number, "portfolio", recipe, self.study.options.seed, Status.REFUSED, reason))
+        return reason is None
+
+    def run(self) -> None:
+        """Search until the budget's share is spent or nothing can win any more."""
+        study = self.study
+        while study.budget.left > self.reserve:
+            while study.running < study.pool.size and self._start_one():
+                pass
+            if not study.running:
+                break
+            trial = study.collect(min(1.0, max(0.01, study.budget.left - self.reserve)))
+            if trial is not None:
+                self._remember(trial)
+                self._tell()
+
+    def _tell(self) -> None:
+        best = self.allocator.qualified(self.candidates.values(), 0.5)
+        text = f"{len(self.study.stage('search'))} trained, {len(self.costs)} costed"
+        shown = math.exp(best[0].gain) if best else None
+        self.study.say("search", text, best=shown)
+
+    def _start_one(self) -> bool:
+        if self._probe_one():
+            return True
+        if sum(c.gain > 0 and self.allocator.top not in c.scores and not c.dead for c in self.candidates.values()) < OPEN:
+            self._propose()
+            if self._probe_one():
+                return True
+        return self._train_one()
+
+    def _probe_one(self) -> bool:
+        """Start one cost probe, unless another is under way and there is something to train."""
+        while self.queue:
+            recipe = self.queue.pop(0)
+            if recipe.hash in self.known:
+                continue
+            self.known.add(recipe.hash)
+            part = self.study.space.cost_part(recipe)
+            if part.hash in self.costs:
+                self._enter(recipe, self.costs[part.hash])
+                continue
+            self.waiting.setdefault(part.hash, []).append(recipe)
+            if len(self.waiting[part.hash]) == 1:
+                self.study.submit("cost", "cost", part, limit=min(90.0, max(5.0, self.study.budget.left - self.reserve)))
+                return True
+        return False
+
+    def _train_one(self) -> bool:
+        fitting = [c for c in self.candidates.values() if self._affordable(c)]
+        chosen = self.allocator.next(fitting)
+        if chosen is None:
+            return False
+        candidate, rung, value = chosen
+        candidate.running = True
+        recipe = self.exact(candidate.recipe, rung)
+        teacher = self.study.baseline.info.get("checkpoint")
+        path = str(self.study.folder / "checkpoints" / teacher) if teacher else None
+        self.study.submit(
+            "search", "train", recipe, limit=max(5.0, self.study.budget.left - self.reserve + 2), args={"teacher": path},
+            template=candidate.recipe.plain(), rung=rung, value=value,
+        )  # fmt: skip
+        return True
+
+    def exact(self, recipe: Recipe, rung: int | None = None) -> Recipe:
+        """A template at a training length, the longest by default."""
+        rung = self.allocator.top if rung is None else rung
+        return at_rung(recipe, self.rungs, rung, self.study.space.fixed(recipe))
+
+    def _affordable(self, candidate: Candidate) -> bool:
+        """Whether its next rung would end in time, going by the baseline's pace."""
+        if not candidate.trains or candidate.dead:
+            return not candidate.dead
+        rung = max(candidate.scores, default=-1) + 1
+        if rung > self.allocator.top:
+            return False
+        done = self.rungs[rung - 1] * 0.7 if rung else 0.0
+        base = self.study.baseline
+        own = base.values["samples"] or 1.0
+        pace = base.values["seconds"] / own if base.values["samples"] else 0.0
+        examples = len(self.study.workload.train) if self.study.workload.train is not None else 0
+        return pace * (self.rungs[rung] - done) * examples < self.study.budget.left - self.reserve
+
+    def _propose(self) -> None:
+        """One new recipe near the best ones: in turn an edit, and fields proposed by TPE."""
+        ranked = sorted((c for c in self.candidates.values() if c.scores or not c.trains), key=self._utility, reverse=True)
+        for base in ranked[:3]:
+            self.turn += 1
+            told = [(c.recipe, self._utility(c)) for c in self.candidates.values() if c.scores]
+            order = (lambda r: self.proposer.edit(r, self.known), lambda r: self.proposer.fields(r, told, self.known))
+            for propose in order if self.turn % 2 else order[::-1]:
+                new = propose(base.recipe)
+                if new is not None and self._fits(new):
+                    self.queue.append(new)
+                    return
+
+    def _utility(self, candidate: Candidate) -> float:
+        """Gain, less a penalty for what is missing to the floor, in standard errors."""
+        if not candidate.scores:
+            return candidate.gain - 1.0
+        score = candidate.scores[max(candidate.scores)]
+        error = score.sd / math.sqrt(self.allocator.bar.n_val) or 1e-9
+        return candidate.gain + 0.2 * min(0.0, self.allocator.bar.slack(score) / error) - 0.1 * (self.allocator.top - max(candidate.scores))
+
+    def _remember(self, trial: Trial) -> None:
+        if trial.stage == "cost":
+            self.costs[trial.recipe.hash] = trial
+            for recipe in self.waiting.pop(trial.recipe.hash, []):
+                self._enter(recipe, trial)
+        elif trial.stage == "search":
+            self._score(trial)
+
+    def _enter(self, recipe: Recipe, cost: Trial) -> None:
+        """A costed recipe becomes a candidate, or is out at once."""
+        gain = gain_of(self.study, dict(cost.values)) if cost.ok else 0.0
+        trains = trained_epochs(Recipe(recipe.steps[self.study.space.fixed(recipe) :])) > 0
+        dead = "" if cost.ok else cost.reason
+        if cost.ok:
+            dead = over_limit(self.study, cost.values) or ("" if gain > 0.02 else "no gain in the objective")
+        self.known.add(recipe.hash)
+        self.candidates[recipe.hash] = Candidate(recipe, gain, trains=trains, dead=dead)
+        if cost.status is Status.REFUSED:
+            self._leave_out(recipe, cost)
+
+    def _leave_out(self, recipe: Recipe, trial: Trial) -> None:
+        """A recipe of which one step was refused is tried again without that step."""
+        fixed = self.study.space.fixed(recipe)
+        for index in range(len(recipe.steps) - 1, fixed - 1, -1):
+            if recipe.steps[index].method == trial.info.get("step"):
+                rest = recipe.without(index)
+                if rest.hash not in self.known and len(rest.steps) > fixed and self.study.space.illegal(rest) is None:
+                    self.queue.append(self.study.space.complete(rest))
+                return
+
+    def _score(self, trial: Trial) -> None:
+        recipe = Recipe.from_plain(trial.info["template"], trial.recipe.name)
+        if recipe.hash not in self.candidates:
+            part = self.study.space.cost_part(recipe).hash
+            if part not in self.costs:
+                return
+            self._enter(recipe, self.costs[part])
+        candidate = self.candidates[recipe.hash]
+        candidate.running = False
+        if not trial.ok:
+            candidate.dead = trial.reason or str(trial.status)
+            if trial.status is Status.REFUSED:
+                self._leave_out(recipe, trial)
+            return
+        difference, sd = self.study.paired(trial)
+        candidate.scores[trial.info["rung"]] = Score(difference, sd)
+        if reason := over_limit(self.study, {**self.costs[self.study.space.cost_part(recipe).hash].values, **trial.values}):
+            candidate.dead = reason
+
+    def finalists(self) -> list[Candidate]:
+        """At most two: the best gain that is likely to pass, and one that is likelier to."""
+        chosen = self.allocator.qualified(self.candidates.values(), SAFE)[:1] or self._likeliest()
+        if chosen and (rest := [c for c in self._likeliest() if c is not chosen[0]]):
+            first, second = (self.allocator.bar.chance(c.scores[self.allocator.top]) for c in (chosen[0], rest[0]))
+            if second > first + 0.02 and first < 0.97:
+                chosen.append(rest[0])
+        return chosen
+
+    def _likeliest(self) -> list[Candidate]:
+        done = [c for c in self.candidates.values() if self.allocator.top in c.scores and not c.dead and c.gain > 0.02]
+        return sorted(done, key=lambda c: -self.allocator.bar.chance(c.scores[self.allocator.top]))[:2]
+
+
+def over_limit(study: Study, values: dict[str, float]) -> str:
+    """Which of the user's limits a candidate breaks, or ""."""
+    base = study.baseline.values
+    for name, bound in study.options.limits.items():
+        key = {"train_cost": "seconds"}.get(name, name)
+        if name == "latency":
+            ratio = math.exp(-gain_of_latency(study, values))
+        elif key not in values or not base.get(key):
+            continue
+        else:
+            ratio = values[key] / base[key]
+        if ratio > bound:
+            return f"{name} is {ratio:.3g} of the baseline, over the limit {bound:g}"
+    return ""
+
+
+def gain_of_latency(study: Study, values: dict[str, float]) -> float:
+    """Mean log speed-up over the batch sizes; 0 where it was not measured."""
+    speeds = [values[f"speed/{b}"] for b in study.batches if f"speed/{b}" in values]
+    return sum(map(math.log, speeds)) / len(speeds) if speeds else 0.0
+
+
+def rungs(study: Study, reserve: float) -> tuple[float, ...]:
+    """Epochs of the three training lengths, so that about eight full trainings fit into the search's share.
+
+    Kept in the store at the first call, since a resumed search has to compare with what was trained before.
+    """
+    if kept := study.store.get("rungs"):
+        return tuple(kept)
+    base = study.baseline.values
+    train = study.workload.train
+    if train is None or not base["samples"]:
+        top = 4.0
+    else:
+        epoch = base["seconds"] / base["samples"] * len(train)
+        share = max(5.0, study.budget.left - reserve) * study.pool.size
+        top = min(2.0 * trained_epochs(study.workload.baseline), share / 8 / epoch)
+    top = max(top, 0.05)
+    lengths = tuple(float(f"{top / ETA**k:.3g}") for k in (2, 1, 0))
+    study.store.put("rungs", lengths)
+    return lengths
+
+
+def load_portfolio() -> list[Recipe]:
+    """The shipped recipes, in the order of their file names."""
+    here = Path(__file__).resolve().parents[1]
+    folder = next((f for f in (here / "recipes", here.parents[1] / "recipes") if f.is_dir()), None)
+    if folder is None:
+        raise BadInput("the shipped recipes are missing", "install Quadriga again")
+    return [Recipe.load(path) for path in sorted(folder.glob("*.toml")) if path.stem[0].isdigit()]

@@ -1,0 +1,216 @@
+"""What the stations share: the task, the budget, the store, the pool, and the trials so far."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quadriga.core.errors import BadInput, did_you_mean
+from quadriga.core.metric import Floor
+from quadriga.core.recipe import Recipe
+from quadriga.core.trial import Status, Trial
+from quadriga.core.workload import Workload
+from quadriga.engine.pool import Order, Pool
+from quadriga.engine.store import Store
+from quadriga.measure.quality import Scores
+from quadriga.search.space import Space
+
+LEVEL = 0.975  # one-sided, of the quality claim, divided among the finalists (ICH E9 convention)
+TIMING_LEVEL = 0.99
+FINALISTS = 2
+OBJECTIVES = ("latency", "bytes", "parameters", "train_cost")
+Progress = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked for.
+
+    Args:
+        floor: how much quality may be lost.
+        minimize: the objective, one of OBJECTIVES.
+        limits: upper bounds of ratios winner/baseline, by objective name.
+        budget: wall-clock seconds for everything from baseline to report.
+        families: those that may be used.
+        seed: of everything random.
+        command: what reproduces the run.
+
+    Raises:
+        BadInput: a value that cannot be.
+    """
+
+    floor: Floor
+    minimize: str = "latency"
+    limits: Mapping[str, float] = field(default_factory=dict)
+    budget: float = 600.0
+    families: tuple[str, ...] = ("structure", "training", "optimizer", "hardware")
+    seed: int = 0
+    command: str = ""
+
+    def __post_init__(self) -> None:
+        for name in (self.minimize, *self.limits):
+            if name not in OBJECTIVES:
+                raise BadInput(f'"{name}" cannot be minimized or limited', did_you_mean(name, OBJECTIVES))
+        for name in self.families:
+            if name not in (known := ("structure", "training", "optimizer", "hardware")):
+                raise BadInput(f'there is no family "{name}"', did_you_mean(name, known))
+        for name, bound in self.limits.items():
+            if not 0 < bound < float("inf"):
+                raise BadInput(f"the limit {name}={bound} is not a positive ratio", "for example bytes=0.2")
+        if not 1 <= self.budget < float("inf"):
+            raise BadInput(f"the budget is {self.budget} seconds", "give at least a second, such as 90s or 10m")
+
+    def identity(self) -> dict[str, Any]:
+        """What makes two runs the same study."""
+        return {**{k: v for k, v in asdict(self).items() if k not in ("command", "floor", "budget")}, "floor": str(self.floor)}
+
+
+class Budget:
+    """Wall-clock seconds of all sessions of a study; the time between sessions does not count.
+
+    Args:
+        total: seconds.
+        store: keeps what was spent.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, total: float, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
+        self.total, self._store, self._clock = total, store, clock
+        self._before = float(store.get("spent", 0.0))
+        self._start = clock()
+        self.phases: dict[str, float] = dict(store.get("phases", {}))
+
+    @property
+    def spent(self) -> float:
+        """Seconds so far."""
+        return self._before + self._clock() - self._start
+
+    @property
+    def left(self) -> float:
+        """Seconds still to be had; negative when overdrawn."""
+        return self.total - self.spent
+
+    def keep(self) -> None:
+        """Make what was spent durable."""
+        self._store.put("spent", self.spent)
+        self._store.put("phases", self.phases)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Book the time inside under a name."""
+        start = self._clock()
+        try:
+            yield
+        finally:
+            self.phases[name] = self.phases.get(name, 0.0) + self._clock() - start
+
+
+class Study:
+    """One study's state. The stations read it and add trials to it; nothing else is shared between them."""
+
+    def __init__(
+        self, workload: Workload, options: Options, folder: Path, store: Store, pool: Pool, space: Space, progress: Progress
+    ) -> None:
+        self.workload, self.options, self.folder = workload, options, folder
+        self.store, self.pool, self.space = store, pool, space
+        self.budget = Budget(options.budget, store)
+        self.trials = store.trials()
+        self.progress = progress
+        self.notes: list[str] = []
+        self._orders: dict[int, tuple[str, Recipe, dict[str, Any]]] = {}
+        self._count = 0
+
+    @property
+    def batches(self) -> tuple[int, ...]:
+        """The batch sizes at which latency is measured: 1 and the workload's."""
+        return tuple(sorted({1, self.workload.batch_size}))
+
+    def say(self, stage: str, text: str, **numbers: Any) -> None:
+        """Report progress as plain data."""
+        self.progress({"stage": stage, "text": text, "left": max(0.0, self.budget.left), **numbers})
+
+    def submit(self, stage: str, task: str, recipe: Recipe, *, limit: float | None = None, **info: Any) -> int:
+        """Send a recipe to the pool; `info` is kept in the trial."""
+        self._count += 1
+        args = {"recipe": recipe.plain(), "hash": recipe.hash, "batches": self.batches, **info.pop("args", {})}
+        self._orders[self._count] = (stage, recipe, info)
+        self.pool.submit(Order(self._count, task, args, limit if limit is not None else max(5.0, self.budget.left)))
+        return self._count
+
+    @property
+    def running(self) -> int:
+        """Orders under way."""
+        return len(self._orders)
+
+    def collect(self, timeout: float) -> Trial | None:
+        """Wait for one order and acknowledge its trial; None when none ended in time."""
+        found = self.pool.next(timeout)
+        if found is None or found[0] not in self._orders:
+            return None
+        stage, recipe, info = self._orders.pop(found[0])
+        result = found[1]
+        trial = Trial(
+            len(self.trials), stage, recipe, self.options.seed, Status(result["status"]), result.get("reason", ""),
+            result.get("values", {}), {**info, **result.get("info", {}), **_extra(result)},
+        )  # fmt: skip
+        self.add(trial)
+        return trial
+
+    def add(self, trial: Trial) -> None:
+        """Acknowledge a trial: it is durable when this returns."""
+        self.store.add(trial)
+        self.budget.keep()
+        self.trials.append(trial)
+
+    def collect_all(self, deadline: float) -> list[Trial]:
+        """Wait for every order under way, until so many seconds of budget are left."""
+        done = []
+        while self._orders and self.budget.left > deadline:
+            trial = self.collect(min(1.0, max(0.01, self.budget.left - deadline)))
+            if trial is not None:
+                done.append(trial)
+        return done
+
+    def forget(self) -> int:
+        """Give up what is still under way; returns how many orders were dropped."""
+        dropped = len(self._orders)
+        self._orders.clear()
+        return dropped
+
+    def stage(self, name: str) -> list[Trial]:
+        """The trials of one stage."""
+        return [t for t in self.trials if t.stage == name]
+
+    def find(self, stages: Iterable[str], recipe: Recipe) -> Trial | None:
+        """A completed trial of this very recipe."""
+        return next((t for t in self.trials if t.stage in stages and t.recipe == recipe and t.ok), None)
+
+    @property
+    def baseline(self) -> Trial:
+        """The baseline's trial."""
+        return next(t for t in self.trials if t.stage == "baseline")
+
+    def scores(self, trial: Trial) -> Scores:
+        """A trial's per-example results on val."""
+        return Scores.load(self.folder / trial.info["scores"])
+
+    def paired(self, trial: Trial) -> tuple[float, float]:
+        """Quality difference to the baseline on val (positive is better) and its standard deviation per example."""
+        ours, base = self.scores(trial), self.scores(self.baseline)
+        metric = self.workload.metric
+        sign = metric.scale if metric.higher_is_better else -metric.scale
+        difference = metric.gain(ours.value, base.value)
+        if ours.values is None or base.values is None:
+            return difference, abs(base.value) * 0.5
+        weights = base.weights / base.weights.mean()
+        return difference, float(np.std(sign * (ours.values - base.values) * weights))
+
+
+def _extra(result: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: result[k] for k in ("remedy", "spec", "bad_input", "step") if result.get(k)}

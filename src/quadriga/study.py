@@ -1,0 +1,215 @@
+"""The composer: baseline → explore → ablate → conclude → report. It is short because the stations do the work."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from quadriga import methods, report
+from quadriga.arguments import parse_budget
+from quadriga.console import Progress as Console
+from quadriga.core.errors import BadInput
+from quadriga.core.files import write_json
+from quadriga.core.metric import Floor
+from quadriga.core.recipe import Recipe
+from quadriga.core.setup import Setup
+from quadriga.core.workload import Workload
+from quadriga.engine.pool import InlinePool, open_pool
+from quadriga.engine.store import Store
+from quadriga.engine.walk import workload_key
+from quadriga.search.space import Space
+from quadriga.stages.ablate import Ablation, Ablator
+from quadriga.stages.baseline import check_floor, measure_baseline
+from quadriga.stages.conclude import Conclusion, Judge, clear, keep_winner
+from quadriga.stages.explore import Explorer, load_portfolio
+from quadriga.stages.records import records, result
+from quadriga.stages.state import Options, Progress, Study
+from quadriga.stages.verbs import compare, profile, train
+from quadriga.workloads import load
+from quadriga.workloads.check import check
+
+__all__ = ["compare", "open_study", "optimize", "profile", "run", "train"]
+Seconds = float
+
+
+def run(
+    workload: Workload,
+    *,
+    floor: str = "-0.5pt",
+    minimize: str = "latency",
+    limits: Mapping[str, float] | None = None,
+    budget: Seconds = 600.0,
+    out: str | Path = "out",
+    families: tuple[str, ...] | None = None,
+    seed: int = 0,
+    command: str = "",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Optimize a workload: search recipes over the four families, ablate, freeze, export, verify, report.
+
+    Args:
+        workload: model, data, loss and metric.
+        floor: the quality that may be lost, with its unit: "-0.5pt" or "-0.5%rel".
+        minimize: "latency", "bytes", "parameters" or "train_cost".
+        limits: upper bounds of ratios winner/baseline, such as {"bytes": 0.2}.
+        budget: wall-clock seconds for everything; time between a kill and the same call again does not count.
+        out: folder for artifact, report and records; the same call with the same folder goes on where it was.
+        families: those that may be used; all by default.
+        seed: of everything random.
+        command: what reproduces the run, for the report.
+        progress: called with plain data.
+
+    Returns:
+        The result object, also in out/result.json: `status` is "verified" or "infeasible".
+
+    Raises:
+        BadInput: the workload or an option cannot be used; nothing was lost.
+        KeyboardInterrupt: interrupted; the same call goes on.
+    """
+    chosen = {"families": families} if families else {}
+    options = Options(Floor.parse(floor), minimize, dict(limits or {}), float(budget), seed=seed, command=command, **chosen)
+    with open_study(workload, options, Path(out), progress or (lambda event: None)) as study:
+        if (done := study.store.get("result")) is not None:
+            study.say("done", "this study is finished; its result is shown again")
+            return dict(done)
+        return _stations(study)
+
+
+def optimize(workload: Workload | str, *, budget: str | float = "10m", quiet: bool = False, **options: Any) -> dict[str, Any]:
+    """`run` for scripts and notebooks: the budget may be text, and progress is shown on stderr.
+
+    Args:
+        workload: a `Workload`, a ready-made name, or "file.py:function".
+        budget: seconds, or text such as "90s", "10m", "1h30m".
+        quiet: show no progress.
+        options: as of `run`: floor, minimize, limits, out, families, seed.
+
+    Returns:
+        The result object; `result["status"]` is "verified" or "infeasible".
+
+    Raises:
+        BadInput: as `run`.
+    """
+    task = load(workload) if isinstance(workload, str) else workload
+    seconds = parse_budget(budget)
+    if quiet:
+        return run(task, budget=seconds, **options)
+    with Console() as progress:
+        return run(task, budget=seconds, progress=progress, **options)
+
+
+def _stations(study: Study) -> dict[str, Any]:
+    """All stations in order; each takes up what its trials say was done before."""
+    measure_baseline(study)
+    smallest = check_floor(study)
+    verify, ablate = _reserves(study)
+    explorer = Explorer(study, verify + ablate, load_portfolio())
+    if study.store.get("frozen") is None:
+        with study.budget.phase("search"):
+            explorer.run()
+            study.forget()
+    frozen = _frozen(study, explorer, verify)
+    with study.budget.phase("verification"):
+        conclusion = Judge(study).run(frozen)
+    return _finish(study, explorer, conclusion, smallest)
+
+
+def _reserves(study: Study) -> tuple[Seconds, Seconds]:
+    """Seconds kept for verification and for ablation."""
+    total = study.options.budget
+    return max(0.2 * total, min(25.0, 0.45 * total)), 0.2 * total
+
+
+def _frozen(study: Study, explorer: Explorer, reserve: Seconds) -> list[tuple[Recipe, Ablation | None]]:
+    """The finalists: the best candidate, ablated, and perhaps a safer one. Named once, before test is opened."""
+    if (kept := study.store.get("finalists")) is not None:
+        return [(Recipe.from_plain(r["recipe"], r["name"]), r["ablation"] and Ablation.from_plain(r["ablation"])) for r in kept]
+    chosen = explorer.finalists()
+    frozen: list[tuple[Recipe, Ablation | None]] = []
+    for number, candidate in enumerate(chosen):
+        if number == 0:
+            with study.budget.phase("ablation"):
+                ablation = Ablator(study, explorer, candidate, reserve).run()
+            frozen.append((ablation.recipe, ablation))
+        elif (exact := explorer.exact(candidate.recipe)) not in [r for r, _ in frozen]:
+            frozen.append((exact, None))
+    rows = [{"recipe": r.plain(), "name": r.name, "ablation": a and a.plain()} for r, a in frozen]
+    study.store.put("finalists", rows)
+    return frozen
+
+
+def _finish(study: Study, explorer: Explorer, conclusion: Conclusion, smallest: float) -> dict[str, Any]:
+    """Artifact, result, records and report; the store learns last that the study is done."""
+    status = "verified" if conclusion.winner else "infeasible"
+    with study.budget.phase("report"):
+        evidence = result(study, status, conclusion, None)
+        artifact = keep_winner(study, conclusion, evidence)
+    outcome = result(study, status, conclusion, artifact.name if artifact else None)
+    everything = records(study, outcome, explorer, conclusion, smallest)
+    write_json(study.folder / "records.json", everything)
+    report.write(everything, study.folder)
+    write_json(study.folder / "result.json", outcome)
+    study.store.put("result", outcome)
+    clear(study)
+    return outcome
+
+
+@contextmanager
+def open_study(workload: Workload, options: Options, out: Path, progress: Progress) -> Iterator[Study]:
+    """Check the workload, open the store and the pool; close both at the end, whatever happens.
+
+    Raises:
+        BadInput: the folder holds another study, or the workload cannot be used.
+    """
+    with Store(out) as store, _terminable():
+        notes = check(workload)
+        identity = {**options.identity(), "workload": workload_key(workload)}
+        if (known := store.get("identity")) not in (None, identity):
+            differs = sorted(k for k in identity if known.get(k) != identity[k])
+            raise BadInput(f"{out} holds a study with another {', '.join(differs)}", "choose another --out folder")
+        store.put("identity", identity)
+        model = workload.build(options.seed)
+        traits = Setup.of(workload, options.seed, model).traits | {"TEACHER"}
+        cards = {c["name"]: c for c in methods.cards()}
+        space = Space(cards, traits, workload.baseline or Recipe(), frozenset(options.families))
+        pool = open_pool(workload, out, options.seed)
+        study = Study(workload, options, out, store, pool, space, progress)
+        study.notes += notes + _notes(workload, pool)
+        try:
+            yield study
+        finally:
+            study.budget.keep()
+            study.pool.stop()
+
+
+def _notes(workload: Workload, pool: object) -> list[str]:
+    notes = []
+    if isinstance(pool, InlinePool):
+        notes.append(
+            "the model is a live object that no other process can rebuild: trials ran one after the other in the caller's "
+            "process, without isolation or time limits, and eager PyTorch was timed through an exported copy"
+        )
+    if workload.train is None:
+        notes.append("there is no training data: only methods that need no training were searched, calibrated on val")
+    return notes
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM interrupts like Ctrl-C, so that workers are stopped and the study can go on later."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
+    except ValueError:  # not the main thread
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,25 @@
+"""For authors of methods: tiny workloads, setups in several states, and the contract that every method keeps.
+
+    import pytest
+    from quadriga.testing import CHECKS, check_method
+
+    @pytest.mark.parametrize("check", CHECKS)
+    def test_contract(check):
+        check_method(MyMethod, checks=[check])
+"""
+
+from quadriga.testing.contract import CHECKS, check_method
+from quadriga.testing.setups import fingerprint, make_setups
+from quadriga.testing.workloads import TINY, tiny_cnn, tiny_lstm, tiny_mlp, tiny_transformer
+
+__all__ = [
+    "CHECKS",
+    "TINY",
+    "check_method",
+    "fingerprint",
+    "make_setups",
+    "tiny_cnn",
+    "tiny_lstm",
+    "tiny_mlp",
+    "tiny_transformer",
+]

@@ -1,0 +1,239 @@
+"""The contract of every method, as checks that any method can be put through, ours or a stranger's."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.core.batch import Batch, Tree, call, resize, tensors
+from quadriga.core.data import TensorData
+from quadriga.core.errors import NotApplicable
+from quadriga.core.method import SLOTS, Family, Method, Numerics
+from quadriga.core.setup import Setup
+from quadriga.testing.setups import MakeSetup, fingerprint, make_setups
+from quadriga.train.loop import fit
+
+Check = Callable[[Method, Mapping[str, MakeSetup]], None]
+
+
+def check_method(
+    method: Method | type[Method],
+    setups: Mapping[str, MakeSetup] | None = None,
+    checks: Iterable[Check] | None = None,
+) -> None:
+    """Put a method through the contract.
+
+    Args:
+        method: an instance, or a class whose fields all have defaults.
+        setups: name → function that builds a fresh setup; by default tiny workloads of four kinds, untrained and
+            trained. The method has to apply to at least one, or say why not everywhere.
+        checks: by default all of `CHECKS`.
+
+    Raises:
+        AssertionError: a promise is not kept.
+    """
+    one = method() if isinstance(method, type) else method
+    for check in checks if checks is not None else CHECKS:
+        check(one, setups if setups is not None else make_setups())
+
+
+def applied(method: Method, setups: Mapping[str, MakeSetup]) -> Iterable[tuple[str, Setup, Setup]]:
+    """(name, setup before, setup after) for every setup that the method takes."""
+    for name, make in setups.items():
+        before = make()
+        kept = replace(before)
+        try:
+            yield name, kept, method(before)
+        except NotApplicable:
+            continue
+
+
+def check_declaration(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """A frozen dataclass with a family, a numerics promise, a source, and a docstring that explains every field."""
+    cls = type(method)
+    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen, f"{cls.__name__} is not a frozen dataclass"
+    assert isinstance(method.family, Family) and isinstance(method.numerics, Numerics)
+    assert isinstance(method.source, str) and method.source.strip(), f"{method.name} names no source"
+    assert set(method.writes) <= set(SLOTS)
+    for facts in (method.requires, method.adds, method.removes):
+        assert isinstance(facts, frozenset) and all(isinstance(f, str) for f in facts)
+    about = inspect.cleandoc(cls.__doc__ or "")
+    assert about and not about.startswith(cls.__name__ + "("), f"{method.name} has no docstring"
+    assert "Source:" in about, f"{method.name}: the docstring names no Source:"
+    for field in dataclasses.fields(cls):
+        assert field.name in about.partition("Args:")[2], f"{method.name}.{field.name} is not explained under Args:"
+
+
+def check_fields(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """Plain fields round-trip through `parse`, and every choice of `search` is a valid value."""
+    given = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
+    plain = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
+    assert type(method).parse(plain) == method
+    assert set(method.search) <= set(given), f"{method.name}.search names {set(method.search) - set(given)}, which are no fields"
+    for name, choices in method.search.items():
+        assert choices, f"{method.name}.search has no choice for {name}"
+        for choice in choices:
+            type(method).parse({**plain, name: list(choice) if isinstance(choice, tuple) else choice})
+
+
+def check_input_unchanged(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """The given setup keeps its slots; a method of another family than structure leaves the model as it is."""
+    for name, make in setups.items():
+        before = make()
+        slots, model = {s: getattr(before, s) for s in SLOTS}, fingerprint(before.model)
+        try:
+            method(before)
+        except NotApplicable:
+            assert fingerprint(before.model) == model, f"{method.name} refused {name} after changing its model"
+        assert all(getattr(before, s) is value for s, value in slots.items())
+        if "model" not in {method.family.slot, *method.writes}:
+            assert fingerprint(before.model) == model, f"{method.name} changed the model of {name}"
+
+
+def check_slots(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """Only owned slots are written, the context stays, and the traits change as declared."""
+    for name, before, after in applied(method, setups):
+        written = {s for s in SLOTS if getattr(before, s) is not getattr(after, s)}
+        assert written <= {method.family.slot, *method.writes}, f"{method.name} wrote {written} of {name}"
+        assert after.context is before.context
+        assert after.traits == (before.traits - method.removes) | method.adds
+
+
+def check_interface(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """The model answers with the shapes and types that it had, at batch 1 and 2."""
+    for name, make in setups.items():
+        before = make()
+        was = {n: shapes(before.model, before.context.example, n) for n in (1, 2)}
+        try:
+            after = method(before)
+        except NotApplicable:
+            continue
+        for batch, expected in was.items():
+            found = shapes(after.model, after.context.example, batch)
+            assert found == expected, f"{method.name} on {name}: outputs {found} at batch {batch}, were {expected}"
+
+
+def shapes(model: nn.Module, example: Tree, batch: int) -> list[tuple[tuple[int, ...], str]]:
+    """Shapes and types of a model's outputs, in eval mode."""
+    was = model.training
+    with torch.inference_mode():
+        output = call(model.eval(), resize(example, batch))
+    model.train(was)
+    parts = tensors(output if isinstance(output, Tensor | tuple | list | Mapping) else tuple(output.values()))
+    return [(tuple(t.shape), str(t.dtype)) for t in parts]
+
+
+def check_training_step(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """After the method, a step of training gives a finite loss and finite weights, and leaves the mode as it was."""
+    for name, _, after in applied(method, setups):
+        if "TRAIN_DATA" not in after.traits or not any(p.requires_grad for p in after.model.parameters()):
+            continue
+        was = after.model.training
+        outcome = one_step(after)
+        assert math.isfinite(outcome), f"{method.name} on {name}: the loss is {outcome}"
+        assert after.model.training == was
+
+
+def one_step(setup: Setup, seed: int = 0) -> float:
+    """The loss of one step on a calibration batch; `torch.compile` is left out, since it takes minutes."""
+    batch = setup.context.calibration[0]
+    small = replace(setup.training, batch_size=len(batch))
+    plain = replace(setup, training=small, runtime=replace(setup.runtime, compile=False, device="cpu"))
+    return fit(plain, TensorData(batch.inputs, batch.target), epochs=1, seed=seed).loss
+
+
+def check_deterministic(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """Applied to equal setups it gives equal models, and equal models after a step of training."""
+    for name, make in setups.items():
+        marks = []
+        for noise in (1, 2):
+            torch.manual_seed(noise)  # a method's randomness has to come from the context's seed
+            try:
+                after = method(make())
+            except NotApplicable:
+                break
+            marks.append(fingerprint(after.model))
+            if "TRAIN_DATA" in after.traits and any(p.requires_grad for p in after.model.parameters()):
+                one_step(after)
+                marks.append(fingerprint(after.model))
+        assert marks[: len(marks) // 2] == marks[len(marks) // 2 :], f"{method.name} on {name}: equal seeds, unequal weights"
+
+
+def check_refusals(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """It applies somewhere, or a reason says why not; what it refuses has a reason that is not empty."""
+    reasons = {}
+    for name, make in setups.items():
+        try:
+            method(make())
+        except NotApplicable as refusal:
+            assert refusal.reason.strip(), f"{method.name} refuses {name} without a reason"
+            reasons[name] = str(refusal)
+    absent = method.family is Family.HARDWARE  # a backend may not be installed, or the processor may lack it
+    assert absent or len(reasons) < len(setups), f"{method.name} applies to none of the setups: {reasons}; give setups="
+
+
+def check_wraps(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """What stood in the training and optimizer slots before still acts: wrapped or joined, never replaced."""
+    for make in setups.values():
+        setup, seen = watched(make())
+        try:
+            after = method(setup)
+        except NotApplicable:
+            continue
+        if {method.family.slot, *method.writes} & {"training", "optimizer"} and "TRAIN_DATA" in after.traits:
+            one_step(after)
+            missing = {"loss", "transform", "schedule", "hook", "optimizer"} - seen
+            assert not missing, f"{method.name} dropped what stood there before it: {', '.join(sorted(missing))}"
+
+
+def watched(setup: Setup) -> tuple[Setup, set[str]]:
+    """The setup with a loss, transform, schedule, hook and optimizer that note when they act."""
+    from quadriga.core.setup import Factors, Hook
+
+    seen: set[str] = set()
+    inner_loss, inner_make = setup.training.loss, setup.optimizer.make
+
+    def loss(output: Tree, batch: Batch) -> Tensor:
+        seen.add("loss")
+        return inner_loss(output, batch)
+
+    def transform(batch: Batch, generator: torch.Generator) -> Batch:
+        seen.add("transform")
+        return batch
+
+    def schedule(progress: float) -> Factors:
+        seen.add("schedule")
+        return Factors()
+
+    class Noting(Hook):
+        def after_step(self, model: nn.Module, progress: float) -> None:
+            seen.add("hook")
+
+    def make(model: nn.Module) -> Any:
+        seen.add("optimizer")
+        return inner_make(model)
+
+    training = replace(
+        setup.training, loss=loss, transforms=(transform,), schedules=(schedule,), make_hooks=(lambda model: Noting(),)
+    )
+    return replace(setup, training=training, optimizer=replace(setup.optimizer, make=make)), seen
+
+
+CHECKS: tuple[Check, ...] = (
+    check_declaration,
+    check_fields,
+    check_input_unchanged,
+    check_slots,
+    check_interface,
+    check_training_step,
+    check_deterministic,
+    check_refusals,
+    check_wraps,
+)

@@ -1,0 +1,1 @@
+"""Training: the one loop, its data order, its step and its checkpoints."""

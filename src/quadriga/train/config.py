@@ -1,0 +1,79 @@
+"""What makes two runs the same run: compared before a checkpoint is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from quadriga.core.errors import BadInput
+from quadriga.core.method import Method
+from quadriga.core.setup import Hook, Setup
+from quadriga.train.factors import product
+from quadriga.train.state import model_tensors, parameter_names
+
+POINTS = 16  # of progress, at which schedules are compared
+
+
+def describe(function: Any) -> str:
+    """A name for a callable that is equal in every process: of its code, and of the methods, numbers and functions
+    that it was made with.
+
+    Example:
+        >>> describe(len)
+        'len'
+    """
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    parts = [repr(v) for v in (getattr(function, "__self__", function), *cells) if isinstance(v, Method | int | float | str)]
+    parts += [describe(v) for v in cells if callable(v) and hasattr(v, "__qualname__") and not isinstance(v, type)]
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return f"{name}[{', '.join(parts)}]" if parts else name
+
+
+def digest(value: Any) -> str:
+    """Twelve hexadecimal digits of plain data."""
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
+
+
+def config_of(
+    setup: Setup, optimizer: torch.optim.Optimizer, bases: Sequence[Mapping[str, Any]], hooks: Sequence[Hook], length: int
+) -> dict[str, Any]:
+    """The facts of a train step that its checkpoints have to share, as JSON data."""
+    tensors, aliases = model_tensors(setup.model)
+    training, runtime = setup.training, setup.runtime
+    schedules = (*training.schedules, *setup.optimizer.schedules)
+    return {
+        "model": digest([(n, tuple(t.shape), str(t.dtype)) for n, t in tensors.items()] + sorted(aliases.items())),
+        "examples": length,
+        "batch size": training.batch_size,
+        "loss": describe(training.loss),
+        "transforms": [describe(t) for t in training.transforms],
+        "schedules": digest([dataclasses.astuple(product(schedules, i / POINTS)) for i in range(POINTS + 1)]),
+        "hooks": [type(h).__qualname__ for h in hooks],
+        "optimizer": type(optimizer).__qualname__,
+        "optimizer's values": digest([sorted(b.items()) for b in bases]),
+        "optimizer's groups": digest(parameter_names(setup.model, optimizer)),
+        "runtime": [runtime.device, runtime.channels_last, runtime.matmul, runtime.compile],
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a resumption has to share with the run for bit-exactness, though it may go on without."""
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__}
+
+
+def check_same(config: Mapping[str, Any], machine_now: Mapping[str, Any], extra: Mapping[str, Any], folder: str) -> list[str]:
+    """Whether a checkpoint is of this run; returns what makes the resumption not bit-exact.
+
+    Raises:
+        BadInput: it is of another run, naming what differs.
+    """
+    for key, value in config.items():
+        if extra["config"].get(key) != value:
+            problem = f"{folder} holds the checkpoint of another run: {key} is {value!r}, there {extra['config'].get(key)!r}"
+            raise BadInput(problem, "give another folder, or delete it to train again")
+    was = extra["machine"]
+    return [f"not bit-exact: {key} is {value}, was {was[key]}" for key, value in machine_now.items() if was[key] != value]

@@ -1,0 +1,170 @@
+"""Look a workload over before any time is spent on it."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.core.batch import Batch, Tree, call, primary, resize, tensors, tree_map
+from quadriga.core.errors import BadInput
+from quadriga.core.workload import Workload
+from quadriga.workloads.labels import labels, unseen
+from quadriga.workloads.place import told
+from quadriga.workloads.scoring import metric_works
+from quadriga.workloads.splits import apart, finite, sample, take
+
+SMALLEST_VAL = 20
+
+
+def check(workload: Workload) -> list[str]:
+    """Run a few batches through everything that the user gave, and scan the data that is in memory.
+
+    The workload is not changed: a copy of the model is used, in eval mode but for one batch.
+
+    Returns:
+        Notes: what is worth knowing but does not stand in the way.
+
+    Raises:
+        BadInput: what cannot work, with the value, the reason and the remedy.
+    """
+    splits = {n: d for n in ("train", "val", "test") if (d := getattr(workload, n)) is not None}
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        notes = _sizes(workload)
+        samples = {name: sample(name, data) for name, data in splits.items()}
+        for name, batch in samples.items():
+            take(name, splits[name], torch.arange(min(2, len(splits[name]))))
+            finite(name, batch)
+        model = _build(workload)
+        output, batch = _outputs(model, workload, notes)
+        for name, part in samples.items():
+            labels(name, part, primary(output), workload, notes)
+        unseen(samples, notes)
+        _loss(model, workload)
+        metric_works(workload, output, batch)
+        return notes + apart(splits)
+
+
+def _sizes(workload: Workload) -> list[str]:
+    count = len(workload.val)
+    if count < SMALLEST_VAL:
+        raise BadInput(f"val has {count} examples", f"give at least {SMALLEST_VAL}; the search compares candidates on it")
+    notes = (
+        [f"val has only {count} examples: candidates that differ by less than {100 / count:.1f} % look alike"]
+        if count < 200
+        else []
+    )
+    if workload.train is not None and len(workload.train) < workload.batch_size:
+        notes.append(f"train has {len(workload.train)} examples, fewer than the batch size {workload.batch_size}")
+    return notes
+
+
+def _build(workload: Workload) -> nn.Module:
+    try:
+        model = workload.build()
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(f"the model cannot be built: {told(error)}", "correct it there") from error
+    if workload.train is not None and not any(p.requires_grad for p in model.parameters()):
+        count = len(list(model.parameters()))
+        remedy = "set requires_grad, or give trained=True and no train data"
+        raise BadInput(f"the model has nothing to train: {count} parameters, none requires a gradient", remedy)
+    return model
+
+
+def _outputs(model: nn.Module, workload: Workload, notes: list[str]) -> tuple[Tree, Batch]:
+    """The outputs for a batch of val, after trying one example, two and a batch."""
+    model.eval()
+    count = min(len(workload.val), max(workload.batch_size, 128))
+    batch = take("val", workload.val, torch.arange(count) * len(workload.val) // count)  # spread, for data sorted by class
+    for size in (2, 1, workload.batch_size):
+        _forward(model, resize(batch.inputs, size), size)
+    output, again = _forward(model, batch.inputs, count), _forward(model, batch.inputs, count)
+    if any(not torch.equal(a, b) for a, b in zip(tensors(output), tensors(again), strict=True)):
+        notes.append("the model gives different outputs for equal inputs, in eval mode")
+    return output, batch
+
+
+def _forward(model: nn.Module, inputs: Tree, size: int) -> Tree:
+    shapes = ", ".join(str(list(t.shape)) for t in tensors(inputs))
+    try:
+        with torch.inference_mode():
+            output = call(model, inputs)
+        first = primary(output)
+    except TypeError as error:
+        if "holds no tensor" in str(error):
+            raise BadInput(str(error), "return logits, a tuple or a dict of tensors") from error
+        raise BadInput(
+            f"the model cannot be called with inputs {shapes}: {told(error)}", "match inputs and forward()"
+        ) from error
+    except Exception as error:
+        raise BadInput(
+            f"the model fails on inputs {shapes}: {told(error)}", "match the model and the shape of the data"
+        ) from error
+    if first.dim() == 0 or len(first) != size:
+        raise BadInput(f"the model returned {list(first.shape)} for {size} examples", "its output needs one row per example")
+    if first.is_floating_point() and not bool(torch.isfinite(first).all()):
+        bad = int((~torch.isfinite(first)).sum())
+        raise BadInput(
+            f"the model's output has {bad} of {first.numel()} values NaN or infinite", "check its weights and the inputs' scale"
+        )
+    return output
+
+
+def _loss(model: nn.Module, workload: Workload) -> None:
+    """The loss of one batch, in training mode where there is training; model is a copy."""
+    training = workload.train is not None
+    name, data = ("train", workload.train) if training else ("val", workload.val)
+    batch = take(name, data, torch.arange(min(len(data), workload.batch_size)))
+    model.train(training)
+    try:
+        with torch.set_grad_enabled(training), warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Using a target size")
+            loss = workload.loss(call(model, batch.inputs), batch)
+    except BadInput:
+        raise
+    except UserWarning as error:
+        problem = f"the loss broadcasts outputs and targets of different shapes: {str(error).split('. ')[0]}"
+        raise BadInput(problem, "give both the same shape, as with target.unsqueeze(1)") from error
+    except Exception as error:
+        raise BadInput(
+            f"the loss fails on the first batch of {name}: {told(error)}", "match outputs, targets and loss"
+        ) from error
+    finally:
+        model.eval()
+    if not isinstance(loss, Tensor):
+        raise BadInput(f"the loss returned {loss!r:.60}, a {type(loss).__name__}", "return a tensor, [batch] or a scalar")
+    if loss.shape not in (batch.index.shape, torch.Size([])):
+        remedy = "return [batch] values or their mean"
+        raise BadInput(f"the loss has the shape {list(loss.shape)} for {len(batch)} examples", remedy)
+    if not bool(torch.isfinite(loss).all()):
+        raise BadInput(
+            f"the loss of the first batch of {name} is {float(loss.detach().mean())}", "check targets and the outputs' scale"
+        )
+    if training and not loss.requires_grad:
+        raise BadInput("the loss does not depend on the parameters", "remove detach(), no_grad() or argmax from model and loss")
+    _broadcast(model, workload, name, batch)
+
+
+def _broadcast(model: nn.Module, workload: Workload, name: str, batch: Batch) -> None:
+    """Targets [n] against outputs [n, 1] silently become [n, n]: then the loss of four is not that of each."""
+    with torch.inference_mode():
+        output = primary(call(model, batch.inputs))
+        target = batch.target
+        if not isinstance(target, Tensor) or output.shape == target.shape or output.numel() != target.numel():
+            return
+        parts = [_rows(batch, slice(i, i + 1)) for i in range(min(4, len(batch)))]
+        each = torch.stack([workload.loss(call(model, b.inputs), b).mean() for b in parts])
+        few = _rows(batch, slice(0, len(parts)))
+        joint = workload.loss(call(model, few.inputs), few)
+    allowed = [each] if joint.dim() else [each.mean(), each.sum()]
+    if not any(torch.allclose(joint, a, rtol=1e-3, atol=1e-5) for a in allowed):
+        problem = f"outputs {list(output.shape)} and targets {list(target.shape)} of {name} are broadcast in the loss"
+        raise BadInput(problem, "give both the same shape, as with target.unsqueeze(1)")
+
+
+def _rows(batch: Batch, rows: slice) -> Batch:
+    return Batch(tree_map(lambda t: t[rows], batch.inputs), tree_map(lambda t: t[rows], batch.target), batch.index[rows])

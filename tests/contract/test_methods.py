@@ -1,0 +1,14 @@
+"""Every registered method keeps the contract."""
+
+import pytest
+import torch
+from quadriga import methods
+from quadriga.testing import CHECKS, check_method
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.parametrize("name", methods.available())
+def test_contract(name, check):
+    check_method(methods.available()[name], checks=[check])

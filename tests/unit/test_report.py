@@ -1,0 +1,169 @@
+"""The report: nothing leaves it, nothing breaks out of it, and its three forms say the same."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import hashlib
+import html
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quadriga.core.errors import BadInput
+from quadriga.report import markdown, write
+from quadriga.report.document import Table
+from quadriga.report.schema import complete, empty_result
+from quadriga.report.sections import document
+
+HOSTILE = "</script><script>alert(1)</script>\"'\n<img src=x onerror=alert(1)>|`![a](b)\u2028&amp;"
+
+
+class Page(HTMLParser):
+    """What a browser would see: elements, attributes, the text of scripts and styles, and all other text."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.inside = {"script": "", "style": ""}
+        self.shown, self._open = "", ""
+        self.feed(source)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, k, v or "") for k, v in attrs]
+        self._open = tag if tag in self.inside else self._open
+
+    def handle_endtag(self, tag: str) -> None:
+        self._open = "" if tag == self._open else self._open
+
+    def handle_data(self, data: str) -> None:
+        if self._open:
+            self.inside[self._open] += data
+        else:
+            self.shown += data
+
+
+def page(records: dict[str, Any], folder: Path) -> Page:
+    write(records, folder)
+    return Page((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def hostile(value: Any) -> Any:
+    """The same data with an attack behind every text, except those that the report understands."""
+    known = {"verified", "infeasible", "failed", "faster", "structure", "training", "optimizer", "hardware", "pt"}
+    if isinstance(value, dict):
+        return {k: hostile(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [hostile(v) for v in value]
+    return value + HOSTILE if isinstance(value, str) and value not in known else value
+
+
+def test_no_request_leaves_the_page(records, tmp_path):
+    seen = page(records, tmp_path)
+    assert "http" not in (tmp_path / "report.html").read_text(encoding="utf-8").replace("http-equiv", "")
+    assert all(value.startswith("#") for _, key, value in seen.attributes if key in ("href", "src", "action", "xlink:href"))
+    assert not {"link", "img", "iframe", "object", "embed", "form", "base"} & set(seen.tags)
+    assert "@import" not in seen.inside["style"] and "url(" not in seen.inside["style"]
+
+
+def test_the_policy_allows_this_style_sheet_and_nothing_else(records, tmp_path):
+    seen = page(records, tmp_path)
+    digest = base64.b64encode(hashlib.sha256(seen.inside["style"].encode()).digest()).decode()
+    policy = next(value for tag, key, value in seen.attributes if tag == "meta" and key == "content" and "default-src" in value)
+    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    assert not [key for _, key, _ in seen.attributes if key == "style" or key.startswith("on")]
+
+
+def test_hostile_names_are_shown_as_text(records, tmp_path):
+    clean, dirty = page(records, tmp_path / "a"), page(hostile(records), tmp_path / "b")
+    assert dirty.tags == clean.tags, "a name became an element"
+    assert [(t, k) for t, k, _ in dirty.attributes] == [(t, k) for t, k, _ in clean.attributes], "a name became an attribute"
+    assert dirty.tags.count("script") == 1
+    assert json.loads(dirty.inside["script"]) == complete(hostile(records))
+    assert "lenet_fashion</script><script>alert(1)</script>" in dirty.shown
+
+
+def test_hostile_names_make_no_html_link_or_cell_in_markdown(records, tmp_path):
+    write(hostile(records), tmp_path)
+    fenced = re.compile(r"^(`{3,})\w+\n.*?^\1$", re.S | re.M)
+    text = fenced.sub("", (tmp_path / "report.md").read_text(encoding="utf-8"))
+    assert "<" not in text
+    assert re.findall(r"(?<!\\)\]\(", re.sub(r"\\\[[^\]]*\]\(", "", text)) == ["]("], "the only link is the report's own picture"
+    clean = markdown.render(document(complete(records)))
+    cells = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
+    assert cells == [len(re.findall(r"(?<!\\)\|", line)) for line in clean.splitlines() if line.startswith("|")]
+
+
+def test_the_three_forms_say_the_same(records, tmp_path):
+    """Every cell of every table stands, in the same order, in the page, in the Markdown and in the JSON."""
+    seen = page(records, tmp_path)
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    stored = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["document"]
+    assert stored == json.loads(json.dumps(document(complete(records)).plain()))
+    spots = {"html": 0, "md": 0}
+    for section in document(complete(records)).sections:
+        for block in section.blocks:
+            for cell in (c for row in block.rows for c in row) if isinstance(block, Table) else ():
+                for form, where, what in (("html", seen.shown, cell), ("md", text, markdown.escape(cell))):
+                    spots[form] = where.find(what, spots[form])
+                    assert spots[form] >= 0, f"{cell!r} is missing in {form}"
+    assert seen.shown.count(stored["verdict"]) == 1
+
+
+@pytest.mark.parametrize("status", ["infeasible", "failed", "interrupted"])
+def test_a_study_without_a_winner_has_a_report(records, tmp_path, status):
+    records["result"] = {**empty_result(status, "lenet_fashion"), "baseline": records["result"]["baseline"]}
+    miss = {"recipe": [{"method": "shrink", "kernel": 3}], "why": "it loses 0.62 pt", "quality": {"low": -0.62}}
+    records["result"] |= {"nearest_miss": miss, "error": {"message": "the disk is full", "remedy": "free space"}}
+    shown = page(records, tmp_path).shown
+    words = {"infeasible": "it loses 0.62 pt", "failed": "the disk is full; free space", "interrupted": "the same command goes on"}
+    assert words[status] in shown and "shrink" in shown
+
+
+def test_the_barest_records_have_a_report(tmp_path):
+    assert "failed" in page({"result": {"status": "failed"}}, tmp_path).shown
+    assert not (tmp_path / "pareto.svg").exists()
+
+
+def test_numbers_that_json_lacks_become_missing(records, tmp_path):
+    records["trials"][0]["values"]["quality"] = float("nan")
+    records["pareto"][0]["latency_ratio"] = float("inf")
+    records["result"]["winner"]["train_cost_ratio"] = float("inf")
+    write(records, tmp_path)
+    stored = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    assert stored["records"]["trials"][0]["values"]["quality"] is None
+
+
+def test_the_same_records_give_the_same_bytes_and_stay_as_they_were(records, tmp_path):
+    before = copy.deepcopy(records)
+    first = [path.read_bytes() for path in write(records, tmp_path)]
+    assert [path.read_bytes() for path in write(records, tmp_path)] == first
+    assert records == before
+
+
+@pytest.mark.parametrize("bad", [[], {}, {"result": None}, {"result": {}, "version": 99}])
+def test_what_is_no_record_is_refused(bad, tmp_path):
+    with pytest.raises(BadInput):
+        write(bad, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_verdict_tells_the_claim_with_its_bounds(records):
+    verdict = document(complete(records)).verdict
+    for part in ("1.46× as fast as the best lossless export", "[1.42, 1.50]", "10,000 unseen", "at least +0.06 pt", "-0.5pt"):
+        assert part in verdict
+    assert html.escape(verdict, quote=False) == verdict
+
+
+def test_rendering_imports_no_torch(tmp_path):
+    code = "import sys, quadriga.report.sections, quadriga.report.page; assert not {'torch', 'optuna'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

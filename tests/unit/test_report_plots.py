@@ -1,0 +1,78 @@
+"""The plots' geometry: what is drawn is where the numbers say."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+from quadriga.report import plots
+from quadriga.report.svg import Scale, linear_scale, ratio_scale
+
+RATIOS = some.lists(some.floats(0.01, 500), min_size=1, max_size=8)
+
+
+def numbers(svg: str, tag: str, kind: str, *keys: str) -> list[tuple[float, ...]]:
+    """The attributes `keys` of every element `tag` whose class begins with `kind`."""
+    found = re.findall(rf'<{tag} [^>]*class="{kind}[^>]*>|<{tag} class="{kind}[^>]*>', svg)
+    return [tuple(float(re.search(rf'\b{k}="([-\d.]+)"', e)[1]) for k in keys) for e in found]
+
+
+@given(RATIOS)
+def test_a_ratio_scale_keeps_order_and_holds_one(values):
+    scale = ratio_scale(values, 0, 100)
+    spots = [scale(v) for v in sorted({*values, 1.0})]
+    assert spots == sorted(spots) and 0 <= spots[0] and spots[-1] <= 100
+    assert all(scale.low <= t <= scale.high for t in scale.ticks())
+
+
+@given(some.lists(some.floats(-1e6, 1e6), min_size=1, max_size=8))
+def test_linear_ticks_are_even_and_few(values):
+    scale = linear_scale(values, 0, 100)
+    ticks = scale.ticks()
+    steps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    assert len(ticks) <= 8 and all(math.isclose(s, steps[0], rel_tol=1e-6) for s in steps)
+
+
+def test_a_log_scale_puts_equal_factors_at_equal_distances():
+    scale = Scale(1, 16, 0, 400, log=True)
+    assert [scale(v) for v in (1, 2, 4, 8, 16)] == pytest.approx([0, 100, 200, 300, 400])
+
+
+@given(some.lists(some.tuples(some.floats(0.2, 8), some.floats(-3, 3)), min_size=1, max_size=6), some.floats(0.3, 20), some.floats(-3, 3))
+def test_the_waterfall_ends_where_the_winner_stands(parts, latency, quality):
+    """Bars hang end to end, and "acting together" fills exactly what the single steps leave."""
+    speeds = [math.log(speed) for speed, _ in parts]
+    spans = plots._spans([*speeds, math.log(latency) - sum(speeds)], math.log(latency))
+    assert all(math.isclose(a[1], b[0]) for a, b in zip(spans[:-1], spans[1:-1], strict=False))
+    assert math.isclose(spans[-2][1], spans[-1][1], abs_tol=1e-9) and spans[-1][0] == 0
+    bars = [("step", "structure", speed, gain) for speed, gain in parts]
+    drawn = plots.waterfall(bars, latency, quality, "pt")
+    assert len(numbers(drawn, "rect", "bar", "x")) == 2 * (len(bars) + 2)
+
+
+def test_every_candidate_is_drawn_inside_and_those_below_the_range_as_triangles(records):
+    svg = plots.pareto(records["pareto"], 0.5, "pt")
+    discs = re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)
+    assert len(discs) + svg.count("h10l-5 8z") == len(records["pareto"]) + 1  # and the baseline
+    assert all(76 <= float(x) <= 760 and 0 <= float(y) <= 430 for x, y in discs)
+
+
+def test_whiskers_hold_their_estimates(records):
+    svg = plots.forest([o for o in records["opponents"] if o["latency"]])
+    whiskers = [(float(a), float(b)) for a, b in re.findall(r'<line x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"[^>]*class="whisker', svg)]
+    dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)]
+    assert len(whiskers) == len(dots) == 6
+    assert all(a <= x <= b for (a, b), x in zip(whiskers, dots, strict=True))
+
+
+def test_phases_follow_one_another(records):
+    phases = records["budget"]["phases"]
+    bars = [tuple(map(float, b)) for b in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', plots.budget(phases, 540))]
+    assert len(bars) == len(phases)
+    assert all(b[0] >= a[0] for a, b in zip(bars, bars[1:], strict=False))
+    longest = max(range(len(phases)), key=lambda i: phases[i]["seconds"])
+    assert max(range(len(bars)), key=lambda i: bars[i][1]) == longest
