@@ -23,6 +23,7 @@ app = App(
     help="Makes a PyTorch model cheaper to train, to store and to run, and proves it.",
     version=__version__,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,
 )
 
 
@@ -100,18 +101,19 @@ def train(
 
 
 @app.command
-def profile(workload: str, /, *, seed: int = 0, as_json: Json = False) -> int:
+def profile(workload: str, /, *, batch: int | None = None, seed: int = 0, as_json: Json = False) -> int:
     """Show where a model's time, bytes and parameters are.
 
     Args:
         workload: a ready-made name, or file.py:function.
+        batch: the batch size; the workload's without it.
         seed: of the initial weights.
         as_json: print the profile as one JSON object.
     """
     from quadriga import study, workloads
 
     with Progress() as progress:
-        result = study.profile(workloads.load(workload), seed=seed, progress=progress)
+        result = study.profile(workloads.load(workload), batch=batch, seed=seed, progress=progress)
     return _done(result, as_json)
 
 
@@ -123,6 +125,7 @@ def compare(
     *,
     workload: str | None = None,
     batch: Annotated[list[int] | None, Parameter(negative="")] = None,
+    out: Path = Path("compare-out"),
     seed: int = 0,
     as_json: Json = False,
 ) -> int:
@@ -133,6 +136,7 @@ def compare(
         b: the same.
         workload: where recipes and inputs come from, when neither side names one.
         batch: a batch size; repeatable. Without it 1 and the workload's.
+        out: the folder for what has to be trained first, so that it is trained once.
         seed: of everything random.
         as_json: print the result as one JSON object.
     """
@@ -140,7 +144,7 @@ def compare(
 
     task = workloads.load(workload) if workload else None
     with Progress() as progress:
-        result = study.compare(a, b, workload=task, batches=tuple(batch or ()), seed=seed, progress=progress)
+        result = study.compare(a, b, workload=task, batches=tuple(batch or ()), out=out, seed=seed, progress=progress)
     return _done(result, as_json)
 
 

@@ -13,6 +13,7 @@ from quadriga.report import text
 from quadriga.report.schema import finite
 
 EVERY = 5.0  # seconds between plain lines
+WIDE = 400  # columns of a table that goes into a file or a pipe
 
 
 class Progress:
@@ -87,16 +88,17 @@ def emit(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A table on stdout, without colour or folding where stdout is no terminal."""
+    """A table on stdout; where stdout is no terminal, without colour and without folding."""
     from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    wide = None if sys.stdout.isatty() else 160
-    made = Table(*columns, title=title or None, box=box.SIMPLE_HEAD, title_justify="left", header_style="bold")
+    made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", show_header=any(columns), pad_edge=False)
+    for name in columns:
+        made.add_column(name, overflow="fold")
     for row in rows:
         made.add_row(*(_plain(cell) for cell in row))
-    Console(width=wide).print(made, highlight=False)
+    Console(width=None if sys.stdout.isatty() else WIDE).print(made, highlight=False)
 
 
 def _plain(cell: str) -> str:
@@ -108,7 +110,7 @@ def _plain(cell: str) -> str:
 def tree(value: Mapping[str, Any], title: str = "") -> None:
     """A result as a two-column table; lists of rows become tables of their own."""
     nested = {k: v for k, v in value.items() if isinstance(v, list) and v and all(isinstance(r, Mapping) for r in v)}
-    table(("", ""), [(k, text.plain(v)) for k, v in value.items() if k not in nested], title)
+    table(("", ""), [(k, text.fact(k, v)) for k, v in value.items() if k not in nested], title)
     for name, rows in nested.items():
         columns = list(dict.fromkeys(k for r in rows for k in r))
-        table(columns, [[text.plain(r.get(c)) for c in columns] for r in rows], name)
+        table(columns, [[text.fact(c, r.get(c)) for c in columns] for r in rows], name)

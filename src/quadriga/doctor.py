@@ -10,8 +10,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from quadriga import __version__
+
 PACKAGES = (
-    "quadriga",
     "torch",
     "numpy",
     "safetensors",
@@ -32,9 +33,7 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
     Args:
         folder: where a study would write.
     """
-    import psutil
-    import torch
-
+    from quadriga.measure.machine import facts, load
     from quadriga.runtime import probe
 
     runtimes = probe()
@@ -44,13 +43,10 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
         "ok": all(c["ok"] or not c["needed"] for c in checks),
         "checks": checks,
         "removed": [{"runtime": name, "methods": ", ".join(_methods_of(name)) or "–"} for name in away],
+        "quadriga": __version__,
         "versions": {name: _version(name) for name in PACKAGES},
-        "processor": platform.processor() or platform.machine(),
-        "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "memory": psutil.virtual_memory().total,
-        "load": round(psutil.getloadavg()[0], 2),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        **facts(),
+        "load": round(load() or 0.0, 2),
     }
 
 

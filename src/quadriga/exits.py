@@ -40,7 +40,7 @@ def _call(app: Callable[..., Any], given: list[str]) -> int:
         return int(app(given, exit_on_error=False, print_error=False) or 0)
     except (BadInput, NotApplicable) as error:
         _trace()
-        return _failed(given, "failed", getattr(error, "problem", None) or str(error.args[0]), error.remedy)
+        return _failed(given, "failed", error.problem if isinstance(error, BadInput) else error.reason, error.remedy)
     except CycloptsError as error:
         return _failed(given, "failed", str(error).strip(), "quadriga --help shows the verbs and their options")
     except Diverged as error:

@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quadriga import methods, report
+from quadriga import report
 from quadriga.arguments import parse_budget
 from quadriga.console import Progress as Console
-from quadriga.core.errors import BadInput
 from quadriga.core.files import write_json
 from quadriga.core.metric import Floor
 from quadriga.core.recipe import Recipe
-from quadriga.core.setup import Setup
 from quadriga.core.workload import Workload
-from quadriga.engine.pool import InlinePool, open_pool
-from quadriga.engine.store import Store
-from quadriga.engine.walk import workload_key
-from quadriga.search.space import Space
 from quadriga.stages.ablate import Ablation, Ablator
 from quadriga.stages.baseline import check_floor, measure_baseline
 from quadriga.stages.conclude import Conclusion, Judge, clear, keep_winner
 from quadriga.stages.explore import Explorer, load_portfolio
+from quadriga.stages.opening import open_study
 from quadriga.stages.records import records, result
 from quadriga.stages.state import Options, Progress, Study
 from quadriga.stages.verbs import compare, profile, train
 from quadriga.workloads import load
-from quadriga.workloads.check import check
 
 __all__ = ["compare", "open_study", "optimize", "profile", "run", "train"]
 Seconds = float
@@ -134,7 +126,7 @@ def _frozen(study: Study, explorer: Explorer, reserve: Seconds) -> list[tuple[Re
             with study.budget.phase("ablation"):
                 ablation = Ablator(study, explorer, candidate, reserve).run()
             frozen.append((ablation.recipe, ablation))
-        elif (exact := explorer.exact(candidate.recipe)) not in [r for r, _ in frozen]:
+        elif (exact := explorer.exact(candidate.recipe, explorer.rung(candidate))) not in [r for r, _ in frozen]:
             frozen.append((exact, None))
     rows = [{"recipe": r.plain(), "name": r.name, "ablation": a and a.plain()} for r, a in frozen]
     study.store.put("finalists", rows)
@@ -155,61 +147,3 @@ def _finish(study: Study, explorer: Explorer, conclusion: Conclusion, smallest: 
     study.store.put("result", outcome)
     clear(study)
     return outcome
-
-
-@contextmanager
-def open_study(workload: Workload, options: Options, out: Path, progress: Progress) -> Iterator[Study]:
-    """Check the workload, open the store and the pool; close both at the end, whatever happens.
-
-    Raises:
-        BadInput: the folder holds another study, or the workload cannot be used.
-    """
-    with Store(out) as store, _terminable():
-        notes = check(workload)
-        identity = {**options.identity(), "workload": workload_key(workload)}
-        if (known := store.get("identity")) not in (None, identity):
-            differs = sorted(k for k in identity if known.get(k) != identity[k])
-            raise BadInput(f"{out} holds a study with another {', '.join(differs)}", "choose another --out folder")
-        store.put("identity", identity)
-        model = workload.build(options.seed)
-        traits = Setup.of(workload, options.seed, model).traits | {"TEACHER"}
-        cards = {c["name"]: c for c in methods.cards()}
-        space = Space(cards, traits, workload.baseline or Recipe(), frozenset(options.families))
-        pool = open_pool(workload, out, options.seed)
-        study = Study(workload, options, out, store, pool, space, progress)
-        study.notes += notes + _notes(workload, pool)
-        try:
-            yield study
-        finally:
-            study.budget.keep()
-            study.pool.stop()
-
-
-def _notes(workload: Workload, pool: object) -> list[str]:
-    notes = []
-    if isinstance(pool, InlinePool):
-        notes.append(
-            "the model is a live object that no other process can rebuild: trials ran one after the other in the caller's "
-            "process, without isolation or time limits, and eager PyTorch was timed through an exported copy"
-        )
-    if workload.train is None:
-        notes.append("there is no training data: only methods that need no training were searched, calibrated on val")
-    return notes
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM interrupts like Ctrl-C, so that workers are stopped and the study can go on later."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    try:
-        before: Callable[..., Any] | int | None = signal.signal(signal.SIGTERM, interrupt)
-    except ValueError:  # not the main thread
-        yield
-        return
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

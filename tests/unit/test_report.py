@@ -97,7 +97,9 @@ def test_hostile_names_make_no_html_link_or_cell_in_markdown(records, tmp_path):
     fenced = re.compile(r"^(`{3,})\w+\n.*?^\1$", re.S | re.M)
     text = fenced.sub("", (tmp_path / "report.md").read_text(encoding="utf-8"))
     assert "<" not in text
-    assert re.findall(r"(?<!\\)\]\(", re.sub(r"\\\[[^\]]*\]\(", "", text)) == ["]("], "the only link is the report's own picture"
+    assert re.findall(r"(?<!\\)\]\(", re.sub(r"\\\[[^\]]*\]\(", "", text)) == ["]("], (
+        "the only link is the report's own picture"
+    )
     clean = markdown.render(document(complete(records)))
     cells = [len(re.findall(r"(?<!\\)\|", line)) for line in text.splitlines() if line.startswith("|")]
     assert cells == [len(re.findall(r"(?<!\\)\|", line)) for line in clean.splitlines() if line.startswith("|")]
@@ -125,7 +127,11 @@ def test_a_study_without_a_winner_has_a_report(records, tmp_path, status):
     miss = {"recipe": [{"method": "shrink", "kernel": 3}], "why": "it loses 0.62 pt", "quality": {"low": -0.62}}
     records["result"] |= {"nearest_miss": miss, "error": {"message": "the disk is full", "remedy": "free space"}}
     shown = page(records, tmp_path).shown
-    words = {"infeasible": "it loses 0.62 pt", "failed": "the disk is full; free space", "interrupted": "the same command goes on"}
+    words = {
+        "infeasible": "it loses 0.62 pt",
+        "failed": "the disk is full; free space",
+        "interrupted": "the same command goes on",
+    }
     assert words[status] in shown and "shrink" in shown
 
 

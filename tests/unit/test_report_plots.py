@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -25,7 +26,7 @@ def numbers(svg: str, tag: str, kind: str, *keys: str) -> list[tuple[float, ...]
 def test_a_ratio_scale_keeps_order_and_holds_one(values):
     scale = ratio_scale(values, 0, 100)
     spots = [scale(v) for v in sorted({*values, 1.0})]
-    assert spots == sorted(spots) and 0 <= spots[0] and spots[-1] <= 100
+    assert spots == sorted(spots) and spots[0] >= 0 and spots[-1] <= 100
     assert all(scale.low <= t <= scale.high for t in scale.ticks())
 
 
@@ -33,7 +34,7 @@ def test_a_ratio_scale_keeps_order_and_holds_one(values):
 def test_linear_ticks_are_even_and_few(values):
     scale = linear_scale(values, 0, 100)
     ticks = scale.ticks()
-    steps = [b - a for a, b in zip(ticks, ticks[1:], strict=False)]
+    steps = [b - a for a, b in pairwise(ticks)]
     assert len(ticks) <= 8 and all(math.isclose(s, steps[0], rel_tol=1e-6) for s in steps)
 
 
@@ -42,12 +43,16 @@ def test_a_log_scale_puts_equal_factors_at_equal_distances():
     assert [scale(v) for v in (1, 2, 4, 8, 16)] == pytest.approx([0, 100, 200, 300, 400])
 
 
-@given(some.lists(some.tuples(some.floats(0.2, 8), some.floats(-3, 3)), min_size=1, max_size=6), some.floats(0.3, 20), some.floats(-3, 3))
+@given(
+    some.lists(some.tuples(some.floats(0.2, 8), some.floats(-3, 3)), min_size=1, max_size=6),
+    some.floats(0.3, 20),
+    some.floats(-3, 3),
+)
 def test_the_waterfall_ends_where_the_winner_stands(parts, latency, quality):
     """Bars hang end to end, and "acting together" fills exactly what the single steps leave."""
     speeds = [math.log(speed) for speed, _ in parts]
     spans = plots._spans([*speeds, math.log(latency) - sum(speeds)], math.log(latency))
-    assert all(math.isclose(a[1], b[0]) for a, b in zip(spans[:-1], spans[1:-1], strict=False))
+    assert all(math.isclose(a[1], b[0]) for a, b in pairwise(spans[:-1]))
     assert math.isclose(spans[-2][1], spans[-1][1], abs_tol=1e-9) and spans[-1][0] == 0
     bars = [("step", "structure", speed, gain) for speed, gain in parts]
     drawn = plots.waterfall(bars, latency, quality, "pt")
@@ -63,7 +68,9 @@ def test_every_candidate_is_drawn_inside_and_those_below_the_range_as_triangles(
 
 def test_whiskers_hold_their_estimates(records):
     svg = plots.forest([o for o in records["opponents"] if o["latency"]])
-    whiskers = [(float(a), float(b)) for a, b in re.findall(r'<line x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"[^>]*class="whisker', svg)]
+    whiskers = [
+        (float(a), float(b)) for a, b in re.findall(r'<line x1="([\d.]+)" y1="[\d.]+" x2="([\d.]+)"[^>]*class="whisker', svg)
+    ]
     dots = [float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg)]
     assert len(whiskers) == len(dots) == 6
     assert all(a <= x <= b for (a, b), x in zip(whiskers, dots, strict=True))
@@ -71,8 +78,10 @@ def test_whiskers_hold_their_estimates(records):
 
 def test_phases_follow_one_another(records):
     phases = records["budget"]["phases"]
-    bars = [tuple(map(float, b)) for b in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', plots.budget(phases, 540))]
+    bars = [
+        tuple(map(float, b)) for b in re.findall(r'<rect x="([\d.]+)" y="[\d.]+" width="([\d.]+)"', plots.budget(phases, 540))
+    ]
     assert len(bars) == len(phases)
-    assert all(b[0] >= a[0] for a, b in zip(bars, bars[1:], strict=False))
+    assert all(b[0] >= a[0] for a, b in pairwise(bars))
     longest = max(range(len(phases)), key=lambda i: phases[i]["seconds"])
     assert max(range(len(bars)), key=lambda i: bars[i][1]) == longest

@@ -59,6 +59,12 @@ def test_a_recipe_that_starts_from_a_trained_model_gets_the_baselines_training()
     assert space(("TRAINED",)).complete(Recipe((step("quantize"),))).steps == (step("quantize"),)
 
 
+def test_steps_that_can_never_apply_are_left_out():
+    recipe = Recipe((step("distil"), step("quantize"), step("train", epochs=1)))
+    assert [s.method for s in space().adapt(recipe).steps] == ["quantize", "train"]
+    assert space(("TEACHER", "FLOAT_WEIGHTS")).adapt(recipe) == recipe
+
+
 def test_cost_probes_are_shared_by_recipes_that_differ_in_training_only():
     one = Recipe((step("shrink", filters=0.5), step("optimizer", lr=0.1), step("train", epochs=1), step("onnx")))
     other = Recipe((step("shrink", filters=0.5), step("distil"), step("train", epochs=9), step("onnx")))
@@ -106,7 +112,7 @@ def search(cost_quality, required=0.0, seed=0):
         spent += allocator.rungs[rung] - (0.7 * allocator.rungs[rung - 1] if rung else 0)
         quality = cost_quality[candidates.index(candidate)][1] - 0.5 * (2 - rung)
         candidate.scores[rung] = Score(quality + rng.gauss(0, 0.2), 10.0)
-    best = allocator.qualified(candidates, 0.8)
+    best = allocator.qualified(candidates)
     return candidates.index(best[0]) if best else None, spent
 
 

@@ -135,6 +135,8 @@ class _Worker:
 
     def _obituary(self, late: bool, limit: float) -> dict[str, Any]:
         code = self._process.wait()
+        if self._errors.closed:
+            return {"status": Status.CRASHED, "reason": "the pool was stopped"}
         if late:
             return {"status": Status.TIMED_OUT, "reason": f"it ran longer than its limit of {limit:.0f} s"}
         self._errors.seek(0)

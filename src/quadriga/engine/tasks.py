@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from quadriga import runtime
+from quadriga import artifact, runtime
 from quadriga.core.batch import Tree, call
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
 from quadriga.core.recipe import Recipe
@@ -27,7 +27,7 @@ from quadriga.measure.size import parameters, weight_bytes
 from quadriga.train.loop import fit
 from quadriga.verify.equal import equal
 
-Progress = Callable[[dict[str, Any]], None]
+Progress = Callable[[float], None]
 Run = Callable[[Tree], Tree]
 
 
@@ -38,12 +38,13 @@ class Desk:
         workload: loaded once.
         folder: the study's folder; checkpoints, builds and scores are kept below it.
         seed: of every trial.
-        progress: called with plain data while a task runs.
+        progress: called now and then with the done fraction of a train step.
     """
 
     def __init__(self, workload: Workload, folder: Path, seed: int, progress: Progress | None = None) -> None:
         self.workload, self.folder, self.seed, self.progress = workload, folder, seed, progress
         self._reference: Run | None = None
+        self._scrap: list[Path] = []
 
     def do(self, task: str, args: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out a task by name; every way to fail is a plain record with `status` and `reason`."""
@@ -65,6 +66,8 @@ class Desk:
         except Exception as error:  # a trial's crash is a result; the search goes on
             return {"status": Status.CRASHED, "reason": _brief(error)}
         finally:
+            while self._scrap:
+                shutil.rmtree(self._scrap.pop(), ignore_errors=True)
             gc.collect()
 
     def _cost(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -74,7 +77,7 @@ class Desk:
 
     def _measure(self, walked: Walked, args: Mapping[str, Any]) -> dict[str, float]:
         model = walked.setup.model.eval()
-        values = {"parameters": float(parameters(model))}
+        values = {"parameters": float(parameters(model)), "flops": float(forward_flops(model, self.workload.inputs(1)))}
         run, size = self._executable(walked, f"cost-{args['hash']}", keep=False)
         values["bytes"] = float(size)
         for batch in args["batches"]:
@@ -87,14 +90,14 @@ class Desk:
         folder.mkdir(parents=True)
         setup = walked.setup
         try:
-            built = runtime.build(setup.model.eval(), setup.runtime, setup.context, folder)
+            built = runtime.build(setup.model.eval(), setup.runtime, setup.context, folder, (1, self.workload.batch_size))
         except NotApplicable:
-            if setup.runtime.name != "eager":
+            if setup.runtime.name != "eager" or setup.runtime.quant is not None:
                 raise
             return _Live(runtime.prepare(setup.model.eval(), setup.runtime)), weight_bytes(setup.model)
         run = built.run()
         if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
+            self._scrap.append(folder)  # a runtime may read its files when it is first called
         return run, built.bytes
 
     def _speed(self, run: Run, batch: int, seconds: float) -> float:
@@ -188,6 +191,18 @@ class Desk:
             run = lambda inputs: call(model, inputs)  # noqa: E731
         scores = self._scored(run, args["split"], f"{args['split']}-{args['name']}.npz")
         return {"values": {"quality": scores["quality"]}, "info": {"scores": scores["path"]}}
+
+    def _artifact(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Write the artifact of a trained recipe, from what was realised and verified where there is such a folder."""
+        walked = self._walk(recipe, args)
+        setup = walked.setup
+        built = runtime.open_built(self.folder / args["folder"], setup.runtime) if args.get("folder") else None
+        probes = self.workload.calibration_source.batch(torch.arange(min(64, len(self.workload.calibration_source)))).inputs
+        folder = artifact.write(
+            self.folder / "artifact", setup.model.eval(), setup.runtime, setup.context, recipe=recipe, built=built,
+            evidence=args["evidence"], probes_inputs=probes, batches=args["batches"], card=args.get("card"),
+        )  # fmt: skip
+        return {"values": {"bytes": float(artifact.bytes_of(folder))}}
 
     def _hello(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         return {"values": {}}

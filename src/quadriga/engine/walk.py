@@ -48,7 +48,7 @@ def walk(
     seed: int,
     store: Path | None,
     teacher: Path | None = None,
-    progress: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> Walked:
     """Apply every step of a recipe to a fresh setup.
 
@@ -64,12 +64,13 @@ def walk(
     """
     methods: list[Method | None] = [None if s.is_train else build(s) for s in recipe.steps]
     setup = _start(workload, seed, methods, teacher, probe=store is None)
-    samples, seconds, last = 0, 0.0, None
+    samples, seconds, last, changed = 0, 0.0, None, ""
     for index, step in enumerate(recipe.steps):
         method = methods[index]
         if method is not None:
             try:
                 setup = _apply(method, setup)
+                changed = step.method if method.family is Family.STRUCTURE else changed
             except NotApplicable as refusal:
                 refusal.add_note(step.method)  # which step it was, for those who may leave it out
                 raise
@@ -77,6 +78,8 @@ def walk(
         if "TRAIN_DATA" not in setup.traits:
             raise NotApplicable("train requires TRAIN_DATA", "give the workload training data")
         going_on = bool(step.fields.get("continue", False))
+        if going_on and changed:
+            raise NotApplicable(f"{changed} stands between a train step and its continuation", "put it before both, or do not continue")
         if going_on and last is None and store is not None:
             raise NotApplicable("train has nothing to continue", "put a train step without continue before it")
         if store is not None:
@@ -86,7 +89,7 @@ def walk(
                 start=last if going_on else None, checkpoint=folder, progress=progress,
             )  # fmt: skip
             samples, seconds, last = samples + outcome.samples, seconds + outcome.seconds, folder
-        setup = _after_train(setup, workload, keep=_continues(recipe, index))
+        setup, changed = _after_train(setup, workload, keep=_continues(recipe, index)), ""
     return Walked(setup, samples, seconds, last)
 
 

@@ -31,7 +31,8 @@ def load_folder(folder: str | Path) -> Run:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.load(Path(folder), check=False)
+    run: Run = module.load(Path(folder), check=False)
+    return run
 
 
 def load_eager(arm: Mapping[str, Any]) -> Run:

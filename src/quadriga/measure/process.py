@@ -70,7 +70,7 @@ class Process:
             ArmFailed: no answer within `timeout` seconds (it is killed), the process ended, or it answers with an error.
         """
         self._send(command)
-        answer = json.loads(self._line(timeout))
+        answer: dict[str, Any] = json.loads(self._line(timeout))
         if "error" in answer:
             raise ArmFailed(answer["error"])
         return answer

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
+from scipy.special import stdtrit
 
 from quadriga.measure.bootstrap import Bound, bootstrap_lower, paired_bootstrap_lower
 from quadriga.measure.proportions import certificate, divided, smallest_floor, tango, tango_lower
@@ -69,10 +69,10 @@ def ratio(
 
     Why not a percentile bootstrap over restarts: it cannot work with so few. With n restarts its widest interval is
     [smallest, largest], which covers 1 − 2·2⁻ⁿ: 96.9 % for 6. Simulated coverage at a nominal 99 % (block noise 3 %,
-    restart effect 1.5 %, 3 % spikes), for 6 / 8 / 12 restarts: percentile 92.2 / 93.5 / 96.5 %, expanded percentile
-    (Hesterberg) 95.5 / 96.9 / 98.2 %, bootstrap-t 98.7 / 98.5 / 98.5 % in intervals 1.4 / 1.1 / 1.1 times as long,
-    Student's t 99.0 / 99.0 / 99.1 %, and 99.2 % with heavy-tailed (t_3) restart effects. `benchmarks/intervals.py`
-    repeats it. A gain of 10 % is found in 99.7 % of such comparisons with 6 restarts, in 75 % with 4.
+    restart effect 1.5 %, 3 % spikes), for 6 / 8 / 12 restarts: percentile 91 / 94 / 96 %, widened percentile
+    (Hesterberg) 95.5 / 96.9 / 98.2 %, bootstrap-t 98.5 / 98.6 / 98.5 % in intervals 1.4 / 1.1 / 1.1 times as long,
+    Student's t 99.1 / 99.0 / 99.1 %, and 99.2 % with heavy-tailed (t_3) restart effects. A gain of 10 % is found in 100 %
+    of such comparisons with 8 restarts, in 99.7 % with 6, in 76 % with 4. `benchmarks/intervals.py` repeats all of it.
 
     Args:
         opponent, winner: seconds per call, a list over restarts of a list over blocks, paired by (restart, block).
@@ -128,7 +128,7 @@ def student(values: ArrayLike, level: float) -> tuple[NDArray[np.float64], NDArr
     if n < 2:
         return np.full(len(x), -np.inf), np.full(len(x), np.inf)
     mean = x.mean(1)
-    half = stats.t.ppf((1 + level) / 2, n - 1) * x.std(1, ddof=1) / math.sqrt(n)
+    half = stdtrit(n - 1, (1 + level) / 2) * x.std(1, ddof=1) / math.sqrt(n)
     return mean - half, mean + half
 
 

@@ -76,7 +76,7 @@ def build(step: Step) -> Method:
 
     Example:
         >>> build(Step("l2", {"amount": 0.001}))
-        L2(amount=0.001)
+        L2(amount=0.001, biases=False)
     """
     known = available()
     if step.method not in known:
@@ -90,7 +90,7 @@ def cards() -> list[dict[str, Any]]:
 
 
 def card(method: type[Method]) -> dict[str, Any]:
-    """A method's row: name, family, numerics, source, about, fields (type, default, about), search, requires, adds, removes."""
+    """A method's row; of a field it gives type, default and what the docstring says of it."""
     return {
         "name": method.name,
         "family": method.family.value,
@@ -99,7 +99,7 @@ def card(method: type[Method]) -> dict[str, Any]:
         "about": inspect.cleandoc(method.__doc__ or "").partition("\n\n")[0].replace("\n", " "),
         "fields": fields(method),
         "search": {k: [_plain(v) for v in choices] for k, choices in method.search.items()},
-        **{k: sorted(getattr(method, k)) for k in ("requires", "adds", "removes")},
+        **{k: sorted(getattr(method, k)) for k in ("requires", "adds", "removes", "writes")},
     }
 
 
@@ -109,7 +109,10 @@ def fields(method: type[Method]) -> dict[str, dict[str, Any]]:
     rows = {}
     for f in dataclasses.fields(method):
         kind = hints[f.name]
-        row = {"type": kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", ""), "about": about.get(f.name, "")}
+        row = {
+            "type": kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", ""),
+            "about": about.get(f.name, ""),
+        }
         rows[f.name] = row if f.default is dataclasses.MISSING else {**row, "default": _plain(f.default)}
     return rows
 

@@ -33,7 +33,9 @@ def against(records: Records) -> Section:
     columns = ("opponent", "batch", "speed-up", "interval", "the winner is", "its quality", "its bytes")
     table = Table(columns, tuple(rows), numeric=("batch", "speed-up", "interval", "its quality", "its bytes"))
     about = tuple(f"{text.opponent(o['name'])}: {o['about']}{_control(o, unit)}" for o in opponents if o.get("about"))
-    caption = "How many times faster the winner is. The band is ±3 %, within which two are called equivalent."
+    levels = [v["level"] for o in timed for v in o["latency"].values() if v.get("level")]
+    sure = f" Intervals hold at {text.percent(min(levels))}." if levels else ""
+    caption = f"How many times faster the winner is.{sure} The band is ±3 %, within which two are called equivalent."
     blocks: list[Block] = [Figure("forest", plots.forest(timed), caption)] if timed else []
     blocks += [table] if rows else []
     return Section("opponents", "Against each opponent", (*blocks, Bullets(about)) if about else tuple(blocks))
@@ -50,7 +52,7 @@ def _control(opponent: Mapping[str, Any], unit: str) -> str:
 def front(records: Records) -> Section:
     """The Pareto front of the search."""
     unit = records["workload"].get("unit", "")
-    points = [p for p in records["pareto"] if (p.get("latency_ratio") or 0) > 0 and p.get("quality_difference") is not None]
+    points = plots.drawable(records["pareto"])
     if not points:
         return Section("pareto", "Pareto front", ())
     chosen = sorted((p for p in points if p.get("on_front")), key=lambda p: p["latency_ratio"])

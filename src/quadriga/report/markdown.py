@@ -38,7 +38,8 @@ def _block(block: Block) -> str:
         case Table():
             return _table(block)
         case Figure():
-            return f"![{block.name}]({block.name}.svg)\n\n{escape(block.caption)}" if block.name == "pareto" else ""
+            picture = f"![{block.name}]({block.name}.svg)\n\n" if block.name == "pareto" else ""  # the one that is a file too
+            return picture + escape(block.caption)
         case Code():
             fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", block.text))])
             return f"{fence}{block.language}\n{block.text}\n{fence}"

@@ -19,6 +19,7 @@ def pareto(points: Rows, margin: float | None, unit: str, style: str = "") -> st
 
     Points far below the floor are drawn as triangles on the lower edge, so that they do not flatten the rest.
     """
+    points = drawable(points)
     canvas = Canvas(WIDTH, 430, "Pareto front: latency against quality")
     x = ratio_scale([p["latency_ratio"] for p in points], 76, WIDTH - 24)
     qualities = [p["quality_difference"] for p in points if p.get("qualified")] + [0.0] + ([-margin] if margin else [])
@@ -39,6 +40,11 @@ def pareto(points: Rows, margin: float | None, unit: str, style: str = "") -> st
         label = f"{place} winner" if point.get("winner") else str(place)
         canvas.text(x(point["latency_ratio"]), y(point["quality_difference"]) - _radius(point) - 4, label, "strong", "middle")
     return str(canvas.markup(style))
+
+
+def drawable(points: Rows) -> list[Mapping[str, Any]]:
+    """The points that have both numbers; a study may fail to measure one."""
+    return [p for p in points if (p.get("latency_ratio") or 0) > 0 and p.get("quality_difference") is not None]
 
 
 def _axes(canvas: Canvas, x: Scale, y: Scale, below: str, left: str) -> None:
@@ -85,7 +91,7 @@ def _baseline(canvas: Canvas, place: float, height: float) -> None:
 
 def forest(opponents: Rows) -> str:
     """The winner's speed against each opponent and batch: the estimate, its interval, and the 3 % band of equivalence."""
-    rows = [(o, batch, r) for o in opponents for batch, r in o["latency"].items()]
+    rows = [(o, batch, r) for o in opponents for batch, r in o["latency"].items() if r.get("value")]
     canvas = Canvas(WIDTH, 54 + 26.0 * len(rows) + 10 * len(opponents), "Winner against each opponent, with intervals")
     edges = [v for _, _, r in rows for v in (r["value"], r.get("low"), r.get("high")) if v]
     x = ratio_scale(edges, 300, WIDTH - 150)

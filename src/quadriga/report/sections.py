@@ -32,18 +32,7 @@ def document(records: Records) -> Document:
 
 def facts(pairs: Mapping[str, Any], title: str = "") -> Table:
     """Two columns, a name and its value, in the unit that the name says."""
-    return Table(("", "value"), tuple((str(k), fact(str(k), v)) for k, v in pairs.items()), title=title)
-
-
-def fact(name: str, value: Any) -> str:
-    """A value as its name asks for it: seconds, bytes, or plain."""
-    writers = {"bytes": text.size, "memory": text.size, "seconds": text.seconds, "latency": text.seconds}
-    write = writers.get(name.rpartition("_")[2] or name)
-    if write and isinstance(value, int | float) and not isinstance(value, bool):
-        return write(value)
-    if write and isinstance(value, Mapping):
-        return ", ".join(f"batch {k}: {fact(name, v)}" for k, v in value.items())
-    return text.plain(value)
+    return Table(("", "value"), tuple((str(k), text.fact(str(k), v)) for k, v in pairs.items()), title=title)
 
 
 def winner(records: Records) -> Section:
@@ -101,7 +90,8 @@ def floor(records: Records) -> Section:
         found = best["quality"]
         rows += [
             ("the difference found", text.signed(found["difference"], unit)),
-            ("its lower bound", text.signed(found["low"], unit)),
+            ("its lower bound, one-sided", text.signed(found["low"], unit)),
+            ("confidence of the bound", text.percent(best.get("quality_level") or given.get("level"))),
             ("paired examples", text.number(found["n"])),
             ("examples predicted differently", text.percent(found.get("disagreement"))),
         ]

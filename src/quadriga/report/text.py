@@ -148,3 +148,19 @@ def plain(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(map(plain, value)) or NONE
     return str(value)
+
+
+def fact(name: str, value: Any) -> str:
+    """A value as its name asks for it: seconds, bytes, or plain.
+
+    Example:
+        >>> fact("train_seconds", 75), fact("memory", 2e9), fact("latency", {"1": 0.002}), fact("batch", 64)
+        ('1 min 15 s', '2 GB', 'batch 1: 2 ms', '64')
+    """
+    writers = {"bytes": size, "memory": size, "seconds": seconds, "latency": seconds}
+    write = writers.get(name.rpartition("_")[2] or name)
+    if write and isinstance(value, int | float) and not isinstance(value, bool):
+        return write(value)
+    if write and isinstance(value, Mapping):
+        return ", ".join(f"batch {k}: {fact(name, v)}" for k, v in value.items())
+    return plain(value)

@@ -1,6 +1,6 @@
 """How a finished model executes: one file a runtime, one call shape.
 
-A runtime is a module of this folder with `NAME`, `probe() -> Probe` and `write(capture, spec, folder) -> dict`;
+A runtime is a module of this folder with `NAME`, `probe() -> Probe` and `write(capture, spec, folder, batches) -> dict`;
 adding one touches its file and the loader in `standalone.py`.
 """
 
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quadriga.core.batch import Tree, call, tree_map
+from quadriga.core.batch import Tree, call, resize, tensors, tree_map
 from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
 from quadriga.core.files import atomic_write, write_json
 from quadriga.core.setup import Context, RuntimeSpec
@@ -46,9 +46,7 @@ def probe() -> dict[str, Probe]:
     return {name: module.probe() for name, module in sorted(_modules().items())}
 
 
-def build(
-    model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | Path, batches: Sequence[int] = (1, 64)
-) -> Built:
+def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | Path, batches: Sequence[int] = (1, 64)) -> Built:
     """Realise a specification: write the model's files, `load.py` and `runtime.json` into a folder.
 
     Args:
@@ -87,12 +85,40 @@ def build(
         "outputs": taken.outputs,
         "rank": taken.rank,
         "quantized": [],
-        **modules[spec.name].write(taken, spec, folder),
+        **modules[spec.name].write(taken, spec, folder, sorted(set(batches))),
     }
     write_json(folder / "runtime.json", entry)
     atomic_write(folder / "load.py", Path(standalone.__file__).read_bytes())
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
-    return open_built(folder, spec)
+    built = open_built(folder, spec)
+    if not entry.get("compiles"):
+        _check(model, built, taken)
+    return built
+
+
+def _check(model: nn.Module, built: Built, taken: Any) -> None:
+    """Run what was built on one and two examples: equal shapes and types, close values where nothing was quantized.
+
+    Raises:
+        NotApplicable: it fails or computes something else.
+    """
+    exact = built.spec.quant is None and built.entry["session"].get("INFERENCE_PRECISION_HINT") != "bf16"
+    was, run = model.training, built.run()
+    for batch in (1, 2):
+        inputs = standalone.rebuild(taken.inputs, list(resize(taken.sample, batch)))
+        with torch.inference_mode():
+            expected = tensors(call(model.eval(), inputs))
+        try:
+            found = standalone.flatten(taken.outputs, run(inputs))
+        except Exception as error:  # each runtime raises its own types
+            raise NotApplicable(f"{built.spec.name} fails at batch {batch}: {error}", "use another runtime") from error
+        finally:
+            model.train(was)
+        worst = max(standalone.difference(e, f) for e, f in zip(expected, found, strict=True))
+        if not worst <= (1e-3 if exact else float("inf")) or worst == float("inf"):
+            raise NotApplicable(
+                f"{built.spec.name} computes other outputs at batch {batch}: {worst:.2g} apart", "use another runtime"
+            )
 
 
 def open_built(folder: str | Path, spec: RuntimeSpec | None = None) -> Built:

@@ -44,6 +44,11 @@ class Capture:
     calibration: tuple[Batch, ...]
     example: tuple[Tensor, ...]
 
+    @property
+    def sample(self) -> tuple[Tensor, ...]:
+        """Flat inputs of the first calibration batch, or the example."""
+        return tuple(tensors(self.calibration[0].inputs)) if self.calibration else self.example
+
 
 def describe(tree: Tree, count: list[int] | None = None) -> dict[str, Any]:
     """The structure of a tree as plain data; tensors are numbered in order.
@@ -80,11 +85,13 @@ def capture(model: nn.Module, context: Context) -> Capture:
     flat = _Flat(model, inputs)
     with _evaluated(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        output = flat.output(leaves)
+        output = _output(flat, model, leaves)
         try:
             outputs = describe(output)
         except TypeError as error:
-            raise NotApplicable(f"the model returns {error}, which cannot be stored", "return tensors (use_cache=False)") from error
+            raise NotApplicable(
+                f"the model returns {error}, which cannot be stored", "return tensors (use_cache=False)"
+            ) from error
         found = tensors(output)
         if not found:
             raise NotApplicable("the model returns no tensor")
@@ -92,11 +99,18 @@ def capture(model: nn.Module, context: Context) -> Capture:
         try:
             program = torch.export.export(flat, leaves, dynamic_shapes=(shapes,), strict=False)
         except Exception as error:  # whatever a user's forward can raise while it is traced
-            raise NotApplicable(f"the model cannot be exported: {reason(error)}", "make the forward traceable, or use eager") from error
-    for buffer in program.graph_signature.buffers_to_mutate.values():
-        raise NotApplicable(f"the model changes its buffer {buffer.removeprefix('model.')} when it runs", "make it stateless")
+            raise NotApplicable(
+                f"the model cannot be exported: {reason(error)}", "make the forward traceable, or use eager"
+            ) from error
     return Capture(
-        program, inputs, outputs, _input_names(model, inputs), _output_names(outputs), found[0].dim(), context.calibration, leaves
+        program,
+        inputs,
+        outputs,
+        _input_names(model, inputs),
+        _output_names(outputs),
+        found[0].dim(),
+        context.calibration,
+        leaves,
     )
 
 
@@ -111,6 +125,19 @@ class _Flat(nn.Module):
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensors(self.output(leaves)))
+
+
+def _output(flat: _Flat, model: nn.Module, leaves: tuple[Tensor, ...]) -> Tree:
+    """Call the model, and refuse one that changes its buffers when it runs; they are put back."""
+    before = {name: (b, b._version, b.clone()) for name, b in model.named_buffers()}
+    output = flat.output(leaves)
+    for name, b in model.named_buffers():
+        old, version, values = before.get(name, (None, 0, None))
+        if b is not old or b._version != version:
+            if old is not None and values is not None:
+                old.copy_(values)
+            raise NotApplicable(f"the model changes its buffer {name} when it runs", "make it stateless in eval mode")
+    return output
 
 
 @contextlib.contextmanager
@@ -146,7 +173,9 @@ def _input_names(model: nn.Module, inputs: dict[str, Any]) -> list[str]:
 
 def _output_names(outputs: dict[str, Any]) -> list[str]:
     if outputs["kind"] == "dict":
-        return [name for key, item in outputs["items"].items() for name in _leaf_names(f"out.{key}" if key == "" else key, item)]
+        return [
+            name for key, item in outputs["items"].items() for name in _leaf_names(f"out.{key}" if key == "" else key, item)
+        ]
     return _leaf_names("output", outputs)
 
 
@@ -167,10 +196,8 @@ def reason(error: BaseException) -> str:
     first = next((line for line in lines if not line.startswith(("Failed to export", "⬆", "="))), type(error).__name__)
     if "specialized" in text and "batch" in text:
         first = "its batch size is fixed in the code (a view or a constant)"
-    home = str(Path(torch.__file__).parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(home) and "/quadriga/" not in f.filename]
-    cause = re.search(r"Caused by: \((.+?)\)", text) or re.search(r'File "([^"]+)", line (\d+), in forward', text)
-    place = ":".join(Path(g).name for g in cause.groups()) if cause else ""
-    if not place and frames:
-        place = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}"
+    strangers = (str(Path(torch.__file__).parent), str(Path(__file__).parent), str(Path(traceback.__file__).parent))
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(strangers)]
+    found = [(f.filename, f.lineno) for f in frames] or re.findall(r'File "([^"]+)", line (\d+), in forward', text)
+    place = f"{Path(found[-1][0]).name}:{found[-1][1]}" if found else ""
     return f"{first[:300]} (at {place})" if place else first[:300]

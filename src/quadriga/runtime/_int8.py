@@ -74,7 +74,7 @@ def _static(proto: Any, quant: QuantSpec, taken: Capture, keep: list[str]) -> An
         raise NotApplicable("static int8 needs calibration batches", "give the workload training data")
     attention = any(node.op_type in ("Softmax", "LayerNormalization", "Attention") for node in proto.graph.node)
     method = CalibrationMethod.Percentile if quant.calibration == "percentile" else CalibrationMethod.MinMax
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _Quiet():
         quantize_static(
             _simplified(proto, Path(folder)),
             (out := Path(folder) / "int8.onnx"),
@@ -88,7 +88,7 @@ def _static(proto: Any, quant: QuantSpec, taken: Capture, keep: list[str]) -> An
             calibrate_method=method,
             extra_options={"MatMulConstBOnly": True},
         )
-        return _load(out)
+        return int8_tables(_load(out), keep)
 
 
 def _simplified(proto: Any, folder: Path) -> Path:
@@ -101,7 +101,9 @@ def _simplified(proto: Any, folder: Path) -> Path:
         if node.op_type == "Transpose" and node.input[0] in constants:
             turned = numpy_helper.to_array(constants[node.input[0]])
             order = next((list(a.ints) for a in node.attribute if a.name == "perm"), None)
-            proto.graph.initializer.append(numpy_helper.from_array(np.ascontiguousarray(turned.transpose(order)), node.output[0]))
+            proto.graph.initializer.append(
+                numpy_helper.from_array(np.ascontiguousarray(turned.transpose(order)), node.output[0])
+            )
             proto.graph.node.remove(node)
     _drop_unused(proto)
     path = folder / "float.onnx"
@@ -112,7 +114,7 @@ def _simplified(proto: Any, folder: Path) -> Path:
 def _dynamic(proto: Any, quant: QuantSpec, keep: list[str]) -> Any:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, _Quiet():
         quantize_dynamic(
             _simplified(proto, Path(folder)),
             (out := Path(folder) / "int8.onnx"),
@@ -152,9 +154,36 @@ def weights_only(proto: Any, quant: QuantSpec, keep: list[str]) -> Any:
         name, axis = tensor.name, plans[tensor.name] if quant.per_channel else None
         q, scale = _int8(numpy_helper.to_array(tensor), axis)
         proto.graph.initializer.remove(tensor)
-        proto.graph.initializer.extend([numpy_helper.from_array(q, f"{name}.q"), numpy_helper.from_array(scale, f"{name}.scale")])
-        attributes = {} if axis is None else {"axis": axis}
+        proto.graph.initializer.extend(
+            [numpy_helper.from_array(q, f"{name}.q"), numpy_helper.from_array(scale, f"{name}.scale")]
+        )
+        attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
         proto.graph.node.insert(0, helper.make_node("DequantizeLinear", [f"{name}.q", f"{name}.scale"], [name], **attributes))
+    return proto
+
+
+def int8_tables(proto: Any, keep: list[str]) -> Any:
+    """Store embedding tables as int8 with one scale a row, both gathered: no table is made float at run time."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    for tensor in list(proto.graph.initializer):
+        users = [node for node in proto.graph.node if tensor.name in node.input]
+        gathers = all(n.op_type == "Gather" and n.input[0] == tensor.name and n.name not in keep for n in users)
+        if not gathers or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or int(np.prod(tensor.dims)) < MINIMUM:
+            continue
+        q, scale = _int8(numpy_helper.to_array(tensor), 0)
+        names = [f"{tensor.name}.q", f"{tensor.name}.scale"]
+        tables = [numpy_helper.from_array(q, names[0]), numpy_helper.from_array(scale[:, None], names[1])]
+        proto.graph.initializer.remove(tensor)
+        proto.graph.initializer.extend(tables)
+        for node in users:
+            place, out = list(proto.graph.node).index(node), node.output[0]
+            rows, scales = (helper.make_node("Gather", [n, node.input[1]], [f"{out}.{i}"]) for i, n in enumerate(names))
+            cast = helper.make_node("Cast", [f"{out}.0"], [f"{out}.2"], to=TensorProto.FLOAT)
+            product = helper.make_node("Mul", [f"{out}.2", f"{out}.1"], [out])
+            proto.graph.node.remove(node)
+            for made in (product, cast, scales, rows):
+                proto.graph.node.insert(place, made)
     return proto
 
 
@@ -192,7 +221,11 @@ class _Reader:
         used = {i.name for i in proto.graph.input}
         self.rows: Iterator[dict[str, Any]] = iter(
             [
-                {n: t.detach().numpy() for n, t in zip(taken.names, tensors(resize(b.inputs, min(len(b), ROWS))), strict=True) if n in used}
+                {
+                    n: t.detach().numpy()
+                    for n, t in zip(taken.names, tensors(resize(b.inputs, min(len(b), ROWS))), strict=True)
+                    if n in used
+                }
                 for b in taken.calibration[:BATCHES]
             ]
         )
@@ -205,7 +238,7 @@ class _Reader:
         return self.rows
 
 
-class _quiet:  # noqa: N801  (reads as a verb where it is used)
+class _Quiet:
     """The tools advise through the root logger and through warnings."""
 
     def __enter__(self) -> None:

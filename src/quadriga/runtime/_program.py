@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,15 @@ def write_program(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, 
     if spec.quant is not None and spec.quant.activations != "none":
         raise NotApplicable(f"{spec.name} does not run {spec.quant.activations} int8", "use onnxruntime or openvino")
     names, tensors = program_weights(taken)
-    stored, aliases = unique({name: tensors[name] for name in names if name is not None})
+    used = {name: tensors[name] for name in names if name is not None}
+    stored, aliases = unique({**used, **tensors})
+    stored = {name: t for name, t in stored.items() if name in used}
+    aliases = {name: other for name, other in aliases.items() if other in used}
     quantized = [n for n, t in stored.items() if spec.quant is not None and quantizable(n, t, spec.quant)]
     for name in quantized:
         stored[name], stored[name + ".scale"] = int8(stored[name])
     atomic_write(folder / "weights.safetensors", save({n: t.detach().contiguous() for n, t in stored.items()}))
-    atomic_write(folder / "program.py", source(taken.program.graph_module))
+    atomic_write(folder / "program.py", source(taken.program.graph_module, len(names)))
     return {
         "files": ["program.py", "weights.safetensors"],
         "weights": names,
@@ -106,9 +110,12 @@ def int8(t: Tensor) -> tuple[Tensor, Tensor]:
     return (t.detach().float() / scale).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def source(module: fx.GraphModule) -> str:
-    """The operations as a Python file with one function, `forward(self, *weights, *inputs) -> tuple of tensors`."""
-    return f'"""The model\'s operations as PyTorch exported them. Made by Quadriga."""\n\n{_imports(module)}\n{_function(module, "forward")}\n'
+def source(module: fx.GraphModule, weights: int) -> str:
+    """The operations as a Python file with one function, `forward(self, w0, w1, …, *inputs) -> tuple of tensors`."""
+    long = [node.name for node in module.graph.nodes if node.op == "placeholder"][:weights]
+    short = {name: f"w{number}" for number, name in enumerate(long)}
+    body = re.sub(r"\b[pbc]_\w+", lambda m: short.get(m[0], m[0]), _function(module, "forward"))
+    return f'"""The model\'s operations as PyTorch exported them. Made by Quadriga."""\n\n{_imports(module)}\n{body}\n'
 
 
 def _imports(module: fx.GraphModule) -> str:
@@ -125,7 +132,9 @@ def _imports(module: fx.GraphModule) -> str:
 def _function(module: fx.GraphModule, name: str) -> str:
     children = [(key, child) for key, child in module.named_children() if isinstance(child, fx.GraphModule)]
     bodies = [_function(child, f"{name}_{key}") for key, child in children]
-    holder = [f"class {name}_parts:", *(f"    {key} = staticmethod({name}_{key})" for key, _ in children), ""] if children else []
+    holder = (
+        [f"class {name}_parts:", *(f"    {key} = classmethod({name}_{key})" for key, _ in children), ""] if children else []
+    )
     text = module.graph.python_code("self").src.strip("\n").replace("def forward(", f"def {name}(", 1)
     if children:
         head, _, rest = text.partition(":\n")

@@ -18,6 +18,6 @@ def probe() -> Probe:
     return package_probe("torch", "torch")
 
 
-def write(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, Any]:
+def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -> dict[str, Any]:
     """Write the program and the weights."""
     return write_program(taken, spec, folder)

@@ -18,7 +18,7 @@ def probe() -> Probe:
     return package_probe("onnxruntime", "onnx", also=("onnx", "onnxscript"))
 
 
-def write(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, Any]:
+def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -> dict[str, Any]:
     """Write model.onnx, quantized as asked."""
     from quadriga.runtime._onnx import write_onnx
 

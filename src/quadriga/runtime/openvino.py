@@ -6,20 +6,24 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from quadriga.core.batch import resize
 from quadriga.core.errors import BadInput
 from quadriga.core.setup import RuntimeSpec
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._types import Probe, package_probe
+from quadriga.runtime.standalone import difference, openvino_request
 
 NAME = "openvino"
 
 
 def probe() -> Probe:
     """It needs openvino to run, onnx and onnxscript to export, and ONNX Runtime's tools for int8."""
-    return package_probe("openvino", "openvino", also=("onnx", "onnxscript", "onnxruntime"))
+    return package_probe("openvino", "onnx,openvino", also=("onnx", "onnxscript", "onnxruntime"))
 
 
-def write(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, Any]:
+def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -> dict[str, Any]:
     """Write model.onnx. Products are float32 unless `options` has precision = "bf16" (OpenVINO's own default on some CPUs)."""
     from quadriga.runtime._onnx import write_onnx
 
@@ -29,9 +33,30 @@ def write(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, Any]:
     write_onnx(taken, spec.quant, folder / "model.onnx", dynamic_operators=False)
     activations = spec.quant.activations if spec.quant is not None else "none"
     group = "32" if activations == "dynamic" else "0"  # its own dynamic int8 acts on compressed weights
-    return {
+    entry = {
         "files": ["model.onnx"],
         "session": {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": group},
         "tolerance": 1e-4 if precision == "f32" and activations == "none" else 0.1,
         "needs": ["torch", "safetensors", f"openvino>={metadata.version('openvino').split('-')[0]}"],
     }
+    return {**entry, "batches": _agreeing(folder, entry, taken, batches)}
+
+
+def _agreeing(folder: Path, entry: dict[str, Any], taken: Capture, batches: list[int]) -> list[int]:
+    """The batch sizes whose specialised graph computes what the dynamic one does.
+
+    OpenVINO 2026.4 gave wrong outputs for an int8 BERT whose shapes were made static; the dynamic graph was right.
+    """
+    good = []
+    for batch in batches:
+        leaves = resize(taken.sample, batch)
+        feed = dict(zip(taken.names, (t.contiguous().numpy() for t in leaves), strict=True))
+        found = []
+        for size in (batch, None):
+            request = openvino_request(folder, entry, size, 1)
+            used = {i.any_name for i in request.model_inputs}
+            request.infer({name: x for name, x in feed.items() if name in used})
+            found.append([torch.as_tensor(t.data.copy()) for t in request.output_tensors])
+        if all(difference(y, x) <= 0.3 * entry["tolerance"] for x, y in zip(*found, strict=True)):
+            good.append(batch)
+    return good

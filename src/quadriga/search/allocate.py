@@ -92,14 +92,19 @@ class Allocator:
         self.bar, self.rungs = bar, tuple(rungs)
         self.top = len(self.rungs) - 1
 
-    def qualified(self, candidates: Iterable[Candidate], chance: float = 0.5) -> list[Candidate]:
-        """Those that, fully trained, pass with at least this chance; best gain first."""
-        done = [c for c in candidates if self.top in c.scores and self.bar.chance(c.scores[self.top]) >= chance]
-        return sorted(done, key=lambda c: -c.gain)
+    def chance(self, candidate: Candidate) -> float:
+        """The chance that a candidate passes as it is, at the longest training that it had; 0 before any."""
+        if candidate.dead or not candidate.scores:
+            return 0.0
+        return self.bar.chance(candidate.scores[max(candidate.scores)])
+
+    def qualified(self, candidates: Iterable[Candidate], chance: float = SAFE) -> list[Candidate]:
+        """Those that pass with at least this chance as they are; best gain first."""
+        return sorted((c for c in candidates if c.gain > 0 and self.chance(c) >= chance), key=lambda c: -c.gain)
 
     def next(self, candidates: Sequence[Candidate]) -> tuple[Candidate, int, float] | None:
-        """The most promising (candidate, rung, value), or None when none can win."""
-        safe = self.qualified(candidates, SAFE)
+        """The most promising (candidate, rung, value); then the incumbent, to make it safer; None when nothing can win."""
+        safe = self.qualified(candidates)
         incumbent = safe[0].gain if safe else 0.0
         growth = self._growth(candidates)
         best: tuple[Candidate, int, float] | None = None
@@ -110,7 +115,12 @@ class Allocator:
             value = self._value(candidate, candidates, incumbent, growth) / self._price(candidate, rung)
             if value > 1e-4 and (best is None or value > best[2]):
                 best = (candidate, rung, value)
+        if best is None and safe and self._can_grow(safe[0]):
+            return safe[0], self._rung(safe[0]), 0.0
         return best
+
+    def _can_grow(self, candidate: Candidate) -> bool:
+        return not candidate.running and self.top not in candidate.scores and self.chance(candidate) < 0.98
 
     def _rung(self, candidate: Candidate) -> int:
         return self.top if not candidate.trains else max(candidate.scores, default=-1) + 1

@@ -52,6 +52,12 @@ class Space:
         steps = self.baseline.steps
         return len(steps) if recipe.steps[: len(steps)] == steps else 0
 
+    def adapt(self, recipe: Recipe) -> Recipe:
+        """Leave out the steps that need a fact which no method can bring about here, such as images."""
+        reachable = set(self.traits).union({"TRAINED"}, *(c["adds"] for c in self.cards.values()))
+        kept = (s for s in recipe.steps if s.is_train or set(self.cards.get(s.method, {}).get("requires", ())) <= reachable)
+        return Recipe(tuple(kept), recipe.name)
+
     def complete(self, recipe: Recipe) -> Recipe:
         """Put the baseline's training in front of a recipe that starts from a trained model."""
         if "TRAINED" in self.traits or not self.baseline.steps or self.fixed(recipe):
@@ -88,7 +94,8 @@ class Space:
         present = {s.method for s in recipe.steps}
         for name, card in sorted(self.cards.items()):
             if name not in present and card["family"] in self.families:
-                yield self._insert(recipe, name, card, first)
+                for fields in _starts(card):
+                    yield self._insert(recipe, Step(name, fields), card, first)
 
     def _neighbours(self, one: Step) -> Iterator[Step]:
         for field, choices in self.cards[one.method]["search"].items():
@@ -99,8 +106,7 @@ class Space:
                 if 0 <= place < len(choices) and choices[place] != now:
                     yield Step(one.method, {**one.fields, field: choices[place]})
 
-    def _insert(self, recipe: Recipe, name: str, card: Card, first: int) -> Recipe:
-        new = Step(name, {field: choices[0] for field, choices in card["search"].items()})
+    def _insert(self, recipe: Recipe, new: Step, card: Card, first: int) -> Recipe:
         trains = [i for i, s in enumerate(recipe.steps) if s.is_train and i >= first]
         late = card["family"] == "hardware"
         if late:
@@ -108,12 +114,21 @@ class Space:
             place = runtimes[0] if runtimes else len(recipe.steps)
         else:
             place = trains[0] if trains else first
-        return self._named(Recipe((*recipe.steps[:place], new, *recipe.steps[place:]), recipe.name), f"with {name}")
+        return self._named(Recipe((*recipe.steps[:place], new, *recipe.steps[place:]), recipe.name), f"with {new.method}")
 
     @staticmethod
     def _named(recipe: Recipe, change: str) -> Recipe:
         base = recipe.name.split(" · ")[0]
         return replace(recipe, name=f"{base} · {change}")
+
+
+def _starts(card: Card) -> list[dict[str, Any]]:
+    """The fields that a new step begins with: the first choices; where those are the defaults, one field changed at a time."""
+    start = {field: choices[0] for field, choices in card["search"].items()}
+    if not start or any(value != card["fields"].get(field) for field, value in start.items()):
+        return [start]
+    changed = [{**start, field: choices[1]} for field, choices in card["search"].items() if len(choices) > 1]
+    return [start, *changed]
 
 
 def _ordered(choices: Iterable[Any]) -> bool:

@@ -29,8 +29,8 @@ class Row:
         method, family: of the step.
         quality_gain: what the step adds to quality on val, positive is better.
         latency_ratio: time without it over time with it, with its interval; None where it cannot change.
-        bytes_ratio: bytes with it over bytes without it.
-        train_cost_ratio: training FLOPs with it over those without it.
+        bytes_ratio: bytes without it over bytes with it.
+        train_cost_ratio: training FLOPs without it over those with it.
         pays: whether it stays; None when it was not measured.
         why: in words.
     """
@@ -81,6 +81,7 @@ class Ablator:
     def __init__(self, study: Study, explorer: Explorer, candidate: Candidate, reserve: float) -> None:
         self.study, self.explorer, self.candidate, self.reserve = study, explorer, candidate, reserve
         self.bar: Bar = bar(study)
+        self.rung = explorer.rung(candidate)
         self.whole = self._trial(candidate.recipe)
 
     def run(self) -> Ablation:
@@ -103,7 +104,7 @@ class Ablator:
         return space.cost_part(recipe.without(index)).hash != space.cost_part(recipe).hash
 
     def _exact(self, template: Recipe) -> Recipe:
-        return self.explorer.exact(template)
+        return self.explorer.exact(template, self.rung)
 
     def _trial(self, template: Recipe) -> Trial | None:
         return self.study.find(("search", "ablation"), self._exact(template))
@@ -170,11 +171,11 @@ class Ablator:
         assert self.whole is not None
         row.quality_gain = self.study.paired(self.whole)[0] - self.study.paired(trial)[0]
         row.latency_ratio = timing
-        row.bytes_ratio = self.whole.values["bytes"] / trial.values["bytes"]
-        if trial.values.get("train_flops"):
-            row.train_cost_ratio = self.whole.values["train_flops"] / trial.values["train_flops"]
+        row.bytes_ratio = trial.values["bytes"] / self.whole.values["bytes"]
+        if self.whole.values.get("train_flops"):
+            row.train_cost_ratio = trial.values["train_flops"] / self.whole.values["train_flops"]
 
-    def _verdict(self, row: Row, trial: Trial) -> tuple[bool, str]:
+    def _verdict(self, row: Row, trial: Trial) -> tuple[bool | None, str]:
         chance = self.bar.chance(Score(*self.study.paired(trial)))
         if chance < SAFE:
             return True, f"without it the floor would hold with probability {chance:.2f} only"
@@ -183,10 +184,12 @@ class Ablator:
         objective = self.study.options.minimize
         if objective == "latency" and row.latency_ratio and row.latency_ratio["low"] > 1:
             return True, f"without it {row.latency_ratio['value']:.2f} times as slow"
-        if objective == "bytes" and (row.bytes_ratio or 1) < 0.999:
-            return True, f"without it {1 / row.bytes_ratio:.2f} times the bytes"
-        if (row.train_cost_ratio or 1) < 0.98:
-            return True, f"without it {1 / row.train_cost_ratio:.2f} times the training FLOPs"
+        if objective == "bytes" and (row.bytes_ratio or 1) > 1.001:
+            return True, f"without it {row.bytes_ratio:.2f} times the bytes"
+        if (row.train_cost_ratio or 1) > 1.02:
+            return True, f"without it {row.train_cost_ratio:.2f} times the training FLOPs"
+        if objective == "latency" and row.latency_ratio is None and self._changes_cost(self.candidate.recipe, row.index):
+            return None, "the budget did not allow to time the recipe without it"
         return False, "without it nothing is worse"
 
     def _reduce(self, rows: list[Row]) -> Ablation:

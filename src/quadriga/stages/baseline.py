@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from statistics import NormalDist
 
 import numpy as np
@@ -28,9 +29,9 @@ def measure_baseline(study: Study) -> Trial:
             study.say("baseline", "training and scoring the unchanged model")
             study.submit("baseline", "train", study.workload.baseline)
         _submit_opponents(study)
-        while study.running and not (study.stage("baseline") and study.pool.size == 1):
+        while not study.stage("baseline"):
             study.collect(1.0)
-            _check_baseline(study)
+        _check_baseline(study)
     base = study.baseline
     study.say("baseline", f"quality {base.values['quality']:.4g} {study.workload.metric.unit} on val")
     return base
@@ -47,7 +48,7 @@ def _check_pace(study: Study) -> None:
     """Refuse a budget that the baseline alone would use up, after timing a few of its steps."""
     if not any(s.is_train for s in study.workload.baseline.steps):
         return
-    study.submit("pace", "pace", study.workload.baseline, limit=max(10.0, study.budget.left / 10))
+    study.submit("pace", "pace", study.workload.baseline, limit=max(20.0, study.budget.left / 10))
     trial = None
     while trial is None and study.running:
         trial = study.collect(1.0)
@@ -100,18 +101,17 @@ def lossless_recipes(study: Study) -> list[Recipe]:
 def eager_recipes(study: Study) -> list[Recipe]:
     """Eager PyTorch, tuned: threads, memory format and matmul back end."""
     one = step("threads", count=1)
-    wanted = [(), (one,), (step("channels_last"),), (one, step("channels_last")), (one, step("matmul_backend"))]
+    wanted = [(), (one,), (step("channels_last"),), (one, step("channels_last")), (step("matmul_backend"),)]
     return [Recipe(w, "eager" + ", ".join(["", *map(str, w)])) for w in wanted]
 
 
 def _submit_opponents(study: Study) -> None:
     known = {(t.stage, t.recipe.hash) for t in study.trials}
-    for recipe in lossless_recipes(study):
-        if ("lossless", recipe.hash) not in known:
-            study.submit("lossless", "cost", recipe, limit=60)
-    for recipe in eager_recipes(study):
-        if ("tuned_eager", recipe.hash) not in known:
-            study.submit("tuned_eager", "eager_variant", recipe, limit=60)
+    wanted = [("lossless", "cost", r) for r in lossless_recipes(study)]
+    wanted += [("tuned_eager", "eager_variant", r) for r in eager_recipes(study)]
+    for stage, task, recipe in wanted:
+        if (stage, recipe.hash) not in known and study.space.illegal(recipe) is None:
+            study.submit(stage, task, recipe, limit=60)
 
 
 def best_opponents(study: Study, stage: str) -> list[Trial]:
@@ -121,11 +121,13 @@ def best_opponents(study: Study, stage: str) -> list[Trial]:
     return list({t.number: t for t in best}.values())
 
 
-def gain_of(study: Study, values: dict[str, float]) -> float:
-    """Natural logarithm of the objective's improvement over the baseline."""
+def gain_of(study: Study, values: Mapping[str, float], epochs: float = 0.0) -> float:
+    """Natural logarithm of the objective's improvement over the baseline; `epochs` is the whole training's length."""
     if study.options.minimize == "latency":
         return float(np.mean([math.log(values[f"speed/{b}"]) for b in study.batches]))
     base = study.baseline.values
     if study.options.minimize == "train_cost":
-        return math.log(max(base["seconds"], 1e-9) / max(values.get("seconds", base["seconds"]), 1e-9))
+        examples = len(study.workload.train) if study.workload.train is not None else 0
+        cost = 3.0 * epochs * examples * values["flops"]
+        return math.log(base["train_flops"] / cost) if cost and base["train_flops"] else 0.0
     return math.log(base[study.options.minimize] / values[study.options.minimize])

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from quadriga.core.recipe import Recipe
+from quadriga.core.recipe import Recipe, Step
 from quadriga.core.trial import Trial
 from quadriga.engine.pool import open_pool
 from quadriga.measure.latency import paired
@@ -214,17 +214,20 @@ class Judge:
 
     def _control_recipes(self, recipe: Recipe) -> dict[str, Recipe]:
         """The original network under the winner's training; the winner's network from fresh weights at equal cost."""
-        cards = self.study.space.cards
-        fixed = self.study.space.fixed(recipe)
+        space = self.study.space
+        fixed = space.fixed(recipe)
         own = recipe.steps[fixed:]
-        family = {s: ("train" if s.is_train else cards[s.method]["family"]) for s in own}
-        if not any(s.is_train for s in own):
+        last = max((i for i, s in enumerate(own) if s.is_train), default=None)
+        if last is None:
             return {}
-        last = max(i for i, s in enumerate(own) if s.is_train)
-        training = tuple(s for s in own[: last + 1] if family[s] in ("train", "training", "optimizer"))
-        structure = tuple(s for s in own[: last + 1] if family[s] == "structure" and "training" not in cards[s.method]["writes"])
+
+        def family(one: Step) -> str:
+            return "" if one.is_train else str(space.cards[one.method]["family"])
+
+        training = tuple(s for s in own[: last + 1] if family(s) in ("", "training", "optimizer"))
+        structure = tuple(s for s in own[: last + 1] if family(s) == "structure" and "training" not in space.cards[s.method]["writes"])
         found = {"same_training": Recipe((*recipe.steps[:fixed], *training), "original network, winner's training")}
-        if fixed and structure and not any("TRAINED" in cards[s.method]["requires"] for s in structure):
+        if fixed and structure and not any("TRAINED" in space.cards[s.method]["requires"] for s in structure):
             found["from_scratch"] = Recipe((*structure, *training, *own[last + 1 :]), "winner's network from fresh weights")
         return found
 
@@ -241,6 +244,8 @@ class Judge:
 def opponents_ratios(timings: Timings, arm: str) -> dict[str, dict[str, Any]]:
     """Opponent → batch → ratio; of an opponent's variants the fastest at each batch size counts."""
     found: dict[str, dict[str, Any]] = {}
+    if not all(arm in timings[batch] for batch in timings.batches):
+        return found
     names = {name for batch in timings.batches for name in timings[batch]}
     for opponent, prefix in (("eager", "eager"), ("tuned_eager", "tuned_eager-"), ("lossless_export", "lossless-")):
         variants = [n for n in sorted(names) if n == prefix or (prefix.endswith("-") and n.startswith(prefix))]
@@ -264,7 +269,8 @@ def keep_winner(study: Study, conclusion: Conclusion, evidence: dict[str, Any]) 
         return None
     study.pool.stop()
     study.pool = open_pool(study.workload, study.folder, study.options.seed)
-    args = {"folder": folder, "evidence": evidence}
+    card = {"title": study.workload.name, "winner": evidence["winner"], "about": f"Made by: {study.options.command}"}
+    args = {"folder": folder, "evidence": evidence, "card": card}
     study.submit("artifact", "artifact", recipe, limit=60, args=args)
     done = study.collect_all(study.budget.left - 90)
     target = study.folder / "artifact"

@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from quadriga.core.errors import BadInput
-from quadriga.core.recipe import Recipe
+from quadriga.core.recipe import Recipe, Step
 from quadriga.core.trial import Status, Trial
-from quadriga.search.allocate import SAFE, Allocator, Candidate, Score
+from quadriga.search.allocate import Allocator, Candidate, Score
 from quadriga.search.propose import Proposer
 from quadriga.search.space import at_rung, trained_epochs
 from quadriga.stages.baseline import bar, gain_of
@@ -38,11 +38,24 @@ class Explorer:
         self.candidates: dict[str, Candidate] = {}
         self.costs: dict[str, Trial] = {}
         self.waiting: dict[str, list[Recipe]] = {}
-        self.queue = [r for r in map(study.space.complete, portfolio) if self._fits(r)]
+        whole = [study.space.complete(study.space.adapt(r)) for r in portfolio]
+        self.queue = [r for recipe in whole for r in self._lengths(recipe) if self._fits(r)]
         self.known: set[str] = set()
         self.turn = 0
         for trial in study.trials:
             self._remember(trial)
+
+    @property
+    def _cheap_training(self) -> bool:
+        """Whether training itself is to be cheaper: then a recipe's own length is part of it, and there are no rungs."""
+        return self.study.options.minimize == "train_cost"
+
+    def _lengths(self, recipe: Recipe) -> list[Recipe]:
+        """The recipe itself; or, where training is to be cheaper, at a half, a quarter and an eighth of the baseline's length."""
+        if not self._cheap_training:
+            return [recipe]
+        total = trained_epochs(self.study.workload.baseline)
+        return [scaled(recipe, total / 2**k) for k in (1, 2, 3)] if total else [recipe]
 
     def _fits(self, recipe: Recipe) -> bool:
         reason = self.study.space.illegal(recipe)
@@ -65,19 +78,27 @@ class Explorer:
                 self._tell()
 
     def _tell(self) -> None:
-        best = self.allocator.qualified(self.candidates.values(), 0.5)
+        best = self.allocator.qualified(self.candidates.values())
         text = f"{len(self.study.stage('search'))} trained, {len(self.costs)} costed"
         shown = math.exp(best[0].gain) if best else None
         self.study.say("search", text, best=shown)
 
     def _start_one(self) -> bool:
+        """Start a cost probe, a training, or what a new proposal needs; False when nothing is left to do."""
         if self._probe_one():
             return True
-        if sum(c.gain > 0 and self.allocator.top not in c.scores and not c.dead for c in self.candidates.values()) < OPEN:
-            self._propose()
+        if self._in_sight() >= OPEN and self._train_one():
+            return True
+        while self._in_sight() < OPEN and self._propose():
             if self._probe_one():
                 return True
         return self._train_one()
+
+    def _in_sight(self) -> int:
+        """Candidates that may still be trained with a gain over the incumbent."""
+        safe = self.allocator.qualified(self.candidates.values())
+        bar = safe[0].gain if safe else 0.0
+        return sum(c.gain > bar and not c.dead and self.allocator.top not in c.scores for c in self.candidates.values())
 
     def _probe_one(self) -> bool:
         """Start one cost probe, unless another is under way and there is something to train."""
@@ -112,9 +133,10 @@ class Explorer:
         )  # fmt: skip
         return True
 
-    def exact(self, recipe: Recipe, rung: int | None = None) -> Recipe:
-        """A template at a training length, the longest by default."""
-        rung = self.allocator.top if rung is None else rung
+    def exact(self, recipe: Recipe, rung: int) -> Recipe:
+        """A template at a training length."""
+        if self._cheap_training:
+            return recipe
         return at_rung(recipe, self.rungs, rung, self.study.space.fixed(recipe))
 
     def _affordable(self, candidate: Candidate) -> bool:
@@ -124,15 +146,16 @@ class Explorer:
         rung = max(candidate.scores, default=-1) + 1
         if rung > self.allocator.top:
             return False
+        length = trained_epochs(candidate.recipe) if self._cheap_training else self.rungs[rung]
         done = self.rungs[rung - 1] * 0.7 if rung else 0.0
         base = self.study.baseline
         own = base.values["samples"] or 1.0
         pace = base.values["seconds"] / own if base.values["samples"] else 0.0
         examples = len(self.study.workload.train) if self.study.workload.train is not None else 0
-        return pace * (self.rungs[rung] - done) * examples < self.study.budget.left - self.reserve
+        return pace * (length - done) * examples < self.study.budget.left - self.reserve
 
-    def _propose(self) -> None:
-        """One new recipe near the best ones: in turn an edit, and fields proposed by TPE."""
+    def _propose(self) -> bool:
+        """One new recipe near the best ones: in turn an edit, and fields proposed by TPE. False when there is none."""
         ranked = sorted((c for c in self.candidates.values() if c.scores or not c.trains), key=self._utility, reverse=True)
         for base in ranked[:3]:
             self.turn += 1
@@ -142,7 +165,8 @@ class Explorer:
                 new = propose(base.recipe)
                 if new is not None and self._fits(new):
                     self.queue.append(new)
-                    return
+                    return True
+        return False
 
     def _utility(self, candidate: Candidate) -> float:
         """Gain, less a penalty for what is missing to the floor, in standard errors."""
@@ -162,7 +186,7 @@ class Explorer:
 
     def _enter(self, recipe: Recipe, cost: Trial) -> None:
         """A costed recipe becomes a candidate, or is out at once."""
-        gain = gain_of(self.study, dict(cost.values)) if cost.ok else 0.0
+        gain = gain_of(self.study, dict(cost.values), trained_epochs(recipe)) if cost.ok else 0.0
         trains = trained_epochs(Recipe(recipe.steps[self.study.space.fixed(recipe) :])) > 0
         dead = "" if cost.ok else cost.reason
         if cost.ok:
@@ -203,16 +227,28 @@ class Explorer:
 
     def finalists(self) -> list[Candidate]:
         """At most two: the best gain that is likely to pass, and one that is likelier to."""
-        chosen = self.allocator.qualified(self.candidates.values(), SAFE)[:1] or self._likeliest()
-        if chosen and (rest := [c for c in self._likeliest() if c is not chosen[0]]):
-            first, second = (self.allocator.bar.chance(c.scores[self.allocator.top]) for c in (chosen[0], rest[0]))
+        likeliest = sorted((c for c in self.candidates.values() if c.gain > 0.02), key=self.allocator.chance, reverse=True)
+        likeliest = [c for c in likeliest if self.allocator.chance(c) > 0]
+        chosen = self.allocator.qualified(self.candidates.values())[:1] or likeliest[:1]
+        if chosen and (rest := [c for c in likeliest if c is not chosen[0]]):
+            first, second = self.allocator.chance(chosen[0]), self.allocator.chance(rest[0])
             if second > first + 0.02 and first < 0.97:
                 chosen.append(rest[0])
         return chosen
 
-    def _likeliest(self) -> list[Candidate]:
-        done = [c for c in self.candidates.values() if self.allocator.top in c.scores and not c.dead and c.gain > 0.02]
-        return sorted(done, key=lambda c: -self.allocator.bar.chance(c.scores[self.allocator.top]))[:2]
+    def rung(self, candidate: Candidate) -> int:
+        """The longest training that a candidate had."""
+        return max(candidate.scores)
+
+
+def scaled(recipe: Recipe, epochs: float) -> Recipe:
+    """The recipe with its train steps scaled to so many epochs together."""
+    total = trained_epochs(recipe)
+    steps = (
+        Step("train", {**s.fields, "epochs": float(f"{s.fields.get('epochs', 10) * epochs / total:.4g}")}) if s.is_train else s
+        for s in recipe.steps
+    )
+    return Recipe(tuple(steps), recipe.name and f"{recipe.name}, {epochs:g} epochs")
 
 
 def over_limit(study: Study, values: dict[str, float]) -> str:
@@ -246,6 +282,8 @@ def rungs(study: Study, reserve: float) -> tuple[float, ...]:
         return tuple(kept)
     base = study.baseline.values
     train = study.workload.train
+    if study.options.minimize == "train_cost":
+        return (trained_epochs(study.workload.baseline) or 1.0,)
     if train is None or not base["samples"]:
         top = 4.0
     else:

@@ -10,6 +10,7 @@ from typing import Any
 from quadriga.core.trial import Status
 from quadriga.measure.machine import facts
 from quadriga.report.schema import VERSION
+from quadriga.search.allocate import SAFE
 from quadriga.search.pareto import front
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.conclude import OPPONENTS, Conclusion, Finalist
@@ -154,7 +155,7 @@ def pareto(study: Study, explorer: Explorer | None, conclusion: Conclusion | Non
                 "name": candidate.recipe.name or candidate.recipe.hash, "hash": candidate.recipe.hash,
                 "quality_difference": score.difference, "latency_ratio": math.exp(mean_log_speed(study, cost.values)),
                 "bytes_ratio": cost.values["bytes"] / base["bytes"], "rung": rung,
-                "qualified": rung == explorer.allocator.top and explorer.allocator.bar.chance(score) >= 0.5,
+                "qualified": explorer.allocator.chance(candidate) >= SAFE,
             }
         )  # fmt: skip
     won = conclusion.winner.recipe if conclusion and conclusion.winner else None
@@ -204,9 +205,9 @@ def not_allowed(study: Study, explorer: Explorer | None, conclusion: Conclusion 
     """What the budget left undone."""
     rows = []
     if explorer is not None:
-        open_ones = [c for c in explorer.candidates.values() if not c.dead and c.gain > 0 and explorer.allocator.top not in c.scores]
+        open_ones = [c for c in explorer.candidates.values() if not c.dead and c.gain > 0 and not c.scores]
         if open_ones:
-            rows.append(f"{len(open_ones)} costed candidates were not trained to the full length of {explorer.rungs[-1]:g} epochs")
+            rows.append(f"{len(open_ones)} costed candidates were not trained")
         if explorer.queue:
             rows.append(f"{len(explorer.queue)} recipes were not costed")
     timed_out = sum(t.status is Status.TIMED_OUT for t in study.trials)

@@ -1,14 +1,14 @@
 """For authors of methods: tiny workloads, setups in several states, and the contract that every method keeps.
 
-    import pytest
-    from quadriga.testing import CHECKS, check_method
+import pytest
+from quadriga.testing import CHECKS, check_method
 
-    @pytest.mark.parametrize("check", CHECKS)
-    def test_contract(check):
-        check_method(MyMethod, checks=[check])
+@pytest.mark.parametrize("check", CHECKS)
+def test_contract(check):
+    check_method(MyMethod, checks=[check])
 """
 
-from quadriga.testing.contract import CHECKS, check_method
+from quadriga.testing.contract import CHECKS, check_method, starting
 from quadriga.testing.setups import fingerprint, make_setups
 from quadriga.testing.workloads import TINY, tiny_cnn, tiny_lstm, tiny_mlp, tiny_transformer
 
@@ -18,6 +18,7 @@ __all__ = [
     "check_method",
     "fingerprint",
     "make_setups",
+    "starting",
     "tiny_cnn",
     "tiny_lstm",
     "tiny_mlp",

@@ -16,7 +16,7 @@ from quadriga.core.batch import Batch, Tree, call, resize, tensors
 from quadriga.core.data import TensorData
 from quadriga.core.errors import NotApplicable
 from quadriga.core.method import SLOTS, Family, Method, Numerics
-from quadriga.core.setup import Setup
+from quadriga.core.setup import Factors, Hook, Setup
 from quadriga.testing.setups import MakeSetup, fingerprint, make_setups
 from quadriga.train.loop import fit
 
@@ -31,7 +31,7 @@ def check_method(
     """Put a method through the contract.
 
     Args:
-        method: an instance, or a class whose fields all have defaults.
+        method: an instance, or a class, which is tried where its search starts.
         setups: name → function that builds a fresh setup; by default tiny workloads of four kinds, untrained and
             trained. The method has to apply to at least one, or say why not everywhere.
         checks: by default all of `CHECKS`.
@@ -39,9 +39,25 @@ def check_method(
     Raises:
         AssertionError: a promise is not kept.
     """
-    one = method() if isinstance(method, type) else method
+    made = setups if setups is not None else make_setups()
+    one = starting(method, made) if isinstance(method, type) else method
     for check in checks if checks is not None else CHECKS:
-        check(one, setups if setups is not None else make_setups())
+        check(one, made)
+
+
+def starting(method: type[Method], setups: Mapping[str, MakeSetup]) -> Method:
+    """The method where its search starts, with first choices; or one choice away, where only that does something."""
+    first = {name: choices[0] for name, choices in method.search.items()}
+    others = [{**first, name: choice} for name, choices in method.search.items() for choice in choices[1:]]
+    for fields in (first, *others):
+        one = method.parse(fields)
+        for make in setups.values():
+            try:
+                one(make())
+            except NotApplicable:
+                continue
+            return one
+    return method.parse(first)
 
 
 def applied(method: Method, setups: Mapping[str, MakeSetup]) -> Iterable[tuple[str, Setup, Setup]]:
@@ -58,7 +74,8 @@ def applied(method: Method, setups: Mapping[str, MakeSetup]) -> Iterable[tuple[s
 def check_declaration(method: Method, setups: Mapping[str, MakeSetup]) -> None:
     """A frozen dataclass with a family, a numerics promise, a source, and a docstring that explains every field."""
     cls = type(method)
-    assert dataclasses.is_dataclass(cls) and cls.__dataclass_params__.frozen, f"{cls.__name__} is not a frozen dataclass"
+    own = cls.__dict__.get("__dataclass_params__")  # its own decorator, not one that it inherits
+    assert own is not None and own.frozen, f"{cls.__name__} is not a frozen dataclass"
     assert isinstance(method.family, Family) and isinstance(method.numerics, Numerics)
     assert isinstance(method.source, str) and method.source.strip(), f"{method.name} names no source"
     assert set(method.writes) <= set(SLOTS)
@@ -76,7 +93,9 @@ def check_fields(method: Method, setups: Mapping[str, MakeSetup]) -> None:
     given = {f.name: getattr(method, f.name) for f in dataclasses.fields(method)}
     plain = {k: list(v) if isinstance(v, tuple) else v for k, v in given.items()}
     assert type(method).parse(plain) == method
-    assert set(method.search) <= set(given), f"{method.name}.search names {set(method.search) - set(given)}, which are no fields"
+    assert set(method.search) <= set(given), (
+        f"{method.name}.search names {set(method.search) - set(given)}, which are no fields"
+    )
     for name, choices in method.search.items():
         assert choices, f"{method.name}.search has no choice for {name}"
         for choice in choices:
@@ -195,8 +214,6 @@ def check_wraps(method: Method, setups: Mapping[str, MakeSetup]) -> None:
 
 def watched(setup: Setup) -> tuple[Setup, set[str]]:
     """The setup with a loss, transform, schedule, hook and optimizer that note when they act."""
-    from quadriga.core.setup import Factors, Hook
-
     seen: set[str] = set()
     inner_loss, inner_make = setup.training.loss, setup.optimizer.make
 

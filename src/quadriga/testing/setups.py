@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,20 +28,25 @@ def make_setups(workloads: dict[str, Callable[..., Workload]] | None = None) -> 
     """
     made: dict[str, MakeSetup] = {}
     for name, build in (workloads or TINY).items():
-        made[name] = lambda build=build: Setup.of(build(), seed=0)
-        made[f"{name}/trained"] = lambda build=build: trained_setup(build(trained=True))
+        made[name] = partial(fresh_setup, build)
+        made[f"{name}/trained"] = partial(trained_setup, build)
     return made
 
 
-def trained_setup(workload: Workload) -> Setup:
+def fresh_setup(build: Callable[..., Workload]) -> Setup:
+    """A setup as the first method of a recipe finds it."""
+    return Setup.of(build(), seed=0)
+
+
+def trained_setup(build: Callable[..., Workload]) -> Setup:
     """A setup as a method finds it late in a recipe."""
+    workload = build(trained=True)
     model = workload.build(0)
     teacher = deepcopy(model).eval().requires_grad_(False)
     batches = [workload.calibration_source.batch(torch.arange(16))]
-    setup = Setup.of(
-        workload, model=model, teacher=teacher, gradients=lambda m: mean_gradients(m, workload.loss, batches)
-    )
-    return replace(setup, optimizer=OptimizerSlot(decaying_sgd))
+    setup = Setup.of(workload, model=model, teacher=teacher)
+    context = replace(setup.context, gradients=lambda m: mean_gradients(m, setup.training.loss, batches))
+    return replace(setup, context=context, optimizer=OptimizerSlot(decaying_sgd))
 
 
 def decaying_sgd(model: nn.Module) -> torch.optim.Optimizer:

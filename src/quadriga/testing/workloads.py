@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ ALL_INVARIANCES = frozenset({"horizontal_flip", "rotation", "translation"})
 
 
 class TinyCnn(nn.Module):
-    """A small LeNet with a batch norm: two 5×5 convolutions, a `view` with a constant, dropout, two linear layers."""
+    """A small LeNet with a batch norm: two 5×5 convolutions, a `reshape` with a constant, dropout, two linear layers."""
 
     def __init__(self, classes: int = 4) -> None:
         super().__init__()
@@ -29,7 +30,7 @@ class TinyCnn(nn.Module):
         """Images [batch, 1, 20, 20] → logits [batch, classes]."""
         x = functional.max_pool2d(functional.relu(self.norm(self.conv1(x))), 2)
         x = functional.max_pool2d(functional.relu(self.conv2(x)), 2)
-        return self.fc2(self.drop(functional.relu(self.fc1(x.view(-1, 32)))))
+        return self.fc2(self.drop(functional.relu(self.fc1(x.reshape(-1, 32)))))
 
 
 class TinyLstm(nn.Module):
@@ -88,7 +89,7 @@ class TinyTransformer(nn.Module):
 Split = tuple[Tensor, Tensor]
 
 
-def _splits(make: Callable[[int, torch.Generator], Split], sizes: tuple[int, int, int]) -> dict[str, Split]:
+def _splits(make: Callable[[int, torch.Generator], Split], sizes: tuple[int, int, int]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(1)
     return {name: make(size, generator) for name, size in zip(("train", "val", "test"), sizes, strict=True)}
 

@@ -16,6 +16,7 @@ from typing import Any
 import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from quadriga.core.errors import BadInput
 from quadriga.core.files import atomic_write, read_json
@@ -66,12 +67,12 @@ class State:
         for name, value in unpack(self.body["modules"], self.other).items():
             model.get_submodule(name).set_extra_state(value)
 
-    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def load_optimizer(self, model: nn.Module, optimizer: Optimizer) -> None:
         """Give an optimizer its state back. Raises BadInput if it is of another class or has other parameters."""
         load_optimizer_state(model, optimizer, self.optimizer)
 
 
-def save_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, extra: Mapping[str, Any]) -> None:
+def save_state(folder: str | Path, model: nn.Module, optimizer: Optimizer | None, extra: Mapping[str, Any]) -> None:
     """Write a complete state; the one before it stays as `previous.json` until the next save.
 
     Args:
@@ -177,7 +178,7 @@ def _read_tensors(folder: Path, entry: Mapping[str, str]) -> dict[str, Tensor]:
         raise BadInput(f"{path} is damaged: {error}", RESTORE) from error
 
 
-def load_state(folder: str | Path, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
+def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer | None = None) -> dict[str, Any]:
     """Load the latest state into a model and, if given, an optimizer; returns the `extra` that was saved with it.
 
     Raises:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from quadriga.train.state import model_tensors, parameter_names
 POINTS = 16  # of progress, at which schedules are compared
 
 
-def describe(function: Any) -> str:
+def describe(function: Any, depth: int = 8) -> str:
     """A name for a callable that is equal in every process: of its code, and of the methods, numbers and functions
     that it was made with.
 
@@ -26,9 +27,10 @@ def describe(function: Any) -> str:
         >>> describe(len)
         'len'
     """
-    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    cells = list(inspect.getclosurevars(function).nonlocals.values()) if names and depth else []
     parts = [repr(v) for v in (getattr(function, "__self__", function), *cells) if isinstance(v, Method | int | float | str)]
-    parts += [describe(v) for v in cells if callable(v) and hasattr(v, "__qualname__") and not isinstance(v, type)]
+    parts += [describe(v, depth - 1) for v in cells if callable(v) and hasattr(v, "__qualname__") and not isinstance(v, type)]
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return f"{name}[{', '.join(parts)}]" if parts else name
 

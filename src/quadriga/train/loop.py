@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.core.data import Data
-from quadriga.core.errors import BadInput
+from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
 from quadriga.train import rng
 from quadriga.train.checkpoint import State, read_state, save_state
@@ -52,6 +52,7 @@ def fit(
     Raises:
         Diverged: the loss became NaN or infinite.
         BadInput: a checkpoint is of another run, or damaged with no good state before it.
+        NotApplicable: the model or the optimizer is another one than at `start`.
     """
     if not (math.isfinite(epochs) and epochs > 0):
         raise BadInput(f"epochs is {epochs!r}", "give a positive number")
@@ -96,7 +97,10 @@ class Run:
         extra = state.extra if state else {}
         if state is None or not extra["finished"]:
             raise BadInput(f"{folder} holds no finished checkpoint", "finish that train step first")
-        self.load(state, extra)
+        try:
+            self.load(state, extra)
+        except BadInput as error:
+            raise NotApplicable(f"train cannot continue: {error.problem}", "train anew after such a step") from error
         self.origin, self.step = state.digest, extra["step"]
         self.covered, self.position = extra["covered"], extra["position"]
         if extra["config"]["examples"] != len(self.data):  # other data: their stream goes on at the next whole epoch
@@ -147,10 +151,9 @@ class Run:
             plain = self.data.batches(self.sampler.batch_size)
             hook.end(self.model, (self.runner.layout(self.runner.place(batch)) for batch in plain))
         self.watch.look_at_weights(self.model, self.done - 1, self.rate)
-        self.finished = True
+        self.spent, self.finished = self.costs(), True
         if folder:
             self.save(folder)
-        self.spent = self.costs()
 
     @property
     def rate(self) -> float:
@@ -175,6 +178,8 @@ class Run:
 
     def costs(self) -> tuple[float, float]:
         """Wall and processor seconds, over all resumptions."""
+        if self.finished:
+            return self.spent
         return self.spent[0] + self.clock() - self.since[0], self.spent[1] + time.process_time() - self.since[1]
 
     def save(self, folder: Path) -> None:

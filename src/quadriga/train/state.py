@@ -71,7 +71,8 @@ def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -
     """An optimizer's class, groups and state, keyed by parameter name."""
     if optimizer is None:
         return {"class": "", "groups": [], "state": {}}
-    groups, state = [], {}
+    groups: list[dict[str, Any]] = []
+    state: dict[str, dict[str, Any]] = {}
     for names, group in zip(parameter_names(model, optimizer), optimizer.param_groups, strict=True):
         groups.append({**group, "params": names})
         state |= {n: dict(optimizer.state[p]) for n, p in zip(names, group["params"], strict=True) if optimizer.state.get(p)}

@@ -98,7 +98,7 @@ def _zero_share(weight: Tensor) -> float:
 def _fake_quant(model: nn.Module) -> list[dict[str, Any]]:
     """Modules that round to integers and go on in float: as slow and as large as before, or more so."""
     names = [n for n, m in model.named_modules() if any(w in type(m).__name__ for w in ("FakeQuant", "TensorQuantizer"))]
-    graphs = (m.graph for m in model.modules() if isinstance(getattr(m, "graph", None), torch.fx.Graph))
+    graphs = [m.graph for m in model.modules() if isinstance(m, torch.fx.GraphModule)]
     names += [node.name for graph in graphs for node in graph.nodes if "fake_quantize" in str(node.target)]
     if not names:
         return []

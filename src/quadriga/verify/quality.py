@@ -95,8 +95,8 @@ def _bound(baseline: Scores, candidate: Scores, metric: Metric, level: float, se
 
 
 def _right_or_wrong(baseline: Scores, candidate: Scores) -> bool:
-    weights = np.concatenate([baseline.weights, candidate.weights])  # type: ignore[list-item]
-    values = np.concatenate([baseline.values, candidate.values])  # type: ignore[list-item]
+    weights = np.concatenate([baseline.weights, candidate.weights])
+    values = np.concatenate([baseline.values, candidate.values])
     return bool(np.isin(values, (0.0, 1.0)).all() and (weights == weights[0]).all())
 
 

@@ -21,7 +21,8 @@ SMALLEST_VAL = 20
 def check(workload: Workload) -> list[str]:
     """Run a few batches through everything that the user gave, and scan the data that is in memory.
 
-    The workload is not changed: a copy of the model is used, in eval mode but for one batch.
+    The workload is not changed: a copy of the model is used, in eval mode but for one batch. Of `test`, inputs and labels
+    are scanned; the model never sees it.
 
     Returns:
         Notes: what is worth knowing but does not stand in the way.

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from quadriga.core.axes.reshape import blocks
 from quadriga.core.axes.trace import Traced
-from quadriga.core.axes.walk import Walk, _bind, _flat, _name
+from quadriga.core.axes.walk import Walk, bind, flat, op_name
 from quadriga.core.errors import NotApplicable
 
 VIEWS = ("view", "reshape")
@@ -29,10 +29,12 @@ class Derived:
     Args:
         constants: reshape node → {position in its sizes: (constant, new constant)}.
         inputs: id of a Linear's weight → sizes flattened into its inputs, before and after.
+        shapes: operator and output shape of each step that returns one tensor, in order.
     """
 
     constants: dict[fx.Node, dict[int, tuple[int, int]]] = field(default_factory=dict)
     inputs: dict[int, Factors] = field(default_factory=dict)
+    shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
 
 
 class _Run:
@@ -51,7 +53,9 @@ class _Run:
                 elif node.op == "get_attr":
                     self.env[node] = getattr(self.traced.module, str(node.target))
                 elif node.op == "call_function":
-                    self.env[node] = self._guarded(node)
+                    value = self.env[node] = self._guarded(node)
+                    if isinstance(value, Tensor):
+                        self.found.shapes.append((op_name(node), tuple(value.shape)))
         return self.found
 
     def _placeholder(self, node: fx.Node) -> Any:
@@ -68,29 +72,28 @@ class _Run:
             raise NotApplicable(f"{self.traced.where(node)} does not fit the new sizes: {reason}") from error
 
     def _call(self, node: fx.Node) -> Any:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: self.env[n])
-        name = _name(node)
+        args: Any = fx.node.map_arg(node.args, lambda n: self.env[n])
+        kwargs: Any = fx.node.map_arg(node.kwargs, lambda n: self.env[n])
+        name = op_name(node)
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if name in VIEWS or name in ("_unsafe_view", "flatten", "expand"):
+        if name in VIEWS or name in ("_unsafe_view", "flatten", "unflatten", "expand"):
             return self._view(node, args[0], name)
         if name == "linear":
             args = (args[0], self._input(node, args[0], args[1]), *args[2:])
         elif name.startswith("conv") and "transpose" not in name:
             args, kwargs = (), self._conv(node)
         elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-            width = args[2][1].shape[1]
-            states = [s.new_empty((*s.shape[:-1], width)) for s in (args[1] if isinstance(args[1], list | tuple) else [args[1]])]
-            args = (args[0], states if isinstance(args[1], list | tuple) else states[0], *args[2:])
-        elif name == "layer_norm" and _bind(node).get("weight") is not None:
-            args = (args[0], list(self.env[_bind(node)["weight"]].shape), *args[2:])
+            args = (args[0], _resized(args[1], args[2][1].shape[1]), *args[2:])
+        elif name == "layer_norm" and bind(node).get("weight") is not None:
+            args = (args[0], list(self.env[bind(node)["weight"]].shape), *args[2:])
         value = node.target(*args, **kwargs)  # type: ignore[operator]
         self._inherit(node, value)
         return value
 
     def _conv(self, node: fx.Node) -> dict[str, Any]:
         """Padding and groups come from the module, which was changed, not from the trace."""
-        a = {k: fx.node.map_arg(v, lambda n: self.env[n]) for k, v in _bind(node).items()}
+        a = {k: fx.node.map_arg(v, lambda n: self.env[n]) for k, v in bind(node).items()}
         owner = self.traced.model.get_submodule(self.traced.layer(node))
         if isinstance(owner, _ConvNd):
             if owner.padding_mode == "zeros":  # other modes pad before, with an operator of its own
@@ -102,26 +105,26 @@ class _Run:
         source = node.args[0]
         assert isinstance(source, fx.Node)
         if name == "expand":
-            given, old = node.args[1], self.walk.shape(source)
-            shift = len(given) - len(old)  # type: ignore[arg-type]
-            sizes = [
-                value.shape[k - shift] if k >= shift and n == old[k - shift] else n
-                for k, n in enumerate(given)  # type: ignore[arg-type, var-annotated]
-            ]
-            return value.expand(sizes)
+            given, old = list(cast("list[int]", node.args[1])), self.walk.shape(source)
+            shift = len(given) - len(old)
+            return value.expand(
+                [value.shape[k - shift] if k >= shift and n == old[k - shift] else n for k, n in enumerate(given)]
+            )
         old, new = self.walk.shape(source), self.walk.shape(node)
         sizes = self._sizes(node, old, new, tuple(value.shape))
         if name in VIEWS:
-            given = node.args[1]
-            changed = {k: (n, sizes[k]) for k, n in enumerate(given) if n != -1 and n != sizes[k]}  # type: ignore[arg-type, var-annotated]
+            given = list(cast("list[int]", node.args[1]))
+            changed = {k: (n, sizes[k]) for k, n in enumerate(given) if n not in (-1, sizes[k])}
             if changed:
                 self.found.constants[node] = changed
         return value.reshape(sizes)
 
     def _sizes(self, node: fx.Node, old: Sequence[int], new: Sequence[int], now: Sequence[int]) -> list[int]:
         source = node.args[0]
-        before = self.factors.get(source) or [((o,), (n,)) for o, n in zip(old, now, strict=True)]  # type: ignore[arg-type]
-        sizes, factors = list(new), [((n,), (n,)) for n in new]
+        plain: list[Factors] = [((o,), (n,)) for o, n in zip(old, now, strict=True)]
+        before = self.factors.get(cast(fx.Node, source), plain)
+        sizes = list(new)
+        factors: list[Factors] = [((n,), (n,)) for n in new]
         for ins, outs in blocks(old, new) or [(list(range(len(old))), list(range(len(new))))]:
             total = prod(now[i] for i in ins)
             if len(outs) == 1:
@@ -132,7 +135,7 @@ class _Run:
                 carry = [o for o in outs if isinstance(self.walk.axes(node)[o], Tensor)]
                 rest = prod(new[o] for o in outs if o not in carry)
                 if len(carry) != 1 or total % rest:
-                    raise NotApplicable(f"{self.traced.where(node)} splits a width that changed from {list(old)} to {list(now)}")
+                    raise NotApplicable(f"{self.traced.where(node)} splits a changed width, {list(old)} → {list(now)}")
                 sizes[carry[0]] = total // rest
                 factors[carry[0]] = ((new[carry[0]],), (sizes[carry[0]],))
         self.factors[node] = factors
@@ -145,20 +148,27 @@ class _Run:
         source, holder = node.args[0], node.args[1]
         assert isinstance(source, fx.Node) and isinstance(holder, fx.Node)
         state, factors = self.traced.states.get(holder.name), self.factors.get(source)
-        if state is None or factors is None or prod(factors[-1][0]) != weight.shape[1] or prod(factors[-1][1]) != value.shape[-1]:
-            was, now = weight.shape[1], value.shape[-1]
+        was, now = weight.shape[1], value.shape[-1]
+        if state is None or factors is None or (prod(factors[-1][0]), prod(factors[-1][1])) != (was, now):
             raise NotApplicable(f"{self.traced.where(node)} reads {was} features and would get {now}, not a flattened map")
         known = self.found.inputs.setdefault(id(state), factors[-1])
         if known != factors[-1]:
             raise NotApplicable(f"{self.traced.where(node)} is shared and would need two sizes")
-        return weight.new_empty(weight.shape[0], value.shape[-1])
+        return weight.new_empty(weight.shape[0], now)
 
     def _inherit(self, node: fx.Node, value: Any) -> None:
-        sources = [n for n in _flat([node.args, node.kwargs]) if n in self.factors]
+        sources = [n for n in flat([node.args, node.kwargs]) if n in self.factors]
         for source in sources:
             if isinstance(node.meta.get("val"), Tensor) and self.walk.shape(source) == self.walk.shape(node):
                 self.factors[node] = self.factors[source]
                 return
+
+
+def _resized(states: Any, width: int) -> Any:
+    """Recurrent start states of another width; the traced zeros have the old one."""
+    if isinstance(states, list | tuple):
+        return [_resized(s, width) for s in states]
+    return states.new_empty((*states.shape[:-1], width))
 
 
 def derive(traced: Traced, walk: Walk) -> Derived:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
@@ -34,19 +34,20 @@ def refresh(model: nn.Module, before: Mapping[int, Shape], patch: Patch) -> None
 def fields(module: nn.Module, old: Callable[[Any], Shape]) -> dict[str, Any]:
     """What a module's fields should be, from the shapes of its tensors; `old` gives a tensor's former shape."""
     if isinstance(module, nn.RNNBase):
-        return {"hidden_size": module.weight_hh_l0.shape[1], "input_size": module.weight_ih_l0.shape[1]}
+        sizes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
+        return {"hidden_size": sizes["weight_hh_l0"][1], "input_size": sizes["weight_ih_l0"][1]}
     if isinstance(module, _NormBase):
         state = module.weight if module.weight is not None else module.running_mean
-        return {} if state is None else {"num_features": len(state)}
+        return {"num_features": state.shape[0]} if isinstance(state, Tensor) else {}
     weight = getattr(module, "weight", None)
-    if weight is None or not hasattr(weight, "shape"):
+    if not isinstance(weight, Tensor):
         return {}
     shape = tuple(weight.shape)
     if isinstance(module, _ConvNd):
         return _conv(module, shape, old(weight))
     if isinstance(module, nn.Linear):
         return {"out_features": shape[0], "in_features": shape[1]}
-    if isinstance(module, nn.LayerNorm) or type(module).__name__ == "RMSNorm" and hasattr(module, "normalized_shape"):
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
         return {"normalized_shape": shape}
     if isinstance(module, nn.GroupNorm):
         return {"num_channels": shape[0]}

@@ -28,10 +28,12 @@ class Patch:
         old, grad = tensor.data, tensor.grad
 
         def back() -> None:
-            tensor.data, tensor.grad = old, grad
+            tensor.grad = None
+            _set(tensor, old)
+            tensor.grad = grad
 
         tensor.grad = None
-        tensor.data = value.detach().clone(memory_format=torch.contiguous_format)
+        _set(tensor, value.detach().clone(memory_format=torch.contiguous_format))
         self._undo.append(back)
 
     def attr(self, owner: object, name: str, value: Any) -> None:
@@ -57,6 +59,13 @@ class Patch:
         """Take everything back."""
         while self._undo:
             self._undo.pop()()
+
+
+def _set(tensor: Tensor, value: Tensor) -> None:
+    """Exchange the contents. While an old loss is alive, autograd remembers the shape; another dtype makes it forget."""
+    if tensor.requires_grad and tensor.shape != value.shape:
+        tensor.data = value.new_empty(0, dtype=torch.float32 if value.dtype != torch.float32 else torch.float64)
+    tensor.data = value
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

@@ -15,12 +15,13 @@ from torch import fx, nn
 from quadriga.core.axes.derive import VIEWS, derive
 from quadriga.core.axes.patch import Patch
 from quadriga.core.axes.trace import layer_of
-from quadriga.core.axes.walk import _name
+from quadriga.core.axes.walk import op_name
 from quadriga.core.errors import NotApplicable
 
 if TYPE_CHECKING:
     from quadriga.core.axes.graph import AxisGraph
 
+REMEDY = "derive it from the input's shape"
 Change = dict[int, tuple[int, int]]  # position in the sizes → (constant, new constant)
 
 
@@ -59,7 +60,7 @@ def _per_call(graph: fx.Graph, path: str, constants: dict[fx.Node, Change], wher
     """The changes of the module's reshapes, in order; a module that is called often needs the same at each call."""
     calls: dict[str, list[Change]] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and _name(node) in VIEWS and layer_of(node) == path:
+        if node.op == "call_function" and op_name(node) in VIEWS and layer_of(node) == path:
             instance = next(reversed(node.meta["nn_module_stack"]))
             calls.setdefault(instance, []).append(constants.get(node, {}))
     lists = list(calls.values())
@@ -88,17 +89,17 @@ def _rewritten(module: nn.Module, changes: list[Change], where: str) -> fx.Graph
         graph, other = _trace(module, True), _trace(module, False)
     except Exception as error:  # torch.fx raises many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise NotApplicable(f"the constant in {where} cannot be rewritten: {reason}", "derive it from the input's shape") from error
+        raise NotApplicable(f"the constant in {where} cannot be rewritten: {reason}", REMEDY) from error
     _keep_mode(graph, other, where)
     views = [n for n in graph.nodes if n.target in (*VIEWS, torch.reshape)]
     if len(views) != len(changes):
-        raise NotApplicable(f"the constant in {where} cannot be found in the forward", "derive it from the input's shape")
+        raise NotApplicable(f"the constant in {where} cannot be found in the forward", REMEDY)
     for view, change in zip(views, changes, strict=True):
         nested = len(view.args) == 2 and isinstance(view.args[1], tuple | list)
         sizes = list(view.args[1] if nested else view.args[1:])
         for position, (old, new) in change.items():
             if position >= len(sizes):
-                raise NotApplicable(f"the constant {old} in {where} cannot be found", "derive it from the input's shape")
+                raise NotApplicable(f"the constant {old} in {where} cannot be found", REMEDY)
             if sizes[position] == old:  # else it is computed, and follows by itself
                 sizes[position] = new
         view.args = (view.args[0], tuple(sizes)) if nested else (view.args[0], *sizes)
@@ -132,6 +133,7 @@ def _same(mine: Any, theirs: Any) -> bool:
 
 
 def _with_forward(module: nn.Module, graph: fx.Graph) -> type[nn.Module]:
-    cls = type(module)
+    cls = type(module).__dict__.get("_rewritten", type(module))  # a second rewriting starts from the user's class too
     forward = type(fx.GraphModule(module, graph)).forward
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__})
+    names = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "_rewritten": cls}
+    return type(cls.__name__, (cls,), names)

@@ -79,13 +79,14 @@ def einsum(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
 def convolution(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     """weight[out, in / groups, kernel…]. In groups, the same position is cut in every group; depthwise, whole groups are."""
     if a.get("transposed"):
-        return conv_transpose(walk, node, a)
+        return None
     axes, (out, inside, *kernel) = walk.axes(a["input"]), walk.axes(a["weight"])
     batched = len(axes) == len(kernel) + 2
     channels, groups = axes[1 if batched else 0], a["groups"]
     for extent in kernel:
         walk.units.pin(extent, "it is a kernel's extent")
-    assert isinstance(out, Tensor) and isinstance(inside, Tensor)
+    if not isinstance(out, Tensor) or not isinstance(inside, Tensor):
+        return None  # a weight that is computed in a way that is not understood
     if groups == 1:
         walk.units.join(channels, inside, "it reads a fixed size")
     elif len(inside) == 1:
@@ -190,7 +191,8 @@ def recurrent(walk: Walk, node: fx.Node, a: dict[str, Any]) -> list[Axes] | None
     if len(params) != step * a["num_layers"] * directions or walk.shape(params[1])[0] != GATES[name] * hidden_size:
         return None  # a projected LSTM
     hidden = walk.axes(params[1])[1]
-    assert isinstance(hidden, Tensor)
+    if not isinstance(hidden, Tensor):
+        return None
     below: Dim = walk.axes(a["input"])[-1]
     for layer in range(a["num_layers"]):
         for direction in range(directions):
@@ -205,7 +207,8 @@ def recurrent(walk: Walk, node: fx.Node, a: dict[str, Any]) -> list[Axes] | None
     states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
     for state in states:
         walk.units.join(walk.axes(state)[-1], hidden)
-    return [[*walk.axes(a["input"])[:-1], below], *[[None, None, hidden] for _ in states]]
+    ends: list[Axes] = [[None, None, hidden] for _ in states]
+    return [[*walk.axes(a["input"])[:-1], below], *ends]
 
 
 @rule("scaled_dot_product_attention")
@@ -226,5 +229,3 @@ def attention(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
             if size > 1:
                 walk.units.join(mine, dim)
     return [*batch, q[-2], v[-1]]
-
-

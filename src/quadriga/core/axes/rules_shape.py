@@ -77,7 +77,7 @@ def permute(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
 def transpose(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
     """Two axes exchanged."""
     axes = walk.axes(a["self"])
-    i, j = a.get("dim0", a.get("axis0")), a.get("dim1", a.get("axis1"))
+    i, j = (a["dim0"], a["dim1"]) if "dim0" in a else (a["axis0"], a["axis1"])
     axes[i], axes[j] = axes[j], axes[i]
     return axes
 
@@ -109,7 +109,7 @@ def repeat(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
 @rule("cat", "concat", "concatenate")
 def cat(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
     """One axis after the other; the remaining axes are joined."""
-    parts = a["tensors"]
+    parts = [p for p in a["tensors"] if walk.shape(p) != (0,)]  # torch ignores an empty tensor here
     dim = a["dim"] % len(walk.shape(node))
     pieces: list[Tensor] = []
     known = False
@@ -117,8 +117,9 @@ def cat(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
     for number, part in enumerate(parts):
         axes = walk.axes(part)
         along = axes[dim]
-        known = known or isinstance(along, Tensor)
-        pieces.append(along if isinstance(along, Tensor) else _fixed(walk, walk.shape(part)[dim], node))
+        wide = isinstance(along, Tensor) and len(along) > 1  # a single unit cannot be cut anyway
+        known = known or wide
+        pieces.append(along if wide else _fixed(walk, walk.shape(part)[dim], node))
         if number:
             result = [walk.units.join(r, x) if k != dim else None for k, (r, x) in enumerate(zip(result, axes, strict=True))]
     result[dim] = torch.cat(pieces) if known else None
@@ -170,7 +171,7 @@ def glu(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
 @rule("split", "split_with_sizes", "unbind", "slice", "narrow", "select", "pad", "constant_pad_nd", "roll", "flip")
 @rule("index_select", "tril", "triu")
 def along_one(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Parts of one or a few axes: harmless along an axis without units; elsewhere a constant of the user's code depends on it."""
+    """Parts of one or a few axes: harmless without units; elsewhere the user's code names positions, so it is fixed."""
     axes = walk.axes(a["self"])
     value = node.meta["val"]
     shapes = [v.shape for v in value] if isinstance(value, tuple | list) else [value.shape]
@@ -182,8 +183,9 @@ def along_one(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
         touched = {a.get("dim", 0) % len(axes)}
     if _whole(a, shapes[0], walk.shape(a["self"])):
         return axes
-    if any(isinstance(axes[d], Tensor) for d in touched):
-        return None
+    for d in touched:
+        walk.units.pin(axes[d], f"{walk.where(node)} names positions along it")
+    axes = [None if d in touched else x for d, x in enumerate(axes)]
     drop = len(shapes[0]) < len(axes)
     kept = [x for k, x in enumerate(axes) if not (drop and k in touched)]
     return [list(kept) for _ in shapes] if isinstance(value, tuple | list) else kept
@@ -203,8 +205,8 @@ def index(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     return [None] * (len(walk.shape(node)) - len(rest)) + rest
 
 
-@rule("mean", "sum", "amax", "amin", "max", "min", "std", "var", "logsumexp", "norm", "linalg_vector_norm", "any", "all", "prod")
-@rule("argmax", "argmin")
+@rule("mean", "sum", "amax", "amin", "max", "min", "std", "var", "logsumexp", "norm", "linalg_vector_norm", "any", "all")
+@rule("prod", "argmax", "argmin")
 def reduce(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
     """Axes summed away."""
     source = next(v for v in a.values() if isinstance(v, fx.Node))
@@ -231,9 +233,9 @@ def gather(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
 @rule("upsample_bicubic2d", "_upsample_nearest_exact2d", "max_pool2d_with_indices", "max_pool1d_with_indices")
 def spatial(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
     """Height and width change; batch and channels stay."""
-    source = a.get("self", a.get("input"))
+    axes = walk.axes(a["self"] if "self" in a else a["input"])
     value = node.meta["val"]
-    keep = 2 if len(walk.shape(source)) > 2 else 1
-    axes = walk.axes(source)
-    axes = [*axes[:keep], *([None] * (len(axes) - keep))] if not any(isinstance(d, Tensor) for d in axes[keep:]) else None
-    return [list(axes) for _ in value] if axes and isinstance(value, tuple | list) else axes
+    if any(isinstance(d, Tensor) for d in axes[2:]):
+        return None
+    kept: Axes = [*axes[:2], *([None] * len(axes[2:]))]
+    return [list(kept) for _ in value] if isinstance(value, tuple | list) else kept

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -69,7 +69,7 @@ class Walk:
 
     def pin(self, node: Any, reason: str) -> None:
         """Fix all axes of a tensor (or list of tensors)."""
-        for part in _flat(node):
+        for part in flat(node):
             if part in self.values:
                 for axes in _each(self.values[part]):
                     for dim in axes:
@@ -87,7 +87,7 @@ class Walk:
 
     def _placeholder(self, node: fx.Node) -> Any:
         state = self.traced.states.get(node.name)
-        if state is None:
+        if state is None or not node.users:
             return _neutral(node)
         self._state_of[node] = id(state)
         if id(state) not in self.states:
@@ -96,35 +96,37 @@ class Walk:
 
     def _call(self, node: fx.Node) -> Any:
         if node.target is operator.getitem:
-            source, index = node.args
+            source, index = cast("tuple[fx.Node, int]", node.args)
             value = self.values[source]
             return value[index] if value and isinstance(value[0], list) else value
-        function, bound = _lookup(node), _bind(node)
+        function, bound = _lookup(node), bind(node)
         if function is not None:
             try:
                 found = function(self, node, bound)
-            except Mismatch:
-                found = None
+            except (Mismatch, IndexError, KeyError, ValueError, AttributeError, TypeError):
+                found = None  # a call that the rule was not written for: everything that it touches is fixed below
             if found is not None and _agrees(found, node):
                 return found
-        self.pin([node.args, node.kwargs], f"{_name(node)} at {self.where(node)} is not understood")
+        self.pin([node.args, node.kwargs], f"{op_name(node)} at {self.where(node)} is not understood")
         return _neutral(node)
 
 
 def _lookup(node: fx.Node) -> Rule | None:
-    name = _name(node)
+    name = op_name(node)
     found = RULES.get(name) or RULES.get(name.rstrip("_"))
     if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return RULES["pointwise"]
     return found
 
 
-def _name(node: fx.Node) -> str:
+def op_name(node: fx.Node) -> str:
+    """The operator's name without name space and overload, such as "conv2d"."""
     schema = getattr(node.target, "_schema", None)
     return schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
 
 
-def _bind(node: fx.Node) -> dict[str, Any]:
+def bind(node: fx.Node) -> dict[str, Any]:
+    """All arguments of an operator by name, defaults included."""
     schema = getattr(node.target, "_schema", None)
     if schema is None:
         return {}
@@ -133,9 +135,10 @@ def _bind(node: fx.Node) -> dict[str, Any]:
     return {**bound, **node.kwargs}
 
 
-def _flat(node: Any) -> list[fx.Node]:
+def flat(node: Any) -> list[fx.Node]:
+    """All nodes in nested arguments, in order."""
     found: list[fx.Node] = []
-    fx.node.map_arg(node, found.append)  # type: ignore[arg-type]
+    fx.node.map_arg(node, found.append)
     return found
 
 
@@ -158,8 +161,10 @@ def _agrees(found: Any, node: fx.Node) -> bool:
     values = list(value) if isinstance(value, tuple | list) else [value]
     given = found if isinstance(value, tuple | list) else [found]
     for axes, tensor in zip(given, values, strict=False):
-        if isinstance(tensor, Tensor) and len(axes) != tensor.dim():
-            return False
-        if isinstance(tensor, Tensor) and any(isinstance(d, Tensor) and len(d) != n for d, n in zip(axes, tensor.shape, strict=True)):
+        if not isinstance(tensor, Tensor):
+            continue
+        if len(axes) != tensor.dim() or any(
+            isinstance(d, Tensor) and len(d) != n for d, n in zip(axes, tensor.shape, strict=True)
+        ):
             return False
     return True

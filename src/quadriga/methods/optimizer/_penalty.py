@@ -22,7 +22,7 @@ def penalized(setup: Setup, entry: str, amount: float, when: Literal["before", "
         NotApplicable: the same penalty is there already.
     """
     inner = setup.optimizer.make
-    present = getattr(inner, "penalties", frozenset())
+    present: frozenset[str] = getattr(inner, "penalties", frozenset())
     if entry in present:
         raise NotApplicable(f"a penalty {entry} is there already", "give its amount once")
 

@@ -43,8 +43,9 @@ class L1(Method):
             raise BadInput(f"l1.amount is {self.amount}", "give a positive number")
 
     def apply(self, setup: Setup) -> Setup:
-        act, when = (shrink_weights, "after") if self.form == "proximal" else (add_signs, "before")
-        return penalized(setup, "l1", self.amount, when, self.biases, act)
+        if self.form == "proximal":
+            return penalized(setup, "l1", self.amount, "after", self.biases, shrink_weights)
+        return penalized(setup, "l1", self.amount, "before", self.biases, add_signs)
 
 
 def shrink_weights(weights: list[Tensor], group: dict[str, Any]) -> None:
@@ -55,4 +56,4 @@ def shrink_weights(weights: list[Tensor], group: dict[str, Any]) -> None:
 
 def add_signs(weights: list[Tensor], group: dict[str, Any]) -> None:
     """Add l1 · sign(w) to the gradients."""
-    torch._foreach_add_([w.grad for w in weights], torch._foreach_sign(weights), alpha=group["l1"])
+    torch._foreach_add_([w.grad for w in weights if w.grad is not None], torch._foreach_sign(weights), alpha=group["l1"])

@@ -48,4 +48,4 @@ class L2(Method):
 
 def add_weights(weights: list[Tensor], group: dict[str, Any]) -> None:
     """Add l2 · w to the gradients."""
-    torch._foreach_add_([w.grad for w in weights], weights, alpha=group["l2"])
+    torch._foreach_add_([w.grad for w in weights if w.grad is not None], weights, alpha=group["l2"])

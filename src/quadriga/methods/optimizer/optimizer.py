@@ -76,7 +76,8 @@ class Optimizer(Method):
     def apply(self, setup: Setup) -> Setup:
         if setup.optimizer.make is not plain_sgd:  # replacing it would drop what stands there
             raise NotApplicable(
-                "an optimizer, or a penalty around one, stands already", "put one optimizer step first, before l1, l2 and the like"
+                "an optimizer, or a penalty around one, stands already",
+                "put one optimizer step first, before l1, l2 and the like",
             )
         return replace(setup, optimizer=OptimizerSlot(self.make, setup.optimizer.schedules))
 

@@ -63,12 +63,15 @@ class Crop(Method):
     def apply(self, setup: Setup) -> Setup:
         if "translation" not in setup.context.invariances:
             raise NotApplicable(
-                "the workload does not say that a shifted image keeps its label", 'declare invariances={"translation"} if it does'
+                "the workload does not say that a shifted image keeps its label",
+                'declare invariances={"translation"} if it does',
             )
         sizes: list[int] = []
         tree_map(lambda t: sizes.extend(t.shape[2:]), setup.context.example)
         if self.padding >= min(sizes):
-            raise NotApplicable(f"images of {sizes[0]}×{sizes[1]} are too small to be shifted by {self.padding}", "lower padding")
+            raise NotApplicable(
+                f"images of {sizes[0]}×{sizes[1]} are too small to be shifted by {self.padding}", "lower padding"
+            )
         transforms = (*setup.training.transforms, self.transform)
         return replace(setup, training=replace(setup.training, transforms=transforms))
 

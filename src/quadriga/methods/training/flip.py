@@ -49,7 +49,8 @@ class Flip(Method):
     def apply(self, setup: Setup) -> Setup:
         if "horizontal_flip" not in setup.context.invariances:
             raise NotApplicable(
-                "the workload does not say that a mirrored image keeps its label", 'declare invariances={"horizontal_flip"} if it does'
+                "the workload does not say that a mirrored image keeps its label",
+                'declare invariances={"horizontal_flip"} if it does',
             )
         transforms = (*setup.training.transforms, self.transform)
         return replace(setup, training=replace(setup.training, transforms=transforms))

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quadriga.core.batch import Batch, Tree, call, primary, to_device, device_of
+from quadriga.core.batch import Batch, Tree, call, device_of, primary, to_device
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup

@@ -20,7 +20,7 @@ MODES = {"edge": "border", "zero": "zeros", "reflect": "reflection"}
 
 
 def rotate(images: Tensor, angles: Tensor, border: str = "edge") -> Tensor:
-    """Turn each image about its centre, clockwise as seen for positive angles, with bilinear interpolation.
+    """Turn each image about its centre, counter-clockwise as seen for positive angles, with bilinear interpolation.
 
     The sampling grid is linear in (cos, sin), so that two products of constants give it; `affine_grid`, which
     multiplies a batch of 3×2 matrices, takes more than twice as long as all of this on a CPU.
@@ -80,5 +80,7 @@ class Rotate(Method):
 
     def transform(self, batch: Batch, generator: torch.Generator) -> Batch:
         """The batch with every image turned."""
-        angles = torch.rand(len(batch), generator=generator, device=generator.device).sub_(0.5).mul_(2 * math.radians(self.degrees))
+        angles = (
+            torch.rand(len(batch), generator=generator, device=generator.device).sub_(0.5).mul_(2 * math.radians(self.degrees))
+        )
         return replace(batch, inputs=tree_map(lambda t: rotate(t, angles, self.border), batch.inputs))

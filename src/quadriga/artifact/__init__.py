@@ -1,0 +1,6 @@
+"""A folder that runs without Quadriga, with a manifest, probes and its evidence."""
+
+from quadriga.artifact.check import Report, load, verify
+from quadriga.artifact.store import bytes_of, write
+
+__all__ = ["Report", "bytes_of", "load", "verify", "write"]

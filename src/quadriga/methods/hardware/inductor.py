@@ -1,0 +1,30 @@
+"""Execute with PyTorch, compiled with frozen weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.setup import Setup
+from quadriga.methods.hardware._needs import compiler, float_activations, one_runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inductor(Method):
+    """Compile the exported operations with TorchInductor, weights frozen in, where the model is loaded: seconds to minutes.
+
+    Source: Ansel et al. 2024, "PyTorch 2", ASPLOS, doi:10.1145/3620665.3640366.
+    """
+
+    family = Family.HARDWARE
+    numerics = Numerics.CLOSE
+    source = "doi:10.1145/3620665.3640366"
+    adds = frozenset({"RUNTIME"})
+    name = "inductor"
+
+    def apply(self, setup: Setup) -> Setup:
+        """Choose it. NotApplicable when a runtime is chosen already, activations are int8, or there is no C++ compiler."""
+        one_runtime(setup)
+        float_activations(setup)
+        compiler()
+        return replace(setup, runtime=replace(setup.runtime, name=self.name))

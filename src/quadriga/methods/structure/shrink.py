@@ -1,0 +1,148 @@
+"""Simplify: smaller kernels, fewer filters, narrower and fewer FC layers, with the weights inherited."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from quadriga.core.axes import AxisGraph, Group, Patch, select
+from quadriga.core.axes.chain import fewer_hidden
+from quadriga.core.axes.importance import best, magnitude, rounded
+from quadriga.core.axes.kernels import smaller_kernels
+from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.setup import Setup
+
+log = logging.getLogger(__name__)
+FILTERS, FEATURES = ("conv",), ("linear", "recurrent")
+
+
+def narrow(graph: AxisGraph, groups: list[Group], width: Callable[[Group], int]) -> Patch:
+    """Keep the units of the largest weights (L2 over all coupled layers) in each group, in place.
+
+    Args:
+        graph: traced from the model as it is.
+        groups: the widths to narrow.
+        width: how many units of a group stay.
+
+    Raises:
+        NotApplicable: no width changes, or none can be cut.
+    """
+    score = magnitude(graph)
+    choices = {}
+    for group in groups:
+        scores = score(group)
+        if width(group) < group.size and scores is not None:
+            choices[group] = best(scores, width(group))
+    if not choices:
+        raise NotApplicable("no width would change")
+    patch, refused = graph.cut_each(choices)
+    for reason in refused:
+        log.info("shrink leaves %s", reason)
+    return patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shrink(Method):
+    """Make the network smaller by hand; every shape behind a changed one is derived again.
+
+    Kernels are cropped to their centre, and padding with them; without padding the map grows, and the FC layer that
+    reads it is built for the new size, its old weights in the centre. Widths keep the units with the largest weights.
+    Order: kernels, hidden layers, widths. A field that finds nothing is passed over (and logged); if none finds anything, it is
+    refused with the reasons.
+
+    Args:
+        kernel: new size of all larger convolution kernels.
+        filters: ratio of a convolution's filters that stay.
+        features: ratio of the hidden features of Linear and recurrent layers that stay.
+        width: absolute width instead of a ratio; needs `only`.
+        hidden: number of hidden Linear layers that stay in the chain before the output; the first ones do.
+        only: layers to act on (kernels and widths): globs of names, comma-separated.
+        round_to: widths are rounded to the nearest multiple.
+
+    Source: LeCun et al. 1990, Optimal Brain Damage, for structure with inherited weights; Li et al. 2017,
+    arXiv:1608.08710, for filters by norm; coupled layers as in Fang et al. 2023, arXiv:2301.12900.
+    """
+
+    family = Family.STRUCTURE
+    numerics = Numerics.CHANGED
+    source = "arXiv:1608.08710"
+    requires = frozenset({"FLOAT_WEIGHTS"})
+    search: ClassVar = {
+        "kernel": (3,),
+        "filters": (1.0, 0.75, 0.67, 0.5),
+        "features": (0.67, 0.5, 0.4, 0.25),
+    }
+
+    kernel: int | None = None
+    filters: float = 1.0
+    features: float = 1.0
+    width: int | None = None
+    hidden: int | None = None
+    only: str = "*"
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("filters", "features"):
+            if not 0 < getattr(self, name) <= 1:
+                raise BadInput(f"shrink.{name} is {getattr(self, name)!r}", "it is the ratio that stays, above 0 and at most 1")
+        for name, least in (("kernel", 1), ("width", 1), ("hidden", 0), ("round_to", 1)):
+            if (value := getattr(self, name)) is not None and value < least:
+                raise BadInput(f"shrink.{name} is {value!r}", f"give at least {least}")
+        if self.width is not None and self.only == "*":
+            raise BadInput(f"shrink.width is {self.width} for every layer", 'name the layers with only = "..."')
+
+    def apply(self, setup: Setup) -> Setup:
+        model, example = setup.model, setup.context.example
+        stages = self._stages()
+        if not stages:
+            raise NotApplicable("shrink was given nothing to change", "give kernel, filters, features, width or hidden")
+        reasons = []
+        for stage in stages:
+            graph = AxisGraph.trace(model, example)  # every stage sees the model as it is by then
+            try:
+                stage(graph)
+            except NotApplicable as error:
+                reasons.append(str(error))
+        if len(reasons) == len(stages):
+            raise NotApplicable("; ".join(reasons))
+        for reason in reasons:
+            log.info("shrink passes over: %s", reason)
+        return replace(setup, model=model)
+
+    def _stages(self) -> list[Callable[[AxisGraph], Patch]]:
+        stages: list[Callable[[AxisGraph], Patch]] = []
+        if self.kernel is not None:
+            kernel = self.kernel
+            stages.append(lambda graph: smaller_kernels(graph, kernel, self.only))
+        if self.hidden is not None:
+            hidden = self.hidden
+            stages.append(lambda graph: fewer_hidden(graph, hidden))
+        if self.filters < 1:
+            stages.append(lambda graph: self._narrow(graph, FILTERS, "filters", self.filters))
+        if self.features < 1:
+            stages.append(lambda graph: self._narrow(graph, FEATURES, "features", self.features))
+        if self.width is not None:
+            stages.append(lambda graph: self._narrow(graph, FILTERS + FEATURES, "width", None))
+        return stages
+
+    def _narrow(self, graph: AxisGraph, kinds: tuple[str, ...], field: str, ratio: float | None) -> Patch:
+        groups = select(graph.groups(), self.only, kinds)
+        if not groups:
+            raise NotApplicable(f"shrink.{field}: {_why_none(graph, self.only, kinds)}")
+        width = self.width or 1
+        try:
+            return narrow(graph, groups, lambda g: rounded(g.size * ratio if ratio else width, g.size, self.round_to))
+        except NotApplicable as error:
+            raise NotApplicable(f"shrink.{field}: {error.reason}", error.remedy) from error
+
+
+def _why_none(graph: AxisGraph, only: str, kinds: tuple[str, ...]) -> str:
+    """Why no width was found: the first one that matches and is fixed gives the reason."""
+    found = [g for g in graph.groups() if g.matches(only) and g.kind in kinds]
+    if found:
+        return f"{found[0].name}: {found[0].fixed or found[0].split}"
+    named = [f"{g.name} is {g.kind}" for g in graph.groups() if g.matches(only)]
+    return f'no width of kind {" or ".join(kinds)} matches "{only}"' + (f" ({named[0]})" if named else "")

@@ -1,0 +1,60 @@
+"""Open a study: check the workload, lock the folder, start the workers; and close all of it, whatever happens."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from quadriga import methods
+from quadriga.core.errors import BadInput
+from quadriga.core.recipe import Recipe
+from quadriga.core.setup import Setup
+from quadriga.core.workload import Workload
+from quadriga.engine.pool import InlinePool, open_pool
+from quadriga.engine.store import Store
+from quadriga.engine.walk import workload_key
+from quadriga.search.space import Space
+from quadriga.stages.state import Options, Progress, Study
+from quadriga.workloads.check import check
+
+
+@contextmanager
+def open_study(workload: Workload, options: Options, out: Path, progress: Progress) -> Iterator[Study]:
+    """Check the workload, open the store and the pool; close both at the end, whatever happens.
+
+    Raises:
+        BadInput: the folder holds another study, or the workload cannot be used.
+    """
+    with Store(out) as store:
+        notes = check(workload)
+        identity = json.loads(json.dumps({**options.identity(), "workload": workload_key(workload)}))
+        if (known := store.get("identity")) not in (None, identity):
+            differs = sorted(k for k in identity if known.get(k) != identity[k])
+            raise BadInput(f"{out} holds a study with another {', '.join(differs)}", "choose another --out folder")
+        store.put("identity", identity)
+        model = workload.build(options.seed)
+        traits = Setup.of(workload, options.seed, model).traits | {"TEACHER"}
+        cards = {c["name"]: {**c, "fields": {k: f.get("default") for k, f in c["fields"].items()}} for c in methods.cards()}
+        space = Space(cards, traits, workload.baseline or Recipe(), frozenset(options.families))
+        pool = open_pool(workload, out, options.seed)
+        study = Study(workload, options, out, store, pool, space, progress)
+        study.notes += notes + _notes(workload, pool)
+        try:
+            yield study
+        finally:
+            study.budget.keep()
+            study.pool.stop()
+
+
+def _notes(workload: Workload, pool: object) -> list[str]:
+    notes = []
+    if isinstance(pool, InlinePool):
+        notes.append(
+            "the model is a live object that no other process can rebuild: trials ran one after the other in the caller's "
+            "process, without isolation or time limits, and eager PyTorch was timed through an exported copy"
+        )
+    if workload.train is None:
+        notes.append("there is no training data: only methods that need no training were searched, calibrated on val")
+    return notes

@@ -1,0 +1,264 @@
+"""The command line: its verbs and options are frozen, its exit statuses a contract."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as some
+
+import quadriga
+from quadriga import cli
+from quadriga.arguments import parse_budget, parse_families, parse_limits
+from quadriga.console import Progress, describe
+from quadriga.core.errors import BadInput, Diverged, NotApplicable
+from quadriga.doctor import examine
+from quadriga.report.schema import empty_result
+
+FROZEN = {
+    "run": {"--floor", "--minimize", "--limit", "--budget", "--out", "--only", "--families", "--seed", "--json"},
+    "train": {"--recipe", "--out", "--seed", "--json"},
+    "profile": {"--batch", "--seed", "--json"},
+    "compare": {"--workload", "--batch", "--out", "--seed", "--json"},
+    "verify": {"--json"},
+    "report": {"--json"},
+    "methods": {"--json"},
+    "doctor": {"--json"},
+}
+CARD = {"name": "openvino", "family": "hardware", "numerics": "close", "source": "a page", "about": "x", "fields": {}}
+
+
+def call(*words: str) -> int:
+    """The exit status of `quadriga WORDS`."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(words)
+    return int(end.value.code or 0)
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Stand-ins for the modules behind the verbs; the study's `run` may be replaced."""
+    calls: list[dict] = []
+
+    def run(workload, **given):
+        calls.append({"workload": workload, **given})
+        return {**empty_result("verified", "w"), "status": "infeasible"}
+
+    parts = {
+        "study": SimpleNamespace(
+            run=run, train=lambda w, **_: {"quality": 1.0}, compare=lambda a, b, **_: {"verdict": "faster"}
+        ),
+        "workloads": SimpleNamespace(load=lambda name: f"<{name}>"),
+        "methods": SimpleNamespace(cards=lambda: [CARD]),
+        "artifact": SimpleNamespace(verify=lambda path: {"ok": str(path) == "good"}),
+    }
+    for name, part in parts.items():
+        monkeypatch.setitem(sys.modules, f"quadriga.{name}", part)
+        monkeypatch.setattr(quadriga, name, part, raising=False)
+    return SimpleNamespace(calls=calls, **parts)
+
+
+def last_json(capsys):
+    return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+
+def test_the_command_line_is_frozen(capsys):
+    """A new verb or option is a decision: it is made here, not by a method."""
+    assert call("--help") == 0
+    verbs = re.findall(r"^│ (\w+) ", capsys.readouterr().out, re.M)
+    assert sorted(verbs) == sorted(FROZEN)
+    for verb, options in FROZEN.items():
+        assert call(verb, "--help") == 0
+        assert set(re.findall(r"(?<=[ │])--[a-z][a-z-]*(?=[ │\n])", capsys.readouterr().out)) - {"--help"} == options, verb
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["--version"], ["run", "w", "--budget", "never"]])
+def test_nothing_heavy_is_imported_before_a_verb_runs(words):
+    code = (
+        "import sys\nfrom quadriga.cli import main\n"
+        f"try: main({words!r})\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'optuna', 'numpy', 'scipy', 'jinja2'} & set(sys.modules)\nassert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60, capture_output=True)
+
+
+def test_import_of_the_package_is_light_and_its_names_are_there():
+    code = "import sys, quadriga; quadriga.Recipe, quadriga.step; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert set(quadriga.__all__) <= set(dir(quadriga))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = quadriga.nothing
+
+
+def test_run_hands_over_what_was_typed(fake, tmp_path):
+    words = ["run", "lenet", "--floor", "-0.5pt", "--limit", "bytes=0.2", "--limit", "parameters=0.5", "--minimize", "bytes"]
+    assert call(*words, "--budget", "1m30s", "--only", "structure,hardware", "--out", str(tmp_path), "--seed", "3") == 1
+    given = fake.calls[0]
+    assert given["workload"] == "<lenet>" and given["floor"] == "-0.5pt" and given["budget"] == 90.0 and given["seed"] == 3
+    assert given["limits"] == {"bytes": 0.2, "parameters": 0.5} and given["families"] == ("structure", "hardware")
+    assert given["minimize"] == "bytes" and given["out"] == tmp_path
+
+
+def test_the_recorded_command_says_the_same_again(fake):
+    call("run", "my model.py:f", "--floor=-1%rel", "--limit", "bytes=0.2", "--budget", "90s", "--only", "training")
+    import shlex
+
+    call(*shlex.split(fake.calls[0]["command"])[1:])
+    assert fake.calls[0] == {**fake.calls[1], "progress": fake.calls[0]["progress"]}
+
+
+@pytest.mark.parametrize(("status", "code"), [("verified", 0), ("infeasible", 1), ("failed", 1), ("interrupted", 130)])
+def test_status_decides_the_exit_status(fake, capsys, status, code):
+    result = {**empty_result(status, "w"), "report": "report.html", "seconds": float("nan")}
+    fake.study.run = lambda workload, **_: result
+    assert call("run", "w", "--json") == code
+    assert last_json(capsys) == {**result, "seconds": None}
+    assert call("run", "w") == code
+    assert "out/report.html" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (BadInput("the split is empty", "give examples"), 2, "the split is empty; give examples"),
+        (NotApplicable("openvino is missing", "pip install it"), 2, "openvino is missing; pip install it"),
+        (Diverged(7, 0.5, float("nan")), 1, "the loss was nan at step 7"),
+        (KeyboardInterrupt(), 130, "resume with the same command: quadriga run w --json"),
+        (RuntimeError("oops"), 1, "an error inside Quadriga: RuntimeError: oops"),
+    ],
+)
+def test_errors_are_a_message_a_status_and_an_object(fake, capsys, error, code, message):
+    def run(workload, **_):
+        raise error
+
+    fake.study.run = run
+    assert call("run", "w", "--json") == code
+    out, err = capsys.readouterr()
+    assert message in err.replace("\n", " ") and ("Traceback" in err) == isinstance(error, RuntimeError)
+    said = json.loads(out.splitlines()[-1])
+    assert (
+        said["status"] == ("interrupted" if code == 130 else "failed") and said["winner"] is None and said["error"]["message"]
+    )
+
+
+def test_debug_shows_the_trace_of_bad_input(fake, capsys, monkeypatch):
+    monkeypatch.setenv("QUADRIGA_DEBUG", "1")
+    assert call("run", "w", "--budget", "0s") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        (["rnu"], "run"),
+        (["run"], "WORKLOAD"),
+        (["run", "w", "--minimise", "bytes"], "--minimize"),
+        (["run", "w", "--minimize", "size"], "latency"),
+        (["run", "w", "--seed", "x"], "--seed"),
+        (["run", "w", "--budget", "soon"], "90s"),
+        (["run", "w", "--limit", "byte=0.2"], '"bytes"'),
+        (["run", "w", "--limit", "bytes=-1"], "bytes=0.2"),
+        (["run", "w", "--only", "hardwear"], '"hardware"'),
+        (["report", "/no/such/folder"], "records.json does not exist"),
+        (["train", "w", "--recipe", "/no/such.toml"], "no recipe file"),
+    ],
+)
+def test_bad_words_are_status_2_with_the_remedy(fake, capsys, words, names):
+    assert call(*words) == 2
+    out, err = capsys.readouterr()
+    assert names in err and "Traceback" not in err and not out
+    assert not fake.calls
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_in_130_and_says_how_to_go_on(number):
+    code = (
+        "import sys, types, time, quadriga\n"
+        "def run(*a, **k):\n    print('ready', flush=True)\n    time.sleep(30)\n"
+        "for n, p in {'study': types.SimpleNamespace(run=run), 'workloads': types.SimpleNamespace(load=str)}.items():\n"
+        "    sys.modules['quadriga.' + n] = p; setattr(quadriga, n, p)\n"
+        "from quadriga.cli import main\nmain(['run', 'w', '--json'])"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert json.loads(out.splitlines()[-1])["status"] == "interrupted" and "resume with the same command" in err
+
+
+def test_report_writes_again_what_the_records_say(tmp_path, records, capsys):
+    (tmp_path / "records.json").write_text(json.dumps(records))
+    assert call("report", str(tmp_path), "--json") == 0
+    assert len(last_json(capsys)["written"]) == 4 and (tmp_path / "report.html").stat().st_size > 10_000
+
+
+def test_other_verbs_show_what_they_found(fake, capsys):
+    assert call("verify", "good", "--json") == 0 and last_json(capsys) == {"ok": True}
+    assert call("verify", "bad") == 1
+    assert call("compare", "a", "b", "--batch", "1", "--batch", "64", "--json") == 0 and last_json(capsys) == {
+        "verdict": "faster"
+    }
+    assert call("train", "w", "--json") == 0 and last_json(capsys) == {"quality": 1.0}
+    assert call("methods", "--json") == 0 and last_json(capsys) == [CARD]
+    assert call("methods") == 0 and "openvino" in capsys.readouterr().out
+
+
+def test_doctor_names_what_a_missing_runtime_removes(fake, monkeypatch):
+    def probe():
+        good = SimpleNamespace(ok=True, version="2.13", reason="", remedy="")
+        return {"eager": good, "openvino": SimpleNamespace(ok=False, version="", reason="not installed", remedy="")}
+
+    monkeypatch.setitem(sys.modules, "quadriga.runtime", SimpleNamespace(probe=probe))
+    found = examine()
+    assert found["ok"] and found["removed"] == [{"runtime": "openvino", "methods": "openvino"}]
+    line = next(c for c in found["checks"] if c["check"] == "runtime openvino")
+    assert line["detail"] == "not installed" and "quadriga[openvino]" in line["remedy"]
+
+
+@given(some.integers(0, 99), some.integers(0, 99), some.integers(1, 99))
+def test_a_budget_is_the_sum_of_its_parts(hours, minutes, seconds):
+    assert parse_budget(f"{hours}h{minutes}m{seconds}s") == hours * 3600 + minutes * 60 + seconds
+
+
+@pytest.mark.parametrize("text", ["", "0", "0s", "-5s", "5 s", "s", "m5", "5d", "1s1m", "nan", "inf", "1e400"])
+def test_other_budgets_are_refused(text):
+    with pytest.raises(BadInput, match="budget"):
+        parse_budget(text)
+
+
+def test_empty_lists_of_families_and_repeated_limits():
+    with pytest.raises(BadInput, match="no family"):
+        parse_families(" , ")
+    assert parse_families("training,training") == ("training",) and parse_families(None) is None
+    assert parse_limits(["bytes=.5", "bytes=.25"]) == {"bytes": 0.25}
+
+
+def test_progress_off_a_terminal_is_a_plain_line_every_few_seconds(capsys):
+    now = [0.0]
+    with Progress(terminal=False, clock=lambda: now[0]) as progress:
+        for second in range(12):
+            now[0] = float(second)
+            progress({"stage": "search", "done": second, "text": "[red]x[/red]\nnext"})
+        progress({"stage": "verify", "text": "last"})
+    out, err = capsys.readouterr()
+    assert not out and [line.split(" ·")[0] for line in err.splitlines()] == [
+        "[search] trial 0", "[search] trial 5", "[search] trial 10", "[verify] last"
+    ]  # fmt: skip
+    assert "[red]x[/red] next" in err
+
+
+def test_progress_on_a_terminal_shows_names_as_they_are(capsys):
+    with Progress(terminal=True) as progress:
+        progress({"stage": "search", "text": "[/] [bold]name"})
+    assert "[bold]name" in capsys.readouterr().err
+
+
+def test_an_event_needs_nothing_but_a_stage():
+    assert describe({"stage": "report"}) == "[report] "
