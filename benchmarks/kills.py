@@ -50,7 +50,13 @@ def one(after: float) -> dict[str, object]:
         second = subprocess.run(command(out), capture_output=True, text=True)
         later = acknowledged(out)
         status = json.loads(second.stdout.strip().splitlines()[-1])["status"] if second.stdout.strip() else second.stderr[-300:]
-        return {"after": round(after, 1), "killed": killed, "kept": len(before), "lost": later[: len(before)] != before, "status": status}
+        return {
+            "after": round(after, 1),
+            "killed": killed,
+            "kept": len(before),
+            "lost": later[: len(before)] != before,
+            "status": status,
+        }
     finally:
         shutil.rmtree(out, ignore_errors=True)
 

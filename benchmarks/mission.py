@@ -32,7 +32,7 @@ def variants(workload: Workload) -> dict[str, Recipe]:
     assert workload.baseline is not None
     found = {"baseline": workload.baseline, "mission": mission, "mission, Adam": Recipe.load(RECIPES / "mission-adam.toml")}
     found["original, mission's training"] = Recipe(training)
-    found["mission in ONNX Runtime"] = mission + (step("threads", count=1), step("onnxruntime"))
+    found["mission in ONNX Runtime"] = Recipe((*mission.steps, step("threads", count=1), step("onnxruntime")))
     return found
 
 
@@ -42,8 +42,13 @@ def measure(workload: Workload, folder: Path) -> list[dict[str, Any]]:
     pool = ProcessPool(str(workload.reference), folder, 0, cores())
     try:
         for task, more in (("realize", {}), ("score", {"split": "test"})):
-            for number, (name, recipe) in enumerate(recipes.items()):
-                args = {"recipe": recipe.plain(), "name": f"m{number}", "hash": recipe.hash, "batches": [1, workload.batch_size]}
+            for number, recipe in enumerate(recipes.values()):
+                args = {
+                    "recipe": recipe.plain(),
+                    "name": f"m{number}",
+                    "hash": recipe.hash,
+                    "batches": [1, workload.batch_size],
+                }
                 pool.submit(Order(number, task, {**args, **more, **({"folder": f"built/m{number}"} if more else {})}))
             results = collect(pool, len(recipes), list(recipes))
             values = results if task == "realize" else values  # noqa: F821 (set in the first round)
@@ -85,7 +90,9 @@ def main() -> None:
     print(f"{'':32}{'parameters':>11}{'bytes':>9}{'test pt':>9}{'difference':>12}{'at least':>10}{'faster b1':>22}{'b64':>22}")
     for row in rows:
         q, ratios = row["quality"], [row["latency_ratio"].get(b) for b in (1, workload.batch_size)]
-        speeds = "".join(f"{r['value']:>8.2f} ({r['low']:.2f}–{r['high']:.2f})" if r and r["low"] else f"{'–':>22}" for r in ratios)
+        speeds = "".join(
+            f"{r['value']:>8.2f} ({r['low']:.2f}–{r['high']:.2f})" if r and r["low"] else f"{'–':>22}" for r in ratios
+        )
         print(
             f"{row['name']:32}{row['parameters']:11.0f}{row['bytes']:9.0f}{q['value']:9.2f}{q['difference']:+12.2f}{q['low']:+10.2f}{speeds}"
         )

@@ -95,10 +95,11 @@ def optimize(workload: Workload | str, *, budget: str | float = "10m", quiet: bo
 
 def _stations(study: Study) -> dict[str, Any]:
     """All stations in order; each takes up what its trials say was done before."""
+    study.portfolio = [study.space.complete(study.space.adapt(r)) for r in load_portfolio()]
     measure_baseline(study)
     smallest = check_floor(study)
     verify, ablate = _reserves(study)
-    explorer = Explorer(study, verify + ablate, load_portfolio())
+    explorer = Explorer(study, verify + ablate)
     if study.store.get("frozen") is None:
         with study.budget.phase("search"):
             explorer.run()
@@ -112,7 +113,7 @@ def _stations(study: Study) -> dict[str, Any]:
 def _reserves(study: Study) -> tuple[Seconds, Seconds]:
     """Seconds kept for verification and for ablation."""
     total = study.options.budget
-    return max(0.2 * total, min(25.0, 0.45 * total)), 0.2 * total
+    return max(0.25 * total, min(30.0, 0.45 * total)), 0.2 * total
 
 
 def _frozen(study: Study, explorer: Explorer, reserve: Seconds) -> list[tuple[Recipe, Ablation | None]]:

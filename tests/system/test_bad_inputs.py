@@ -168,6 +168,8 @@ def test_no_space_left_is_said_and_resumable(tmp_path):
         main(["run", "mine.py", "--floor", "-9pt", "--budget", "60s"])
     """)
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and ("free space" in done.stderr or "space" in done.stderr), done.stderr

@@ -83,7 +83,9 @@ def test_every_edit_is_one_step_away_and_new():
 @pytest.mark.parametrize("rung", [0, 1, 2])
 def test_wsd_rungs_share_a_prefix_and_last_as_long_as_they_say(rung):
     rungs = (1.0, 3.0, 9.0)
-    template = Recipe((step("shrink"), step("schedule", kind="wsd", warmup=0.1, decay=0.4), step("train", epochs=7), step("onnx")))
+    template = Recipe(
+        (step("shrink"), step("schedule", kind="wsd", warmup=0.1, decay=0.4), step("train", epochs=7), step("onnx"))
+    )
     exact = at_rung(template, rungs, rung)
     assert trained_epochs(exact) == pytest.approx(rungs[rung])
     assert exact.steps[-1] == step("onnx") and exact.steps[-2].fields["continue"] is True

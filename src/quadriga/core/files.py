@@ -29,7 +29,9 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         fsync_folder(path.parent)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise BadInput(f"{path} could not be written: {error.strerror or error}", "free space or choose another folder") from error
+        raise BadInput(
+            f"{path} could not be written: {error.strerror or error}", "free space or choose another folder"
+        ) from error
 
 
 def fsync_folder(folder: str | Path) -> None:

@@ -10,9 +10,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from quadriga.core.batch import Batch, Tree, resize, tensors
+from quadriga.core.batch import Tree, resize, tensors
 from quadriga.core.data import Data, as_data
 from quadriga.core.errors import BadInput, did_you_mean
 from quadriga.core.metric import LOSSES, METRICS, Loss, Metric

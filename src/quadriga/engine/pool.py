@@ -109,6 +109,7 @@ class _Worker:
 
     def do(self, order: Order) -> dict[str, Any]:
         if self._process.poll() is not None:
+            self._close()
             self._start()
         late = threading.Event()
         timer = threading.Timer(order.limit, lambda: (late.set(), self._process.kill()))
@@ -149,6 +150,9 @@ class _Worker:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
+        self._close()
+
+    def _close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             if pipe is not None:
                 pipe.close()

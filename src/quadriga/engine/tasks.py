@@ -178,9 +178,12 @@ class Desk:
             largest = max(args["batches"])
             found = equal(lambda x: call(setup.model, x), run, self.workload.inputs(largest), batches=(1, 2, largest))
             if not found.holds:
-                raise NotApplicable(f"the exported model differs from the trained one: {found.failures[0]}", "use another runtime")
-        return {"values": {"bytes": float(size), "parameters": float(parameters(setup.model)), "samples": float(walked.samples),
-                           "seconds": walked.seconds}, "info": {"checkpoint": _name(walked), "live": isinstance(run, _Live)}}  # fmt: skip
+                raise NotApplicable(
+                    f"the exported model differs from the trained one: {found.failures[0]}", "use another runtime"
+                )
+        values = {"bytes": float(size), "parameters": float(parameters(setup.model))}
+        cost = {"samples": float(walked.samples), "seconds": walked.seconds}
+        return {"values": {**values, **cost}, "info": {"checkpoint": _name(walked), "live": isinstance(run, _Live)}}
 
     def _score(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Quality of a realised folder, or of a trained recipe as eager PyTorch runs it, on a split."""

@@ -79,7 +79,9 @@ def walk(
             raise NotApplicable("train requires TRAIN_DATA", "give the workload training data")
         going_on = bool(step.fields.get("continue", False))
         if going_on and changed:
-            raise NotApplicable(f"{changed} stands between a train step and its continuation", "put it before both, or do not continue")
+            raise NotApplicable(
+                f"{changed} stands between a train step and its continuation", "put it before both, or do not continue"
+            )
         if going_on and last is None and store is not None:
             raise NotApplicable("train has nothing to continue", "put a train step without continue before it")
         if store is not None:
@@ -172,5 +174,3 @@ def _content(workload: Workload) -> str:
     for name, tensor in workload.build(0).state_dict().items():
         digest.update(name.encode() + tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]
-
-

@@ -143,7 +143,11 @@ class Ablator:
             ready, inputs, restarts=6, blocks=6, block_seconds=0.02, folder=study.folder / "timing",
             budget=max(10.0, study.budget.left - self.reserve),
         )  # fmt: skip
-        return {int(k): _objective_ratio(timings, k, study.batches) for k in ready if k != "whole" and _timed(timings, k, study.batches)}
+        return {
+            int(k): _objective_ratio(timings, k, study.batches)
+            for k in ready
+            if k != "whole" and _timed(timings, k, study.batches)
+        }
 
     def _build(self, template: Recipe) -> Path:
         part = self.study.space.cost_part(template)

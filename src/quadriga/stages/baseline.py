@@ -29,6 +29,7 @@ def measure_baseline(study: Study) -> Trial:
             study.say("baseline", "training and scoring the unchanged model")
             study.submit("baseline", "train", study.workload.baseline)
         _submit_opponents(study)
+        _submit_costs(study)
         while not study.stage("baseline"):
             study.collect(1.0)
         _check_baseline(study)
@@ -56,11 +57,15 @@ def _check_pace(study: Study) -> None:
         if trial is not None and trial.status is not Status.TIMED_OUT:
             problem, remedy = trial.info.get("bad_input", [trial.reason, trial.info.get("remedy", "")])
             raise BadInput(f"the baseline cannot be trained: {problem}", remedy or "mend the workload and try again")
-        raise BadInput(f"a few training steps took a tenth of the budget of {study.options.budget:.0f} s", "give a larger --budget")
+        raise BadInput(
+            f"a few training steps took a tenth of the budget of {study.options.budget:.0f} s", "give a larger --budget"
+        )
     needed = trial.values["seconds"]
     if needed > 0.6 * study.options.budget:
         remedy = f"give --budget {math.ceil(needed / 30)}m or more, or fewer baseline epochs"
-        raise BadInput(f"training the baseline alone takes about {needed:.0f} s of the budget of {study.options.budget:.0f} s", remedy)
+        raise BadInput(
+            f"training the baseline alone takes about {needed:.0f} s of the budget of {study.options.budget:.0f} s", remedy
+        )
 
 
 def check_floor(study: Study, disagreement: float = 0.03) -> float:
@@ -74,7 +79,9 @@ def check_floor(study: Study, disagreement: float = 0.03) -> float:
     if metric.unit != "pt":
         return smallest
     margin = study.options.floor.margin(100.0)
-    study.notes.append(f"{n} test examples can prove a floor of {-smallest:.2f} pt, if predictions differ on {disagreement:.0%}")
+    study.notes.append(
+        f"{n} test examples can prove a floor of {-smallest:.2f} pt, if predictions differ on {disagreement:.0%}"
+    )
     study.say("floor", study.notes[-1])
     if 0 < margin < smallest / 2:
         remedy = f"ask for {-smallest:.2g}pt or give about {math.ceil(n * (smallest / margin) ** 2)} test examples"
@@ -112,6 +119,16 @@ def _submit_opponents(study: Study) -> None:
     for stage, task, recipe in wanted:
         if (stage, recipe.hash) not in known and study.space.illegal(recipe) is None:
             study.submit(stage, task, recipe, limit=60)
+
+
+def _submit_costs(study: Study) -> None:
+    """Cost probes of the portfolio, which need no trained weights, while the baseline trains."""
+    known = {t.recipe.hash for t in study.stage("cost")}
+    for recipe in study.portfolio:
+        part = study.space.cost_part(recipe)
+        if part.hash not in known and study.pool.size > 1:
+            known.add(part.hash)
+            study.submit("cost", "cost", part, limit=90)
 
 
 def best_opponents(study: Study, stage: str) -> list[Trial]:

@@ -109,33 +109,60 @@ class Judge:
                 study.submit("control", "train", recipe, limit=max(5.0, study.budget.left * 0.5), args=args, control=control)
         for finalist in finalists:
             study.submit("final", "realize", finalist.recipe, args={**args, "name": Path(finalist.folder).name})
-        lossless = best_opponents(study, "lossless")
-        for number, trial in enumerate(lossless):
-            name = f"lossless-{number}"
-            study.submit("opponent", "realize", Recipe((*base.steps, *trial.recipe.steps), trial.recipe.name), args={"name": name})
+        for name, trial in self._lossless().items():
+            study.submit(
+                "opponent", "realize", Recipe((*base.steps, *trial.recipe.steps), trial.recipe.name), args={"name": name}
+            )
         if study.workload.reference is None:
             study.submit("opponent", "realize", base, args={"name": "eager"})
         study.collect_all(study.budget.left * 0.45)
         study.forget()
         for finalist in finalists:
             finalist.trial = next((t for t in study.stage("final")[::-1] if t.recipe == finalist.recipe), None)
-        return self._arms(finalists, len(lossless))
+        return self._arms(finalists)
 
-    def _arms(self, finalists: list[Finalist], lossless: int) -> dict[str, dict[str, Any]]:
+    def _lossless(self) -> dict[str, Trial]:
+        """The lossless exports that are within 1.5 of the fastest at some batch size, by the search's quick timing."""
+        tried = [t for t in self.study.stage("lossless") if t.ok]
+        keys = [f"speed/{b}" for b in self.study.batches]
+        best = {k: max((t.values[k] for t in tried), default=0.0) for k in keys}
+        near = [t for t in tried if any(t.values[k] > best[k] / 1.5 for k in keys)]
+        return {f"lossless-{n}": t for n, t in enumerate(near)}
+
+    def _screen(self, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """Of the lossless exports keep the fastest at each batch size, timed alone on the quiet machine."""
+        names = [n for n in arms if n.startswith("lossless-")]
+        if len(names) < 2:
+            return arms
+        inputs = {b: self.study.workload.inputs(b) for b in self.study.batches}
+        few = {n: arms[n] for n in names}
+        timings = paired(few, inputs, restarts=2, blocks=4, block_seconds=0.03, folder=self.study.folder / "timing", seed=1)
+        keep = set()
+        for batch in self.study.batches:
+            found = {n: m.value for n in names if (m := timings.latency(batch, n)) is not None}
+            keep.add(min(found, key=found.__getitem__) if found else names[0])
+        return {n: a for n, a in arms.items() if n not in names or n in keep}
+
+    def _arms(self, finalists: list[Finalist]) -> dict[str, dict[str, Any]]:
         study = self.study
         built = study.folder / "built"
         arms: dict[str, dict[str, Any]] = {}
         if study.workload.reference is not None:
             kept = study.baseline.info.get("checkpoint")
             checkpoint = str(study.folder / "checkpoints" / kept) if kept else None
-            eager = {"kind": "eager", "workload": study.workload.reference, "checkpoint": checkpoint, "seed": study.options.seed}
+            eager = {
+                "kind": "eager",
+                "workload": study.workload.reference,
+                "checkpoint": checkpoint,
+                "seed": study.options.seed,
+            }
             arms["eager"] = eager
             for number, trial in enumerate(best_opponents(study, "tuned_eager")):
                 if trial.recipe.steps:  # plain eager is an arm already
                     arms[f"tuned_eager-{number}"] = {**eager, "spec": trial.info["spec"]}
         else:
             arms["eager"] = {"kind": "folder", "path": str(built / "eager")}
-        arms.update({f"lossless-{n}": {"kind": "folder", "path": str(built / f"lossless-{n}")} for n in range(lossless)})
+        arms.update({name: {"kind": "folder", "path": str(built / name)} for name in self._lossless()})
         for number, finalist in enumerate(finalists):
             if finalist.trial is not None and finalist.trial.ok:
                 arms[f"final-{number}"] = {"kind": "folder", "path": str(study.folder / finalist.folder)}
@@ -151,7 +178,9 @@ class Judge:
         opened = study.store.get("opened", [])
         study.store.put("opened", [*opened, {"split": "test", "when": time.time(), "by": [f.recipe.hash for f in finalists]}])
         study.say("verification", "scoring on the sealed test split")
-        wanted = {"baseline": study.submit("test", "score", study.workload.baseline, args={"split": "test", "name": "baseline"})}
+        wanted = {
+            "baseline": study.submit("test", "score", study.workload.baseline, args={"split": "test", "name": "baseline"})
+        }
         for number, finalist in enumerate(finalists):
             if not finalist.why_not:
                 args = {"split": "test", "name": f"final-{number}", "folder": finalist.folder}
@@ -179,6 +208,7 @@ class Judge:
     def _time(self, arms: dict[str, dict[str, Any]]) -> Timings:
         study = self.study
         study.pool.stop()
+        arms = self._screen(arms)
         study.say("verification", f"timing {len(arms)} arms in turn, each in its own process")
         inputs = {b: study.workload.inputs(b) for b in study.batches}
         short = study.options.budget < 120
@@ -225,7 +255,9 @@ class Judge:
             return "" if one.is_train else str(space.cards[one.method]["family"])
 
         training = tuple(s for s in own[: last + 1] if family(s) in ("", "training", "optimizer"))
-        structure = tuple(s for s in own[: last + 1] if family(s) == "structure" and "training" not in space.cards[s.method]["writes"])
+        structure = tuple(
+            s for s in own[: last + 1] if family(s) == "structure" and "training" not in space.cards[s.method]["writes"]
+        )
         found = {"same_training": Recipe((*recipe.steps[:fixed], *training), "original network, winner's training")}
         if fixed and structure and not any("TRAINED" in space.cards[s.method]["requires"] for s in structure):
             found["from_scratch"] = Recipe((*structure, *training, *own[last + 1 :]), "winner's network from fresh weights")

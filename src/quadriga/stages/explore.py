@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from pathlib import Path
 
 from quadriga.core.errors import BadInput
@@ -27,19 +26,17 @@ class Explorer:
     Args:
         study: the state.
         reserve: seconds of budget to be left for ablation, verification and report.
-        portfolio: recipes to start from.
     """
 
-    def __init__(self, study: Study, reserve: float, portfolio: Iterable[Recipe]) -> None:
+    def __init__(self, study: Study, reserve: float) -> None:
         self.study, self.reserve = study, reserve
         self.rungs = rungs(study, reserve)
         self.allocator = Allocator(bar(study), self.rungs)
         self.proposer = Proposer(study.space, study.options.seed)
         self.candidates: dict[str, Candidate] = {}
         self.costs: dict[str, Trial] = {}
-        self.waiting: dict[str, list[Recipe]] = {}
-        whole = [study.space.complete(study.space.adapt(r)) for r in portfolio]
-        self.queue = [r for recipe in whole for r in self._lengths(recipe) if self._fits(r)]
+        self.queue = [r for recipe in study.portfolio for r in self._lengths(recipe) if self._fits(r)]
+        self.waiting: dict[str, list[Recipe]] = {r.hash: [] for r in study.under_way("cost")}
         self.known: set[str] = set()
         self.turn = 0
         for trial in study.trials:
@@ -51,7 +48,7 @@ class Explorer:
         return self.study.options.minimize == "train_cost"
 
     def _lengths(self, recipe: Recipe) -> list[Recipe]:
-        """The recipe itself; or, where training is to be cheaper, at a half, a quarter and an eighth of the baseline's length."""
+        """The recipe itself; where training is to be cheaper, at 1/2, 1/4 and 1/8 of the baseline's length."""
         if not self._cheap_training:
             return [recipe]
         total = trained_epochs(self.study.workload.baseline)
@@ -111,8 +108,9 @@ class Explorer:
             if part.hash in self.costs:
                 self._enter(recipe, self.costs[part.hash])
                 continue
+            asked = part.hash in self.waiting
             self.waiting.setdefault(part.hash, []).append(recipe)
-            if len(self.waiting[part.hash]) == 1:
+            if not asked:
                 self.study.submit("cost", "cost", part, limit=min(90.0, max(5.0, self.study.budget.left - self.reserve)))
                 return True
         return False
@@ -159,14 +157,16 @@ class Explorer:
         ranked = sorted((c for c in self.candidates.values() if c.scores or not c.trains), key=self._utility, reverse=True)
         for base in ranked[:3]:
             self.turn += 1
-            told = [(c.recipe, self._utility(c)) for c in self.candidates.values() if c.scores]
-            order = (lambda r: self.proposer.edit(r, self.known), lambda r: self.proposer.fields(r, told, self.known))
-            for propose in order if self.turn % 2 else order[::-1]:
-                new = propose(base.recipe)
+            for edit in (self.turn % 2 == 1, self.turn % 2 == 0):
+                new = self.proposer.edit(base.recipe, self.known) if edit else self._fields(base.recipe)
                 if new is not None and self._fits(new):
                     self.queue.append(new)
                     return True
         return False
+
+    def _fields(self, recipe: Recipe) -> Recipe | None:
+        told = [(c.recipe, self._utility(c)) for c in self.candidates.values() if c.scores]
+        return self.proposer.fields(recipe, told, self.known)
 
     def _utility(self, candidate: Candidate) -> float:
         """Gain, less a penalty for what is missing to the floor, in standard errors."""
@@ -174,7 +174,11 @@ class Explorer:
             return candidate.gain - 1.0
         score = candidate.scores[max(candidate.scores)]
         error = score.sd / math.sqrt(self.allocator.bar.n_val) or 1e-9
-        return candidate.gain + 0.2 * min(0.0, self.allocator.bar.slack(score) / error) - 0.1 * (self.allocator.top - max(candidate.scores))
+        return (
+            candidate.gain
+            + 0.2 * min(0.0, self.allocator.bar.slack(score) / error)
+            - 0.1 * (self.allocator.top - max(candidate.scores))
+        )
 
     def _remember(self, trial: Trial) -> None:
         if trial.stage == "cost":

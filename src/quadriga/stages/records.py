@@ -67,7 +67,9 @@ def _winner(study: Study, winner: Finalist) -> dict[str, Any]:
         "latency_ratio": winner.ratios,
         "bytes_ratio": mine["bytes"] / base["bytes"],
         "parameters_ratio": mine["parameters"] / base["parameters"],
-        "train_cost_ratio": mine["seconds"] / base["seconds"] if base["seconds"] else (0.0 if not mine["seconds"] else math.inf),
+        "train_cost_ratio": mine["seconds"] / base["seconds"]
+        if base["seconds"]
+        else (0.0 if not mine["seconds"] else math.inf),
     }
 
 
@@ -102,7 +104,11 @@ def ablation_rows(study: Study, ablation: Ablation) -> list[dict[str, Any]]:
 
 
 def records(
-    study: Study, outcome: Mapping[str, Any], explorer: Explorer | None, conclusion: Conclusion | None, smallest_floor: float | None
+    study: Study,
+    outcome: Mapping[str, Any],
+    explorer: Explorer | None,
+    conclusion: Conclusion | None,
+    smallest_floor: float | None,
 ) -> dict[str, Any]:
     """Everything that the report shows."""
     workload, options = study.workload, study.options
@@ -183,7 +189,9 @@ def opponents(conclusion: Conclusion | None) -> list[dict[str, Any]]:
         control = conclusion.controls.get(name)
         if latency or control:
             quality = control["value"] if control else conclusion.baseline_quality
-            rows.append({"name": name, "about": about, "latency": latency, "quality": quality, "bytes": None, "control": control})
+            rows.append(
+                {"name": name, "about": about, "latency": latency, "quality": quality, "bytes": None, "control": control}
+            )
     return rows
 
 

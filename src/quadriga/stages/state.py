@@ -123,6 +123,7 @@ class Study:
         self.trials = store.trials()
         self.progress = progress
         self.notes: list[str] = []
+        self.portfolio: list[Recipe] = []
         self._orders: dict[int, tuple[str, Recipe, dict[str, Any]]] = {}
         self._count = 0
 
@@ -190,6 +191,10 @@ class Study:
     def find(self, stages: Iterable[str], recipe: Recipe) -> Trial | None:
         """A completed trial of this very recipe."""
         return next((t for t in self.trials if t.stage in stages and t.recipe == recipe and t.ok), None)
+
+    def under_way(self, stage: str) -> list[Recipe]:
+        """Recipes whose orders of a stage have not come back."""
+        return [recipe for name, recipe, _ in self._orders.values() if name == stage]
 
     @property
     def baseline(self) -> Trial:

@@ -49,7 +49,11 @@ def train(
     say = progress or (lambda event: None)
     desk = Desk(workload, Path(out), seed, lambda done: say({"stage": "train", "text": f"{done:.0%} of this train step"}))
     done = _done(desk.do("train", {"recipe": recipe.plain(), "hash": recipe.hash, "batches": (1, workload.batch_size)}))
-    args = {"recipe": recipe.plain(), "batches": (1, workload.batch_size), "evidence": {"quality_on_val": done["values"]["quality"], "verified": False}}
+    args = {
+        "recipe": recipe.plain(),
+        "batches": (1, workload.batch_size),
+        "evidence": {"quality_on_val": done["values"]["quality"], "verified": False},
+    }
     written = desk.do("artifact", args)
     made = written["status"] == Status.COMPLETE
     facts = {"status": "complete", "workload": workload.name, "recipe": recipe.plain(), "metric": workload.metric.name}
