@@ -8,7 +8,6 @@ original is shown beside them, since a recipe has to beat that too. Prints a tab
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 from pathlib import Path
@@ -83,7 +82,6 @@ def collect(pool: ProcessPool, count: int, names: list[str]) -> dict[int, dict[s
 
 def main() -> None:
     """Print the table and the JSON line."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     workload = load("lenet_fashion")
     with tempfile.TemporaryDirectory(prefix="quadriga-mission-") as folder:
         rows = measure(workload, Path(folder))

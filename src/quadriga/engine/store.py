@@ -59,6 +59,9 @@ class Store:
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
             if found == 0:
                 self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+        except sqlite3.OperationalError as error:  # the file system's doing: full, read-only, an error of the disk
+            self._db.close()
+            raise BadInput(f"{path} cannot be written: {error}", "free space, or choose another --out folder") from error
         except sqlite3.DatabaseError as error:
             self._db.close()
             raise BadInput(f"{path} is damaged: {error}", "delete the folder to start again") from error

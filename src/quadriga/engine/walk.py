@@ -63,36 +63,56 @@ def walk(
         NotApplicable: a method refuses; Diverged: the loss is not finite.
     """
     methods: list[Method | None] = [None if s.is_train else build(s) for s in recipe.steps]
-    setup = _start(workload, seed, methods, teacher, probe=store is None)
-    samples, seconds, last, changed = 0, 0.0, None, ""
-    for index, step in enumerate(recipe.steps):
-        method = methods[index]
-        if method is not None:
-            try:
-                setup = _apply(method, setup)
-                changed = step.method if method.family is Family.STRUCTURE else changed
-            except NotApplicable as refusal:
-                refusal.add_note(step.method)  # which step it was, for those who may leave it out
-                raise
-            continue
-        if "TRAIN_DATA" not in setup.traits:
+    walker = _Walker(workload, recipe, seed, store, progress, _start(workload, seed, methods, teacher, probe=store is None))
+    for index, method in enumerate(methods):
+        if method is None:
+            walker.train(index)
+        else:
+            walker.apply(method)
+    return Walked(walker.setup, walker.samples, walker.seconds, walker.last)
+
+
+@dataclass
+class _Walker:
+    """The setup so far, and what it cost. `changed` names a structure step since the last train step."""
+
+    workload: Workload
+    recipe: Recipe
+    seed: int
+    store: Path | None
+    progress: Callable[[float], None] | None
+    setup: Setup
+    samples: int = 0
+    seconds: float = 0.0
+    last: Path | None = None
+    changed: str = ""
+
+    def apply(self, method: Method) -> None:
+        try:
+            self.setup = _apply(method, self.setup)
+        except NotApplicable as refusal:
+            refusal.add_note(method.name)  # which step it was, for those who may leave it out
+            raise
+        if method.family is Family.STRUCTURE:
+            self.changed = method.name
+
+    def train(self, index: int) -> None:
+        fields = self.recipe.steps[index].fields
+        going_on = bool(fields.get("continue", False))
+        if "TRAIN_DATA" not in self.setup.traits:
             raise NotApplicable("train requires TRAIN_DATA", "give the workload training data")
-        going_on = bool(step.fields.get("continue", False))
-        if going_on and changed:
-            raise NotApplicable(
-                f"{changed} stands between a train step and its continuation", "put it before both, or do not continue"
-            )
-        if going_on and last is None and store is not None:
+        if going_on and self.changed:
+            raise NotApplicable(f"{self.changed} stands between a train step and its continuation", "put it before both")
+        if going_on and self.last is None and self.store is not None:
             raise NotApplicable("train has nothing to continue", "put a train step without continue before it")
-        if store is not None:
-            folder = store / prefix_key(workload, recipe, index, seed)
-            outcome = fit(
-                setup, workload.train, epochs=step.fields.get("epochs", 10), seed=seed,
-                start=last if going_on else None, checkpoint=folder, progress=progress,
-            )  # fmt: skip
-            samples, seconds, last = samples + outcome.samples, seconds + outcome.seconds, folder
-        setup, changed = _after_train(setup, workload, keep=_continues(recipe, index)), ""
-    return Walked(setup, samples, seconds, last)
+        if self.store is not None:
+            self._fit(self.store / prefix_key(self.workload, self.recipe, index, self.seed), fields.get("epochs", 10), going_on)
+        self.setup, self.changed = _after_train(self.setup, self.workload, keep=_continues(self.recipe, index)), ""
+
+    def _fit(self, folder: Path, epochs: float, going_on: bool) -> None:
+        data, start = self.workload.train, self.last if going_on else None
+        outcome = fit(self.setup, data, epochs=epochs, seed=self.seed, start=start, checkpoint=folder, progress=self.progress)
+        self.samples, self.seconds, self.last = self.samples + outcome.samples, self.seconds + outcome.seconds, folder
 
 
 def _start(workload: Workload, seed: int, methods: list[Method | None], teacher: Path | None, *, probe: bool) -> Setup:

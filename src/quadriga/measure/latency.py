@@ -73,8 +73,8 @@ def paired(
 ) -> Timings:
     """Time arms against each other so that they do not disturb each other.
 
-    In each restart every arm gets a fresh process; all load, then wait blocked on a pipe with spinning off. Block by
-    block each arm is timed alone while the others sleep, in an order that rotates, so that the machine's slow changes
+    In each restart every arm gets a fresh process with the user's own environment; all load, then wait blocked on a
+    pipe. Block by block each arm is timed alone while the others sleep, in an order that rotates, so that the machine's slow changes
     fall on all alike. Restarts are the unit that `Timings.ratio` takes its interval over. (Calls interleaved in one
     process doubled eager's time here: the runtimes' threads spin against each other.)
 

@@ -278,7 +278,7 @@ def gain_of_latency(study: Study, values: dict[str, float]) -> float:
 
 
 def rungs(study: Study, reserve: float) -> tuple[float, ...]:
-    """Epochs of the three training lengths, so that about eight full trainings fit into the search's share.
+    """Epochs of the three training lengths: the longest is the baseline's own, or shorter, so that eight fit into the budget.
 
     Kept in the store at the first call, since a resumed search has to compare with what was trained before.
     """
@@ -293,7 +293,7 @@ def rungs(study: Study, reserve: float) -> tuple[float, ...]:
     else:
         epoch = base["seconds"] / base["samples"] * len(train)
         share = max(5.0, study.budget.left - reserve) * study.pool.size
-        top = min(2.0 * trained_epochs(study.workload.baseline), share / 8 / epoch)
+        top = min(trained_epochs(study.workload.baseline) or 4.0, share / 8 / epoch)
     top = max(top, 0.05)
     lengths = tuple(float(f"{top / ETA**k:.3g}") for k in (2, 1, 0))
     study.store.put("rungs", lengths)
