@@ -37,7 +37,7 @@ install: .venv/.dev-stamp  ## set up .venv with everything, the test tools too
 
 demo: .venv/.run-stamp  ## optimize the mission's CNN by all four families and prove it (10 minutes)
 	@echo "[demo] LeNet on Fashion-MNIST; the report will be demo-out/report.html. Stop at will: make demo goes on."
-	$(BIN)/quadriga run lenet_fashion --floor -0.5pt --minimize latency --limit bytes=0.2 --budget 9m --out demo-out
+	QUADRIGA_DATA=shipped $(BIN)/quadriga run lenet_fashion --floor -0.5pt --minimize latency --limit bytes=0.2 --budget 9m --out demo-out
 
 test: install lint types  ## everything that CI runs: lint, types, unit, contract and system tests, doctests, README blocks
 	$(BIN)/python -m pytest -m "$(UNITS)"
@@ -56,7 +56,8 @@ types: .venv/.dev-stamp  ## mypy, strict over the core, the composer and the pub
 bench: .venv/.run-stamp  ## the mission's own combination, as a table
 	$(BIN)/python benchmarks/mission.py
 
-bench-gpu: .venv/.run-stamp  ## what needs an NVIDIA GPU
+bench-gpu: .venv/.dev-stamp  ## what needs an NVIDIA GPU: its tests, and training steps as a line of JSON
+	$(BIN)/python -m pytest -m gpu tests/unit/test_gpu.py
 	$(BIN)/python benchmarks/gpu.py
 
 clean:  ## remove .venv, caches and outputs

@@ -28,7 +28,7 @@ def split(data):
 
 
 def workload():
-    data = wordnet_glosses(length=24, examples=20_000)
+    data = wordnet_glosses(length=24, examples=12_000)
     return Workload(
         model=model,
         train=split(data.train),
@@ -36,6 +36,6 @@ def workload():
         test=split(data.test),
         name="bert",
         batch_size=32,
-        baseline=Recipe((step("optimizer", kind="adamw", lr=0.0005), step("train", epochs=2))),
+        baseline=Recipe((step("optimizer", kind="adamw", lr=0.001), step("train", epochs=2))),
         data_note=data.note,
     )

@@ -15,12 +15,15 @@ from quadriga.core.recipe import Recipe
 from quadriga.core.workload import Workload
 from quadriga.stages.ablate import Ablation, Ablator
 from quadriga.stages.baseline import check_floor, measure_baseline
-from quadriga.stages.conclude import Conclusion, Judge, clear, keep_winner
+from quadriga.stages.compare import compare
+from quadriga.stages.conclude import Conclusion, Judge
 from quadriga.stages.explore import Explorer, load_portfolio
+from quadriga.stages.handover import clear, keep_winner
 from quadriga.stages.opening import open_study
+from quadriga.stages.profile import order_profile
 from quadriga.stages.records import records, result
 from quadriga.stages.state import Options, Progress, Study
-from quadriga.stages.verbs import compare, profile, train
+from quadriga.stages.verbs import profile, train
 from quadriga.workloads import load
 
 __all__ = ["compare", "open_study", "optimize", "profile", "run", "train"]
@@ -98,6 +101,7 @@ def _stations(study: Study) -> dict[str, Any]:
     study.portfolio = [study.space.complete(study.space.adapt(r)) for r in load_portfolio()]
     measure_baseline(study)
     smallest = check_floor(study)
+    order_profile(study)
     verify, ablate = _reserves(study)
     explorer = Explorer(study, verify + ablate)
     if study.store.get("frozen") is None:

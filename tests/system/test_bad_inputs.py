@@ -143,6 +143,19 @@ def test_a_bad_file_is_refused(call, tmp_path, text, words):
     refused(call("run", "mine.py"), words)
 
 
+def test_points_of_a_metric_that_has_none(call, tmp_path):
+    write(tmp_path, metric="lambda output, target: (output.argmax(1) == target).double().mean()")
+    refused(call("run", "mine.py", "--floor", "-0.5pt"), ["points", "-0.5%rel"])
+
+
+def test_an_out_folder_that_is_a_file(call, tmp_path):
+    write(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for verb in (["run", "mine.py", "--floor", "-9pt"], ["train", "mine.py"], ["compare", "mine.py", "mine.py"]):
+        refused(call(*verb, "--out", "file"), ["file", "--out"])
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_an_unknown_name_gets_the_nearest_one(call):
     refused(call("run", "lenet_fashon"), ["lenet_fashion"])
 
@@ -158,8 +171,9 @@ def test_another_study_in_the_folder_is_not_overwritten(call, tmp_path):
         assert store.get("identity")["workload"] == "another"
 
 
-def test_no_space_left_is_said_and_resumable(tmp_path):
-    """File sizes are limited as a full disk would: the store cannot be written."""
+@pytest.mark.parametrize("room", [2000, 40_000])
+def test_no_space_left_is_said_and_resumable(tmp_path, room):
+    """File sizes are limited as a full disk would: the store cannot be written, or not its second page."""
     write(tmp_path)
     code = textwrap.dedent("""
         import signal, sys
@@ -167,7 +181,7 @@ def test_no_space_left_is_said_and_resumable(tmp_path):
         from quadriga.cli import main
         main(["run", "mine.py", "--floor", "-9pt", "--budget", "60s"])
     """)
-    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))  # noqa: E731
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))  # noqa: E731
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, preexec_fn=limit, capture_output=True, text=True, timeout=120
     )

@@ -234,3 +234,15 @@ def test_the_card_is_escaped_and_complete(folder):
     for words in ("7.123", "6.9 to 7.4", "faster", "88.1", "0.155 of the baseline", "from load import load", "not a signature"):
         assert words in body
     assert escape(EVIL).count("\n") == 0
+
+
+def test_the_card_tells_machine_command_memory_and_training(tmp_path):
+    costs = {"memory_ratio": 0.81, "train_cost": {"samples": 0.67, "seconds": 0.5, "flops": 0.21}}
+    winner = {**WINNER, **costs, "quality": {**WINNER["quality"], "certificate": 5.52}}
+    told = {"command": "quadriga run x\n```\n# out", "seed": 3, "machine": {"processor": "AMD EPYC", "cores": 2}}
+    card = {"title": "lenet", "winner": winner, "baseline": {"bytes": 249258}, "limits": ["known for 10,000 images"], **told}
+    body = (make(tmp_path / "a", "eager", card=card) / "README.md").read_text()
+    for words in ("AMD EPYC, 2 cores", "0.81 of the baseline", "training FLOPs: 0.21", "5 %", "at most 5.52 pt", "249258"):
+        assert words in body
+    assert "eager PyTorch" in body and "- known for 10,000 images" in body
+    assert "````\nquadriga run x ``` # out\n````" in body  # what was typed cannot end its block

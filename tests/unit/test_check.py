@@ -28,7 +28,7 @@ def made(**changes):
     return Workload(**{"model": lambda: nn.Linear(4, 3), **parts(), **changes})
 
 
-def refused(*words, **changes):
+def expect_refused(*words, **changes):
     with pytest.raises(BadInput) as caught:
         check(made(**changes))
     for word in words:
@@ -63,7 +63,7 @@ def test_nothing_is_changed():
 def test_nan_in_the_inputs(split, value, kind):
     x = X[PARTS[split]].clone()
     x[[17, 40]] = value
-    refused(f"the inputs of {split}", kind, "2 of 300 examples", "number 17", **{split: (x, Y[:300])})
+    expect_refused(f"the inputs of {split}", kind, "2 of 300 examples", "number 17", **{split: (x, Y[:300])})
 
 
 def test_large_finite_inputs_are_no_nan():
@@ -75,13 +75,13 @@ def test_large_finite_inputs_are_no_nan():
 def test_nan_in_float_targets():
     y = torch.randn(300, 1)
     y[5] = float("nan")
-    refused("the targets of train", "number 5", **regression(train=(X[:300], y)))
+    expect_refused("the targets of train", "number 5", **regression(train=(X[:300], y)))
 
 
 def test_nan_behind_a_loader():
     x = X[300:500].clone()
     x[123] = float("nan")
-    refused("the inputs of val", "number 123", val=DataLoader(TensorDataset(x, Y[300:500]), 8))
+    expect_refused("the inputs of val", "number 123", val=DataLoader(TensorDataset(x, Y[300:500]), 8))
 
 
 @pytest.mark.parametrize(
@@ -96,17 +96,17 @@ def test_nan_behind_a_loader():
     ],
 )
 def test_labels(labels, words):
-    refused(*words, **parts(y=labels))
+    expect_refused(*words, **parts(y=labels))
 
 
 def test_labels_of_a_later_split():
-    refused("labels of test are outside", test=(X[600:], Y[600:] * 2))
+    expect_refused("labels of test are outside", test=(X[600:], Y[600:] * 2))
 
 
 def test_soft_labels_need_a_metric_that_reads_them():
     soft = nn.functional.one_hot(Y, 3).float()
     assert check(made(train=(X[:300], soft[:300]))) == []
-    refused("the labels of val are float32", **parts(y=soft))
+    expect_refused("the labels of val are float32", **parts(y=soft))
 
 
 def test_equal_labels_are_noted():
@@ -120,13 +120,13 @@ def test_unlearned_classes_are_noted():
 @pytest.mark.parametrize(("one", "two"), list(itertools.combinations(PARTS, 2)))
 def test_one_data_set_as_two_splits(one, two):
     given = parts()
-    refused(f"{one} and {two}", "same", **{two: given[one]})
-    refused(f"{one} and {two}", "same", **{two: (given[one][0].clone(), given[one][1])})
-    refused(f"{one} and {two}", "same", **{two: (given[one][0].flip(0), given[one][1].flip(0))})
+    expect_refused(f"{one} and {two}", "same", **{two: given[one]})
+    expect_refused(f"{one} and {two}", "same", **{two: (given[one][0].clone(), given[one][1])})
+    expect_refused(f"{one} and {two}", "same", **{two: (given[one][0].flip(0), given[one][1].flip(0))})
 
 
 def test_overlap_is_counted():
-    refused("30 of 300 examples (10.0%) are in both val and test", "at most 1 %", test=(X[570:870], Y[570:870]))
+    expect_refused("30 of 300 examples (10.0%) are in both val and test", "at most 1 %", test=(X[570:870], Y[570:870]))
     assert check(made(test=(X[597:897], Y[597:897]))) == ["3 of 300 examples (1.0%) are in both val and test"]
 
 
@@ -137,12 +137,12 @@ def test_subsets_of_one_data_set():
         "splits that are not in memory were compared by their first 256 examples only"
     ]
     test.indices = [*test.indices[:250], *val.indices[:50]]
-    refused("50 of 300", "val and test", train=train, val=val, test=test)
-    refused("train and val", "same", train=whole, val=DataLoader(whole, 8), test=test)
+    expect_refused("50 of 300", "val and test", train=train, val=val, test=test)
+    expect_refused("train and val", "same", train=whole, val=DataLoader(whole, 8), test=test)
 
 
 def test_too_few_to_compare():
-    refused("val has 12 examples", "at least 20", val=(X[300:312], Y[300:312]))
+    expect_refused("val has 12 examples", "at least 20", val=(X[300:312], Y[300:312]))
     assert any("only 60 examples" in note for note in check(made(val=(X[300:360], Y[300:360]))))
 
 
@@ -173,14 +173,14 @@ def broken():
     ],
 )
 def test_a_loader_of_another_form(item, words):
-    refused(*words, val=DataLoader(Odd(item), 8))
+    expect_refused(*words, val=DataLoader(Odd(item), 8))
 
 
 def test_a_collate_that_drops_rows():
     def collate(items):
         return torch.stack([x for x, _ in items]), torch.stack([y for _, y in items])[1:]
 
-    refused(
+    expect_refused(
         "targets of shape", "one row per example", val=DataLoader(TensorDataset(X[300:600], Y[300:600]), 8, collate_fn=collate)
     )
 
@@ -216,12 +216,12 @@ class Model(nn.Module):
     ],
 )
 def test_models(model, words):
-    refused(*words, model=model)
+    expect_refused(*words, model=model)
 
 
 def test_keyword_inputs_that_forward_does_not_take():
     data = {name: ({"pixels": x}, y) for name, (x, y) in parts().items()}
-    refused("cannot be called with inputs", "unexpected keyword argument 'pixels'", **data)
+    expect_refused("cannot be called with inputs", "unexpected keyword argument 'pixels'", **data)
 
 
 def test_randomness_in_eval_mode_is_noted():
@@ -250,16 +250,18 @@ def regression(**changes):
     ],
 )
 def test_losses(loss, words):
-    refused(*words, loss=loss)
+    expect_refused(*words, loss=loss)
 
 
 def test_targets_that_broadcast():
     flat = {n: (x, x.sum(1)) for n, (x, _) in parts().items()}
-    refused("outputs (64, 1) and targets (64,) differ", **regression(**flat))
+    expect_refused("outputs (64, 1) and targets (64,) differ", **regression(**flat))
     same = Metric("error", examples=lambda o, b: ((o.squeeze() - b.target).abs(), torch.ones(len(b))))
-    refused("the loss broadcasts", "[64]", **regression(**flat, loss=lambda o, t: nn.functional.mse_loss(o, t), metric=same))
-    refused("are broadcast in the loss", **regression(**flat, loss=lambda o, t: ((o - t) ** 2).mean(), metric=same))
-    refused("are broadcast in the loss", **regression(**flat, loss=lambda o, t: ((o - t) ** 2).mean(1), metric=same))
+    expect_refused(
+        "the loss broadcasts", "[64]", **regression(**flat, loss=lambda o, t: nn.functional.mse_loss(o, t), metric=same)
+    )
+    expect_refused("are broadcast in the loss", **regression(**flat, loss=lambda o, t: ((o - t) ** 2).mean(), metric=same))
+    expect_refused("are broadcast in the loss", **regression(**flat, loss=lambda o, t: ((o - t) ** 2).mean(1), metric=same))
     for sound in (lambda o, t: ((o.squeeze(1) - t) ** 2).mean(), lambda o, t: ((o.squeeze(1) - t) ** 2).sum()):
         assert check(made(**regression(**flat, loss=sound, metric=same))) == []
     assert check(made(**regression())) == []
@@ -288,7 +290,7 @@ def hits(o, t):
     ],
 )
 def test_metrics(metric, words):
-    refused(*words, metric=metric)
+    expect_refused(*words, metric=metric)
 
 
 @pytest.mark.parametrize(

@@ -334,6 +334,14 @@ def work():
 """
 
 
+def test_the_workloads_data_are_not_the_models_memory(tmp_path):
+    """What only the measurement has to load is left out, also where it is freed on the way."""
+    ballast = "    global kept; kept = b'x' * 150_000_000; gone = b'y' * 150_000_000; del gone\n    g = "
+    (tmp_path / "heavy.py").write_text(WORKLOAD.replace("    g = ", ballast))
+    reference = f"{tmp_path / 'heavy.py'}:work"
+    assert peak({"kind": "eager", "workload": reference}, {1: torch.zeros(1, 6)}, folder=tmp_path) < 100_000_000
+
+
 def test_an_eager_arm_rebuilds_the_model_with_its_weights(tmp_path):
     """A checkpoint's weights come into the workload's model; the memory, matmul and thread settings are the spec's."""
     (tmp_path / "tiny.py").write_text(WORKLOAD)

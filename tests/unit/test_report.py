@@ -170,6 +170,39 @@ def test_verdict_tells_the_claim_with_its_bounds(records):
     assert html.escape(verdict, quote=False) == verdict
 
 
+def test_the_profile_adds_up_and_says_what_there_is_to_gain(records):
+    """The rows' shares are the whole, the layers that have no room too; a layer's gain is Amdahl's."""
+    given = records["profile"]["batches"][1]
+    small = {**given["layers"][1], "seconds": 0.0, "share": 0.0}
+    given["layers"] += [{**small, "layer": f"tail.{i}"} for i in range(20)]
+    section = next(s for s in document(complete(records)).sections if s.key == "profile")
+    tables = [b for b in section.blocks if isinstance(b, Table)]
+    assert [t.title.split(":")[0] for t in tables] == ["Batch 64", "Batch 1"] and len(tables[0].rows) == 13
+    assert tables[0].rows[-1][0] == "(12 more)"
+    for table in tables:
+        shares = [float(row[3].removesuffix(" %")) for row in table.rows]
+        assert sum(shares) == pytest.approx(100, abs=1)
+        for share, row in zip(shares, table.rows, strict=True):
+            assert float(row[-1].removesuffix("×")) == pytest.approx(1 / (1 - share / 100), abs=0.02)
+
+
+def test_a_study_without_a_profile_has_no_section_for_it(records):
+    del records["profile"]
+    assert "profile" not in [s.key for s in document(complete(records)).sections]
+
+
+def test_older_records_show_the_one_training_ratio(records):
+    best = records["result"]["winner"]
+    new = str(document(complete(records)).plain())
+    for key in ("train_cost", "memory_ratio"):
+        del best[key]
+    del best["quality"]["certificate"]
+    old = str(document(complete(records)).plain())
+    for words in ("training, FLOPs", "peak memory beyond PyTorch", "without labels"):
+        assert words in new and words not in old
+    assert "training time" in old
+
+
 def test_rendering_imports_no_torch(tmp_path):
     code = "import sys, quadriga.report.sections, quadriga.report.page; assert not {'torch', 'optuna'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

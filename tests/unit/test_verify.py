@@ -19,7 +19,7 @@ from quadriga.measure.quality import Scores, score
 from quadriga.measure.stats import tango_lower
 from quadriga.verify.equal import TOLERANCE, equal
 from quadriga.verify.fake import fakes
-from quadriga.verify.quality import PAIRED, SET, TANGO, compare, disagreement
+from quadriga.verify.quality import PAIRED, SET, TANGO, compare, disagreement, without_labels
 
 torch.set_num_threads(1)
 X = torch.randn(10, 6, generator=torch.Generator().manual_seed(0))
@@ -158,6 +158,26 @@ def test_disagreement_prefers_predictions():
     b = scores_of([1, 1, 0, 1], predictions=np.array([1, 2, 5, 6]))
     assert disagreement(a, b) == 0.5
     assert disagreement(scores_of([1, 1, 0, 0]), scores_of([1, 1, 0, 1])) == 0.25
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.integers(0, 2)), min_size=1, max_size=80))
+@settings(max_examples=40, deadline=None)
+def test_no_more_is_lost_than_the_certificate_says_whatever_the_labels_are(rows):
+    label, one, other = np.array(rows).T
+    a, b = (scores_of((p == label).astype(float), predictions=p, scale=100.0) for p in (one, other))
+    bound = without_labels(a, b, accuracy, 0.99)
+    assert a.value - b.value <= bound <= 100
+    shuffled = scores_of(np.zeros(len(rows)), predictions=other, scale=100.0)
+    assert without_labels(a, shuffled, accuracy, 0.99) == bound  # no label was looked at
+    assert without_labels(a, b, accuracy, 0.99, finalists=2) >= bound
+
+
+def test_there_is_no_certificate_without_predictions_or_for_other_metrics():
+    right = scores_of([1, 0, 1], predictions=np.array([0, 1, 2]))
+    assert without_labels(right, right, accuracy, 0.99) < 100
+    assert without_labels(right, scores_of([1, 0, 1]), accuracy, 0.99) is None
+    graded = scores_of([0.5, 0.2, 1.0], predictions=np.array([0, 1, 2]))
+    assert without_labels(graded, graded, mean_squared_error, 0.99) is None
 
 
 def test_scores_of_other_splits_are_refused():

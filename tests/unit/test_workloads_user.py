@@ -108,7 +108,7 @@ def test_a_missing_file_and_its_nearest_name(write, tmp_path):
         load("nowhere/at_all.py")
 
 
-@pytest.mark.parametrize("name", ["mlp_digits", "trained_only", "bert_wordnet"])
+@pytest.mark.parametrize("name", ["mlp_fashion", "trained_only", "bert_wordnet"])
 def test_examples_pass_the_check(name, monkeypatch):
     if name == "bert_wordnet":
         pytest.importorskip("transformers")

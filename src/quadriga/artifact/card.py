@@ -23,11 +23,19 @@ def escape(value: object) -> str:
     return re.sub(r"([\\`*_{}\[\]()#|!~])", r"\\\1", html.escape(line, quote=False))
 
 
+OPPONENTS = {
+    "eager": "the unchanged model in eager PyTorch",
+    "tuned_eager": "the unchanged model in tuned eager PyTorch",
+    "lossless_export": "the unchanged model's best lossless export",
+}
+
+
 def render(card: Mapping[str, Any], built: Built, recipe: Recipe) -> str:
     """The card as Markdown with a YAML header.
 
     Args:
-        card: "title", "about", "limits" (list) and "winner" (as in result.json), each optional.
+        card: "title", "about", "limits" (list), "winner" and "baseline" (as in result.json), "machine" (facts), "command"
+            and "seed", each optional.
         built: gives runtime, structure and bytes.
         recipe: its steps are listed.
     """
@@ -50,10 +58,21 @@ def render(card: Mapping[str, Any], built: Built, recipe: Recipe) -> str:
         *(f"{n}. {escape(s)}" for n, s in enumerate(recipe.steps, 1)),
         *([] if recipe.steps else ["The model as it was."]),
         "",
+        *_again(card),
     ]
-    lines += _quality(winner.get("quality")) + _latency(winner.get("latency_ratio")) + _sizes(winner, built)
+    lines += _quality(winner.get("quality")) + _latency(winner.get("latency_ratio"), card.get("machine") or {})
+    lines += _sizes(winner, card.get("baseline") or {}, built)
     lines += ["## Limits", "", *(f"- {escape(item)}" for item in _limits(card, entry)), ""]
     return "\n".join([*lines, *_loading(entry), ""])
+
+
+def _again(card: Mapping[str, Any]) -> list[str]:
+    """The command that made it, which no name in it can leave."""
+    if not card.get("command"):
+        return []
+    command = " ".join(str(card["command"]).split())
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", command))])
+    return [f"By the seed {escape(card.get('seed', 0))} and this command:", "", fence, command, fence, ""]
 
 
 def _quality(quality: Mapping[str, Any] | None) -> list[str]:
@@ -64,31 +83,54 @@ def _quality(quality: Mapping[str, Any] | None) -> list[str]:
         f"- {escape(quality.get('metric', 'metric'))}: {_number(quality.get('value'))} {escape(unit)}"
         f" (baseline {_number(quality.get('baseline'))})",
         f"- difference {_number(quality.get('difference'))}, not below {_number(quality.get('low'))} {escape(unit)}",
-        f"- {_number(quality.get('n'))} examples, predictions differ on {_number(quality.get('disagreement'))}",
+        f"- {_number(quality.get('n'))} examples, predictions differ on {_percent(quality.get('disagreement'))} of them",
     ]
+    if quality.get("certificate") is not None:
+        rows.append(f"- by that rate alone, without labels: at most {_number(quality['certificate'])} {escape(unit)} lost")
     return ["## Quality, on the sealed test data", "", *rows, ""]
 
 
-def _latency(ratios: Mapping[str, Any] | None) -> list[str]:
+def _latency(ratios: Mapping[str, Any] | None, machine: Mapping[str, Any]) -> list[str]:
     if not ratios:
         return []
     rows = [
-        f"| {escape(opponent)} | {escape(batch)} | {_number(r.get('value'))} "
+        f"| {escape(OPPONENTS.get(opponent, opponent))} | {escape(batch)} | {_number(r.get('value'))} "
         f"| {_number(r.get('low'))} to {_number(r.get('high'))} | {escape(r.get('verdict', ''))} |"
         for opponent, batches in ratios.items()
         for batch, r in batches.items()
     ]
-    head = ["| opponent | batch | times as fast | interval | verdict |", "|---|---|---|---|---|"]
+    where = [f"On {escape(_machine(machine))}, each in its own process.", ""] if machine else []
+    head = [*where, "| opponent | batch | times as fast | interval | verdict |", "|---|---|---|---|---|"]
     return ["## Speed, measured in turn with each opponent", "", *head, *rows, ""]
 
 
-def _sizes(winner: Mapping[str, Any], built: Built) -> list[str]:
-    ratios = [
-        f"- {label}: {_number(winner[key])} of the baseline"
-        for key, label in (("bytes_ratio", "bytes"), ("parameters_ratio", "parameters"), ("train_cost_ratio", "training cost"))
-        if winner.get(key) is not None
-    ]
-    return ["## Size", "", f"- {built.bytes} bytes in {', '.join(f'`{f}`' for f in built.files)}", *ratios, ""]
+SIZES = {
+    "bytes_ratio": "bytes",
+    "parameters_ratio": "parameters",
+    "memory_ratio": "peak memory beyond PyTorch, the runtime's own library included",
+    "train_cost_ratio": "training time",
+}
+
+
+def _machine(facts: Mapping[str, Any]) -> str:
+    """The machine in a few words.
+
+    Example:
+        >>> _machine({"processor": "AMD EPYC", "instructions": "AVX512", "cores": 2})
+        'AMD EPYC, AVX512, 2 cores'
+    """
+    known = [str(facts[k]) for k in ("processor", "instructions", "accelerator") if facts.get(k)]
+    return ", ".join([*known, *([f"{facts['cores']} cores"] if facts.get("cores") else [])])
+
+
+def _sizes(winner: Mapping[str, Any], baseline: Mapping[str, Any], built: Built) -> list[str]:
+    shares = {label: winner.get(key) for key, label in SIZES.items()}
+    cost = winner.get("train_cost") or {}
+    shares |= {"training samples": cost.get("samples"), "training FLOPs": cost.get("flops")}
+    ratios = [f"- {escape(label)}: {_number(v)} of the baseline" for label, v in shares.items() if v is not None]
+    before = f" (baseline {escape(baseline['bytes'])})" if baseline.get("bytes") else ""
+    files = ", ".join(f"`{f}`" for f in built.files)
+    return ["## Size and training cost", "", f"- {built.bytes} bytes{before} in {files}", *ratios, ""]
 
 
 def _limits(card: Mapping[str, Any], entry: Mapping[str, Any]) -> list[object]:
@@ -116,6 +158,10 @@ def _loading(entry: Mapping[str, Any]) -> list[str]:
         "",
         "`python load.py` checks the folder and exits with 0 or 1.",
     ]
+
+
+def _percent(value: object) -> str:
+    return f"{100 * value:.3g} %" if isinstance(value, float) else "–"
 
 
 def _number(value: object) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from quadriga.artifact.store import recover
+from quadriga.core.errors import BadInput
 from quadriga.runtime import standalone
 from quadriga.runtime.standalone import Damaged
 
@@ -36,9 +37,14 @@ def verify(folder: str | Path, timeout: float = 600.0) -> Report:
 
     Nothing of the folder is executed before its files are found to be as recorded. That shows damage, not malice:
     a manifest is not a signature.
+
+    Raises:
+        BadInput: there is no such folder.
     """
     start, folder = time.monotonic(), Path(os.path.abspath(folder))
     recover(folder)
+    if not folder.is_dir():
+        raise BadInput(f"there is no folder {folder}", "give the folder of an artifact")
     try:
         standalone.inside(folder, "manifest.json")
         files = standalone.check_files(folder)

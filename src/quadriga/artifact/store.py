@@ -37,7 +37,7 @@ def write(
     batches: Sequence[int] = (1, 64),
     card: Mapping[str, Any] | None = None,
 ) -> Path:
-    """Write the artifact, whole or not at all; an older artifact stays until the new one is complete.
+    """Write the artifact, whole or not at all, and return its folder; an older one stays until the new is complete.
 
     Args:
         folder: of the artifact.
@@ -51,17 +51,11 @@ def write(
         batches: sizes to specialise for.
         card: for the README: "title", "about", "limits" (list), "winner" (as in result.json).
 
-    Returns:
-        The folder.
-
     Raises:
         BadInput: no space, or the place is a file or another folder.
         NotApplicable: as `runtime.build`.
     """
-    folder = Path(os.path.abspath(folder))
-    recover(folder)
-    if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
-        raise BadInput(f"{folder} exists and is not an artifact", "choose another folder")
+    folder = _place(folder)
     part = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
@@ -74,11 +68,19 @@ def write(
         write_manifest(part)
         _swap(part, folder)
     except OSError as error:
-        raise BadInput(
-            f"{folder} could not be written: {error.strerror or error}", "free space or choose another folder"
-        ) from error
+        problem = f"{folder} could not be written: {error.strerror or error}"
+        raise BadInput(problem, "free space or choose another folder") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
+    return folder
+
+
+def _place(folder: str | Path) -> Path:
+    """Where to write, whole again after an interrupted swap. Raises BadInput if something else is there."""
+    folder = Path(os.path.abspath(folder))
+    recover(folder)
+    if folder.exists() and not (folder / "manifest.json").is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise BadInput(f"{folder} exists and is not an artifact", "choose another folder")
     return folder
 
 

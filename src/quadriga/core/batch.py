@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,13 @@ class Batch:
     def __len__(self) -> int:
         return len(self.index)
 
+    def to(self, device: str | torch.device) -> Batch:
+        """The batch with every tensor on a device; the batch itself when all are there."""
+        parts, device = (self.inputs, self.target, self.index, self.weight), torch.device(device)
+        if all(t.device == device for t in tensors(parts)):
+            return self
+        return Batch(*(to_device(part, device) for part in parts))
+
 
 def call(model: Callable[..., Any], inputs: Tree) -> Tree:
     """Call a model: a tuple spreads as positional arguments, a mapping as keywords."""
@@ -39,6 +47,19 @@ def call(model: Callable[..., Any], inputs: Tree) -> Tree:
     if isinstance(inputs, tuple | list):
         return model(*inputs)
     return model(inputs)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; afterwards each module has its own mode back."""
+    modes = [(m, m.training) for m in model.modules() if m.training]
+    if modes:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 def primary(output: Tree) -> Tensor:
@@ -94,8 +115,9 @@ def resize(inputs: Tree, batch: int) -> Tree:
 
 
 def to_device(tree: Tree, device: str | torch.device) -> Tree:
-    """Move every tensor, asynchronously where the memory is pinned."""
-    return tree_map(lambda t: t.to(device, non_blocking=True), tree)
+    """Move every tensor; towards a GPU asynchronously where the memory is pinned. On the CPU the values are there."""
+    ahead = torch.device(device).type != "cpu"  # a copy to the CPU that is not waited for may be read too early
+    return tree_map(lambda t: t.to(device, non_blocking=ahead), tree)
 
 
 def device_of(model: nn.Module) -> torch.device:

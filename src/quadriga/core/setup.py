@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, primary
+from quadriga.core.batch import Batch, Tree, call, evaluating, primary
 from quadriga.core.metric import Loss, Metric
 from quadriga.core.workload import Workload, uses_images
 
@@ -184,12 +184,13 @@ class Setup:
         count = min(len(source), 512)
         calibration = tuple(source.batch(i) for i in torch.arange(count).split(workload.batch_size))
         classes = class_count(model, workload)
+        assert isinstance(workload.metric, Metric), "a workload replaces names when it is made"
         context = Context(
             workload.example, calibration, workload.metric, seed, invariances=workload.invariances, classes=classes, **services
         )
         return cls(
             model,
-            Training(workload.loss, workload.batch_size),
+            plain_training(workload),
             OptimizerSlot(plain_sgd),
             RuntimeSpec(),
             first_traits(model, workload, classes, context),
@@ -200,10 +201,16 @@ class Setup:
         """After a `train` step: TRAINED is known, the training and optimizer slots are the workload's again."""
         return replace(
             self,
-            training=Training(workload.loss, workload.batch_size),
+            training=plain_training(workload),
             optimizer=OptimizerSlot(plain_sgd),
             traits=self.traits | {"TRAINED"},
         )
+
+
+def plain_training(workload: Workload) -> Training:
+    """The training slot when no step changed it: the workload's own loss and batch size."""
+    assert not isinstance(workload.loss, str), "a workload replaces names when it is made"
+    return Training(workload.loss, workload.batch_size)
 
 
 def plain_sgd(model: nn.Module) -> torch.optim.Optimizer:
@@ -213,15 +220,11 @@ def plain_sgd(model: nn.Module) -> torch.optim.Optimizer:
 
 def class_count(model: nn.Module, workload: Workload) -> int | None:
     """Number of classes if outputs are [batch, classes] and targets are integers [batch], else None."""
-    from quadriga.core.batch import call
-
     target = workload.val.batch(torch.arange(1)).target
     if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() != 1:
         return None
-    was = model.training
-    with torch.inference_mode():
-        logits = primary(call(model.eval(), workload.example))
-    model.train(was)
+    with evaluating(model), torch.inference_mode():
+        logits = primary(call(model, workload.example))
     return logits.shape[-1] if logits.dim() == 2 else None
 
 
@@ -242,11 +245,7 @@ def first_traits(model: nn.Module, workload: Workload, classes: int | None, cont
 
 
 def _per_example(model: nn.Module, workload: Workload) -> bool:
-    from quadriga.core.batch import call
-
     batch = workload.val.batch(torch.arange(min(2, len(workload.val))))
-    was = model.training
-    with torch.inference_mode():
-        loss = workload.loss(call(model.eval(), batch.inputs), batch)
-    model.train(was)
+    with evaluating(model), torch.inference_mode():
+        loss = plain_training(workload).loss(call(model, batch.inputs), batch)
     return isinstance(loss, Tensor) and loss.shape == batch.index.shape

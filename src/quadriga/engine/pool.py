@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -40,6 +41,9 @@ class Pool(Protocol):
     def next(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
         """A finished order's number and result, or None when none came in time."""
 
+    def clear(self) -> None:
+        """Give up the orders that have not begun."""
+
     def stop(self) -> None: ...
 
 
@@ -55,7 +59,9 @@ class ProcessPool:
 
     def __init__(self, reference: str, folder: Path, seed: int, size: int) -> None:
         self.size = size
-        self._spec = json.dumps({"workload": reference, "folder": str(folder), "seed": seed, "threads": 1})
+        self._spec = json.dumps(
+            {"parent": os.getpid(), "workload": reference, "folder": str(folder), "seed": seed, "threads": 1}
+        )
         self._orders: queue.Queue[Order | None] = queue.Queue()
         self._results: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
         self._workers: list[_Worker] = [_Worker(self._spec) for _ in range(size)]
@@ -80,6 +86,12 @@ class ProcessPool:
             result = worker.do(order)
             if not self._stopping:
                 self._results.put((order.number, result))
+
+    def clear(self) -> None:
+        """Give up the orders that no worker has begun."""
+        with contextlib.suppress(queue.Empty):
+            while True:
+                self._orders.get_nowait()
 
     def stop(self) -> None:
         """Kill the workers at once; checkpoints on disk are whole at any moment."""
@@ -176,15 +188,24 @@ class InlinePool:
         self._orders.append(order)
 
     def next(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
-        """Run the oldest order to its end."""
+        """Run the oldest order to its end; the caller's threads, precision and random generators stay as they were."""
+        from quadriga.core.setup import RuntimeSpec
+        from quadriga.train import rng
+        from quadriga.train.step import settings
+
         if not self._orders:
             return None
         order = self._orders.pop(0)
-        return order.number, self._desk.do(order.task, order.args)
+        with rng.isolated(), settings(RuntimeSpec()):
+            return order.number, self._desk.do(order.task, order.args)
+
+    def clear(self) -> None:
+        """Give up what was queued."""
+        self._orders.clear()
 
     def stop(self) -> None:
-        """Forget what was queued."""
-        self._orders.clear()
+        """Nothing runs between two calls of `next`."""
+        self.clear()
 
 
 def open_pool(workload: Workload, folder: Path, seed: int) -> Pool:

@@ -11,6 +11,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import nn
 
 from quadriga import artifact, runtime
 from quadriga.core.batch import Tree, call
@@ -23,9 +24,11 @@ from quadriga.measure.arm import load_folder
 from quadriga.measure.flops import flops as forward_flops
 from quadriga.measure.latency import quick
 from quadriga.measure.quality import score
+from quadriga.measure.roofline import Ceilings, ceilings, profile
 from quadriga.measure.size import parameters, weight_bytes
 from quadriga.train.loop import fit
 from quadriga.verify.equal import equal
+from quadriga.verify.fake import fakes
 
 Progress = Callable[[float], None]
 Run = Callable[[Tree], Tree]
@@ -128,18 +131,32 @@ class Desk:
             torch.set_float32_matmul_precision(matmul)
         return {"values": speeds, "spec": asdict(setup.runtime)}
 
+    def _profile(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Where the time of the unchanged model goes in eager PyTorch, layer by layer, at each batch size."""
+        threads, model = torch.get_num_threads(), self.workload.build(self.seed)
+        limits = ceilings(threads)
+        batches = [self._layers(model, batch, limits) for batch in args["batches"]]
+        found = {"threads": threads, "ceilings": vars(limits), "batches": batches}
+        return {"values": {f"latency/{b['batch']}": b["seconds"] for b in batches}, "info": {"profile": found}}
+
+    def _layers(self, model: nn.Module, batch: int, limits: Ceilings) -> dict[str, Any]:
+        rows = profile(model, self.workload.inputs(batch), repeats=50, seconds=1.0, ceiling=limits)
+        return {"batch": batch, "seconds": sum(row["seconds"] for row in rows), "layers": rows}
+
     def _train(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Train, realise, and measure quality on val through the very runtime that the recipe names."""
         walked = self._walk(recipe, args)
         run, size = self._executable(walked, f"train-{args['hash']}", keep=False)
         scores = self._scored(run, "val", f"{args['hash']}.npz")
         model = walked.setup.model
-        values = {
-            "quality": scores["quality"], "samples": float(walked.samples), "seconds": walked.seconds,
-            "bytes": float(size), "parameters": float(parameters(model)),
-            "train_flops": 3.0 * walked.samples * forward_flops(model, self.workload.inputs(1)),
-        }  # fmt: skip
+        sizes = {"bytes": float(size), "parameters": float(parameters(model))}
+        values = {"quality": scores["quality"], **sizes, **self._training_cost(walked)}
         return {"values": values, "info": {"scores": scores["path"], "checkpoint": _name(walked)}}
+
+    def _training_cost(self, walked: Walked) -> dict[str, float]:
+        """Samples, seconds, and FLOPs: forward and backward of the finished network are three forward passes a sample."""
+        forward = forward_flops(walked.setup.model, self.workload.inputs(1))
+        return {"samples": float(walked.samples), "seconds": walked.seconds, "train_flops": 3.0 * walked.samples * forward}
 
     def _walk(self, recipe: Recipe, args: Mapping[str, Any]) -> Walked:
         teacher = Path(args["teacher"]) if args.get("teacher") else None
@@ -181,9 +198,10 @@ class Desk:
                 raise NotApplicable(
                     f"the exported model differs from the trained one: {found.failures[0]}", "use another runtime"
                 )
-        values = {"bytes": float(size), "parameters": float(parameters(setup.model))}
-        cost = {"samples": float(walked.samples), "seconds": walked.seconds}
-        return {"values": {**values, **cost}, "info": {"checkpoint": _name(walked), "live": isinstance(run, _Live)}}
+        values = {"bytes": float(size), "parameters": float(parameters(setup.model)), **self._training_cost(walked)}
+        info = {"checkpoint": _name(walked), "live": isinstance(run, _Live)}
+        found = fakes(setup.model, self.workload.build(self.seed), bytes=size, baseline_bytes=args.get("baseline_bytes"))
+        return {"values": values, "info": {**info, "fakes": found}}
 
     def _score(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Quality of a realised folder, or of a trained recipe as eager PyTorch runs it, on a split."""

@@ -1,11 +1,10 @@
 """A worker process: reads tasks as JSON lines, answers as JSON lines, dies with its driver.
 
-Started as `python -m quadriga.engine.worker SPEC`, where SPEC is JSON with workload, folder, seed and threads.
+Started as `python -m quadriga.engine.worker SPEC`, where SPEC is JSON with parent, workload, folder, seed and threads.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import signal
@@ -13,18 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PR_SET_PDEATHSIG = 1
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere a closed pipe ends it)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+from quadriga.measure.process import die_with_parent
 
 
 def main(spec: dict[str, Any]) -> None:
     """Serve tasks until standard input closes."""
-    die_with_parent()
+    die_with_parent(spec["parent"])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what user code prints must not mix with the replies

@@ -59,21 +59,26 @@ def paired_bootstrap_lower(
         >>> abs(bound.value) < 1e-9, -0.02 < bound.low < -0.008
         (True, True)
     """
+    columns = _columns(baseline, candidate, weights, candidate_weights)
+    value, spread = (float(x[0]) for x in _differences(columns.sum(0)[None], _products(columns).sum(0)[None]))
+    if spread == 0:
+        return Bound(value, value, level)
+    chunks = _chunks(len(columns), resamples, seed)
+    t = np.concatenate([_studentized(columns, value, spread, size, rng) for size, rng in chunks])
+    rank = min(math.ceil(round(level * (resamples + 1), 6)), resamples)
+    return Bound(value, value - float(np.partition(t, rank - 1)[rank - 1]) * spread, level)
+
+
+def _columns(
+    baseline: ArrayLike, candidate: ArrayLike, weights: ArrayLike | None, candidate_weights: ArrayLike | None
+) -> Array:
+    """What is summed over examples: [n, 2] for one ratio, [n, 4] for the difference of two."""
     b, c = np.asarray(baseline, dtype=np.float64), np.asarray(candidate, dtype=np.float64)
     w = np.ones_like(b) if weights is None else np.asarray(weights, dtype=np.float64)
     u = w if candidate_weights is None else np.asarray(candidate_weights, dtype=np.float64)
     if b.ndim != 1 or not b.shape == c.shape == w.shape == u.shape or len(b) < 2:
         raise ValueError(f"values and weights have the shapes {b.shape}, {c.shape}, {w.shape}, {u.shape}")
-    if candidate_weights is None or np.array_equal(u, w):
-        columns = np.stack([w * (c - b), w], 1)  # one ratio
-    else:
-        columns = np.stack([u * c, u, w * b, w], 1)  # the difference of two
-    value, spread = (float(x[0]) for x in _differences(columns.sum(0)[None], _products(columns).sum(0)[None]))
-    if spread == 0:
-        return Bound(value, value, level)
-    t = np.concatenate([_studentized(columns, value, spread, size, rng) for size, rng in _chunks(len(b), resamples, seed)])
-    rank = min(math.ceil(round(level * (resamples + 1), 6)), resamples)
-    return Bound(value, value - float(np.partition(t, rank - 1)[rank - 1]) * spread, level)
+    return np.stack([w * (c - b), w] if np.array_equal(u, w) else [u * c, u, w * b, w], 1)
 
 
 def _products(columns: Array) -> Array:

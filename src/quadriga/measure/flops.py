@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from quadriga.core.batch import Tree, call, resize
+from quadriga.core.batch import Tree, call, evaluating, resize
 
 Shape = tuple[int, ...]
 
@@ -58,18 +58,6 @@ def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any
     """query [batch, heads, positions, width]; both products, whole even where a causal mask halves them."""
     b, h, s, d = query
     return 2 * b * h * s * key[-2] * (d + value[-1])
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode meanwhile; every module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

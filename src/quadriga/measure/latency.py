@@ -74,9 +74,9 @@ def paired(
     """Time arms against each other so that they do not disturb each other.
 
     In each restart every arm gets a fresh process with the user's own environment; all load, then wait blocked on a
-    pipe. Block by block each arm is timed alone while the others sleep, in an order that rotates, so that the machine's slow changes
-    fall on all alike. Restarts are the unit that `Timings.ratio` takes its interval over. (Calls interleaved in one
-    process doubled eager's time here: the runtimes' threads spin against each other.)
+    pipe. Block by block each arm is timed alone while the others sleep, in an order that rotates, so that the machine's
+    slow changes fall on all alike. Restarts are the unit that `Timings.ratio` takes its interval over. (Calls interleaved
+    in one process doubled eager's time here: the runtimes' threads spin against each other.)
 
     Args:
         arms: by name, {"kind": "folder", "path"} or {"kind": "eager", "workload", "checkpoint", "recipe", "spec"}.
@@ -99,15 +99,12 @@ def paired(
     session = _Session(Timings.empty(list(inputs), list(arms), restarts), launch, folder, blocks, block_seconds, timeout)
     order, start, longest = random.Random(seed), clock(), 0.0
     for number in range(restarts):
-        began = clock()
-        if budget is not None and number >= LEAST_RESTARTS and began - start + longest > budget:
-            break
-        alive = [name for name in specs if name not in session.timings.errors]
-        if not alive:
+        began, alive = clock(), [name for name in specs if name not in session.timings.errors]
+        late = budget is not None and number >= LEAST_RESTARTS and began - start + longest > budget
+        if late or not alive:
             break
         order.shuffle(alive)
         session.restart({name: specs[name] for name in alive})
-        session.timings.restarts += 1
         longest = max(longest, clock() - began)
     return session.timings
 
@@ -135,6 +132,7 @@ class _Session:
             for name in list(self.arms):
                 if facts := self._ask(name, {"do": "end"}):
                     self.timings.add(name, times[name], facts)
+            self.timings.restarts += 1
         finally:
             for arm in self.arms.values():
                 arm.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import sys
 import tempfile
@@ -21,6 +22,12 @@ def peak_resident() -> int:
     Linux's VmHWM is read, since `ru_maxrss` of a fresh process still holds the peak of the process that started it.
     """
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def forget_peak() -> None:
+    """Let `peak_resident` start again from what is held now (Linux); elsewhere the peak stays as it was."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status(key: str) -> int:

@@ -30,7 +30,7 @@ class Arm(Protocol):
         """End it, however it stands."""
 
 
-PAUSE = 0.005  # seconds before a block; threads of the arm before it that still spin (some milliseconds) have then gone to sleep
+PAUSE = 0.005  # seconds before a block: threads of the arm before it that still spin (some milliseconds) then sleep
 
 
 def user_environment() -> dict[str, str]:

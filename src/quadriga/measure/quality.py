@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, tree_map
+from quadriga.core.batch import Batch, Tree, call, device_of, evaluating, tree_map
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
@@ -27,7 +27,7 @@ def score(run: Callable[[Tree], Tree], data: Data, metric: Metric, batch_size: i
     """Evaluate a model on every example of a split, once and in order.
 
     Args:
-        run: inputs tree → outputs tree; an `nn.Module` is called in eval mode and left as it was.
+        run: inputs tree → outputs tree; an `nn.Module` is called in eval mode on its own device, and left as it was.
         data: the split; its last batch may be smaller.
         metric: with `examples`, or with `whole`, which may also return [n] values: then it is called batch by batch,
             otherwise once on all outputs.
@@ -36,8 +36,8 @@ def score(run: Callable[[Tree], Tree], data: Data, metric: Metric, batch_size: i
     Raises:
         BadInput: the metric raised, or returned NaN, infinity, a string, or another number of values than examples.
     """
-    with torch.inference_mode(), _evaluating(run) as model:
-        batches = _outputs(model, data, batch_size)
+    with torch.inference_mode(), evaluating(run) if isinstance(run, nn.Module) else nullcontext():
+        batches = _outputs(run, data, batch_size)
         first, output, seconds = next(batches)
         if metric.examples is not None or _per_example(metric, output, first):
             return _score_examples(metric, _chain((first, output, seconds), batches))
@@ -119,30 +119,20 @@ def join(trees: list[Tree]) -> Tree:
 
 
 def _outputs(run: Callable[[Tree], Tree], data: Data, batch_size: int) -> Iterator[Item]:
+    module = run if isinstance(run, nn.Module) else None
+    home = device_of(module) if module else torch.device("cpu")
     for batch in data.batches(batch_size):
+        batch = batch.to(home) if module else batch
         start = time.perf_counter()
-        output = run(batch.inputs)
+        output = call(module, batch.inputs) if module else run(batch.inputs)
+        if home.type == "cuda":
+            torch.cuda.synchronize(home)
         yield batch, output, time.perf_counter() - start
 
 
 def _chain(first: Item, rest: Iterator[Item]) -> Iterator[Item]:
     yield first
     yield from rest
-
-
-@contextmanager
-def _evaluating(run: Callable[[Tree], Tree]) -> Iterator[Callable[[Tree], Tree]]:
-    """A module as a callable on trees, in eval mode meanwhile; other callables as they are."""
-    if not isinstance(run, nn.Module):
-        yield run
-        return
-    modes = {module: module.training for module in run.modules()}
-    run.eval()
-    try:
-        yield lambda inputs: call(run, inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

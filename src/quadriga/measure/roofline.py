@@ -70,13 +70,17 @@ class _Layer:
     started: float = 0.0
 
 
-def profile(model: nn.Module, inputs: Tree, *, repeats: int = 20, ceiling: Ceilings | None = None) -> list[dict[str, Any]]:
+def profile(
+    model: nn.Module, inputs: Tree, *, repeats: int = 20, seconds: float = 10.0, ceiling: Ceilings | None = None
+) -> list[dict[str, Any]]:
     """One row per layer without children, and one for the time between them, slowest first.
 
     Args:
         model: called in eval mode without gradients, and left as it was.
         inputs: one batch.
-        repeats: forward passes that the median is taken over, after three untimed ones.
+        repeats: forward passes, after three untimed ones; the mean over the faster half of them is taken, so that the rows'
+            seconds add up to those of a pass that nothing disturbed.
+        seconds: after which no more than three of them are made.
         ceiling: of this machine; measured if None.
 
     Returns:
@@ -96,7 +100,7 @@ def profile(model: nn.Module, inputs: Tree, *, repeats: int = 20, ceiling: Ceili
         for _ in range(2):
             call(model, inputs)
         with _hooks(model, layers, None):
-            for _ in range(repeats):
+            while len(totals) < min(3, repeats) or (len(totals) < repeats and sum(totals) < seconds):
                 for layer in layers.values():
                     layer.seconds.append(0.0)
                 start = time.perf_counter()
@@ -105,16 +109,23 @@ def profile(model: nn.Module, inputs: Tree, *, repeats: int = 20, ceiling: Ceili
     rest = _Layer("", 0, [total - sum(layer.seconds[i] for layer in layers.values()) for i, total in enumerate(totals)])
     rest.parameters = max(0, parameters(model) - sum(layer.parameters for layer in layers.values()))
     rest.flops = max(0, flops(model, inputs, batch=None) - sum(layer.flops for layer in layers.values()))
-    rows = [_row(name, layer, statistics.median(totals), ceiling) for name, layer in {**layers, REST: rest}.items()]
+    quiet = _quiet(totals)
+    rows = [_row(name, layer, totals, quiet, ceiling) for name, layer in {**layers, REST: rest}.items()]
     return sorted(rows, key=lambda row: -row["seconds"])
+
+
+def _quiet(totals: list[float]) -> list[int]:
+    """Which passes were the faster half."""
+    order = sorted(range(len(totals)), key=totals.__getitem__)
+    return order[: (len(totals) + 1) // 2]
 
 
 def _layer(module: nn.Module) -> _Layer:
     return _Layer(type(module).__name__, sum(p.numel() for p in module.parameters()))
 
 
-def _row(name: str, layer: _Layer, total: float, ceiling: Ceilings) -> dict[str, Any]:
-    seconds = max(0.0, statistics.median(layer.seconds)) if layer.seconds else 0.0
+def _row(name: str, layer: _Layer, totals: list[float], quiet: list[int], ceiling: Ceilings) -> dict[str, Any]:
+    seconds, total = (max(0.0, statistics.fmean(times[i] for i in quiet)) for times in (layer.seconds, totals))
     compute, memory = layer.flops / ceiling.flops, layer.bytes / ceiling.bytes
     known = layer.bytes > 0
     return {

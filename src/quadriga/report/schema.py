@@ -1,9 +1,9 @@
 """records.json: everything that a report shows. The study fills it; this module is its one description.
 
-Directions. `latency_ratio` is opponent ÷ winner (higher: the winner is faster). `bytes_ratio`, `parameters_ratio` and
-`train_cost_ratio` are winner ÷ baseline (lower is better). Quality differences have the sign turned so that positive is
-better. In an ablation row every ratio is (the recipe without that step) ÷ (with it), so the step saves above 1;
-`quality_gain` is with − without, positive when the step helps.
+Directions. `latency_ratio` is opponent ÷ winner (higher: the winner is faster). `bytes_ratio`, `parameters_ratio`,
+`memory_ratio`, `train_cost_ratio` and those of `train_cost` are winner ÷ baseline (lower is better). Quality differences
+have the sign turned so that positive is better. In an ablation row every ratio is (the recipe without that step) ÷ (with
+it), so the step saves above 1; `quality_gain` is with − without, positive when the step helps.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ class Quality(TypedDict):
     low: float  # one-sided lower bound of the difference
     n: int
     disagreement: float | None  # share of examples predicted differently
+    certificate: NotRequired[float | None]  # the loss that this share alone excludes beyond, in the metric's unit; no labels
 
 
 class Winner(TypedDict):
@@ -48,7 +49,9 @@ class Winner(TypedDict):
     latency_ratio: dict[str, dict[str, Ratio]]  # opponent → batch → ratio
     bytes_ratio: float
     parameters_ratio: float
-    train_cost_ratio: float
+    memory_ratio: NotRequired[float | None]  # of peak memory beyond what torch itself takes; None where not measured
+    train_cost_ratio: float | None  # of seconds; None where only the baseline needs no training
+    train_cost: NotRequired[dict[str, float | None]]  # "samples", "seconds", "flops", each a ratio
 
 
 class Result(TypedDict):
@@ -57,7 +60,7 @@ class Result(TypedDict):
     status: Literal["verified", "infeasible", "failed", "interrupted"]
     workload: str
     seconds: float
-    baseline: dict[str, Any] | None  # quality, latency {batch: s}, bytes, parameters
+    baseline: dict[str, Any] | None  # quality, latency {batch: s}, peak_memory (beyond torch), bytes, parameters, train_*
     winner: Winner | None
     ablation: list[dict[str, Any]]
     artifact: str | None
@@ -104,6 +107,20 @@ class Opponent(TypedDict):
     control: NotRequired[dict[str, Any] | None]  # a trained control's comparison with the baseline: difference, low, …
 
 
+class Layer(TypedDict):
+    """One layer of the unchanged model in one forward pass, as `measure.roofline.profile` gives it."""
+
+    layer: str
+    kind: str
+    seconds: float
+    share: float  # of the whole pass
+    parameters: int
+    flops: int
+    bytes: int
+    bound: str | None  # "compute" | "memory"; None, as fraction, where the bytes are unknown
+    fraction: float | None  # of the roofline
+
+
 class Records(TypedDict):
     """The whole file. Every key may be missing in a study that ended early; `complete` fills it."""
 
@@ -114,6 +131,7 @@ class Records(TypedDict):
     baseline: dict[str, Any]  # plain facts, shown as they are
     floor: dict[str, Any]  # text, margin, smallest_provable
     budget: dict[str, Any]  # seconds, spent, phases [{name, seconds}]
+    profile: dict[str, Any]  # threads, ceilings {flops, bytes} a second, batches [{batch, seconds, layers: [Layer]}]
     trials: list[dict[str, Any]]  # Trial.plain()
     pareto: list[Point]
     ablation: list[AblationRow]
@@ -146,7 +164,7 @@ def empty_result(status: str, workload: str = "") -> dict[str, Any]:
 
 
 _TABLES = ("trials", "pareto", "ablation", "opponents", "refused", "not_allowed", "notes", "seeds", "splits_opened")
-_FACTS = ("workload", "baseline", "floor", "budget", "environment")
+_FACTS = ("workload", "baseline", "floor", "budget", "profile", "environment")
 
 
 def complete(records: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 from quadriga.report import plots, text
 from quadriga.report.document import Block, Bullets, Code, Document, Figure, Section, Table, Text
 from quadriga.report.evidence import against, front, steps
+from quadriga.report.layers import profile
 from quadriga.report.verdict import key_figures, sentence
 
 Records = Mapping[str, Any]
@@ -23,7 +24,7 @@ outputs = model(inputs)"""
 
 def document(records: Records) -> Document:
     """The whole report of completed records (see `schema.complete`)."""
-    makers = (winner, against, floor, front, steps, tried, refused, spent, data, machine, again)
+    makers = (winner, against, floor, front, steps, profile, tried, refused, spent, data, machine, again)
     result = records["result"]
     name = str(result["workload"] or records["workload"].get("name") or "study")
     sections = tuple(s for s in (make(records) for make in makers) if s.blocks)
@@ -51,11 +52,36 @@ def winner(records: Records) -> Section:
             text.number(base.get("parameters")),
             _share(base.get("parameters"), best["parameters_ratio"], text.number),
         ),
-        ("training cost", text.ratio(1.0), text.ratio(best["train_cost_ratio"])),
+        *_memory(best, base),
+        *_training(best, base),
     )
     beside = Table(("", "baseline", "winner"), rows, numeric=("baseline", "winner"))
     families = ", ".join(best["families"]) or "none"
     return Section("winner", "The winner", (Text(f"Its steps, in order; families that pay: {families}."), recipe, beside))
+
+
+def _memory(best: Mapping[str, Any], base: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Peak memory beyond what PyTorch itself takes, where it was measured."""
+    whole, share = base.get("peak_memory"), best.get("memory_ratio")
+    return (
+        []
+        if share is None
+        else [("peak memory beyond PyTorch, runtime included", text.size(whole), _share(whole, share, text.size))]
+    )
+
+
+def _training(best: Mapping[str, Any], base: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What training costs: in samples, seconds and FLOPs where all are known, else the one ratio."""
+    shares = best.get("train_cost") or {}
+    if not any(v is not None for v in shares.values()):
+        return [("training time", text.ratio(1.0), text.ratio(best["train_cost_ratio"]))]
+    writers = {"samples": text.number, "seconds": text.seconds, "flops": text.operations}
+    wholes = {key: base.get(f"train_{key}") for key in writers}
+    return [
+        (f"training, {key.replace('flops', 'FLOPs')}", write(wholes[key]), _share(wholes[key], shares[key], write))
+        for key, write in writers.items()
+        if shares.get(key) is not None
+    ]
 
 
 def nearest_miss(miss: Mapping[str, Any]) -> Section:
@@ -72,7 +98,8 @@ def recipe_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _share(whole: float | None, share: float, write: Any) -> str:
-    return text.ratio(share) if whole is None else f"{write(round(whole * share))} ({text.ratio(share)})"
+    part = None if whole is None else whole * share
+    return text.ratio(share) if part is None else f"{write(round(part) if part >= 100 else part)} ({text.ratio(share)})"
 
 
 def floor(records: Records) -> Section:
@@ -95,6 +122,8 @@ def floor(records: Records) -> Section:
             ("paired examples", text.number(found["n"])),
             ("examples predicted differently", text.percent(found.get("disagreement"))),
         ]
+        if found.get("certificate") is not None:
+            rows.append(("lost at most, by that rate alone, without labels", text.quality(found["certificate"], unit)))
     return Section("floor", "The floor", (Table(("", "value"), tuple(rows)),))
 
 

@@ -105,6 +105,21 @@ def size(value: Any) -> str:
     return f"{value:.0f} B"
 
 
+def operations(value: Any) -> str:
+    """Floating-point operations.
+
+    Example:
+        >>> operations(6.25e11), operations(833_040), operations(None)
+        ('625 GFLOP', '833 kFLOP', '–')
+    """
+    if value is None:
+        return NONE
+    for factor, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g} {unit}FLOP"
+    return f"{value:.0f} FLOP"
+
+
 def moment(value: Any) -> str:
     """A time of day from seconds since 1970, in UTC; any other text as it is.
 
@@ -157,7 +172,7 @@ def fact(name: str, value: Any) -> str:
         >>> fact("train_seconds", 75), fact("memory", 2e9), fact("latency", {"1": 0.002}), fact("batch", 64)
         ('1 min 15 s', '2 GB', 'batch 1: 2 ms', '64')
     """
-    writers = {"bytes": size, "memory": size, "seconds": seconds, "latency": seconds}
+    writers = {"bytes": size, "memory": size, "seconds": seconds, "latency": seconds, "flops": operations}
     write = writers.get(name.rpartition("_")[2] or name)
     if write and isinstance(value, int | float) and not isinstance(value, bool):
         return write(value)

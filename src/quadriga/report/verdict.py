@@ -53,6 +53,11 @@ def _infeasible(records: Records) -> str:
     return f"Infeasible: nothing beat the baseline{above}, so the unchanged baseline is handed back.{why}"
 
 
+def _training(cost: Mapping[str, Any]) -> str:
+    words = {"samples": "samples", "flops": "FLOPs"}
+    return ", ".join(f"{text.ratio(cost[k])} the {word}" for k, word in words.items() if cost.get(k) is not None)
+
+
 def key_figures(records: Records) -> tuple[tuple[str, str, str], ...]:
     """(value, what, detail) of the five numbers that matter; none without a winner."""
     best = records["result"]["winner"]
@@ -67,5 +72,5 @@ def key_figures(records: Records) -> tuple[tuple[str, str, str], ...]:
     bound = f"at least {text.signed(quality['low'], quality['unit'])}, n = {text.number(quality['n'])}"
     figures.append((text.signed(quality["difference"], quality["unit"]), quality["metric"], bound))
     figures.append((text.ratio(best["bytes_ratio"]), "the bytes", f"{text.ratio(best['parameters_ratio'])} the parameters"))
-    figures.append((text.ratio(best["train_cost_ratio"]), "the training cost", ""))
+    figures.append((text.ratio(best["train_cost_ratio"]), "the training time", _training(best.get("train_cost") or {})))
     return tuple(figures)

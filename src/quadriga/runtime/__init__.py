@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quadriga.core.batch import Tree, call, resize, tensors, tree_map
+from quadriga.core.batch import Tree, call, evaluating, resize, tensors, tree_map
 from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
 from quadriga.core.files import atomic_write, write_json
 from quadriga.core.setup import Context, RuntimeSpec
@@ -103,17 +103,15 @@ def _check(model: nn.Module, built: Built, taken: Any) -> None:
         NotApplicable: it fails or computes something else.
     """
     exact = built.spec.quant is None and built.entry["session"].get("INFERENCE_PRECISION_HINT") != "bf16"
-    was, run = model.training, built.run()
+    run = built.run()
     for batch in (1, 2):
         inputs = standalone.rebuild(taken.inputs, list(resize(taken.sample, batch)))
-        with torch.inference_mode():
-            expected = tensors(call(model.eval(), inputs))
+        with evaluating(model), torch.inference_mode():
+            expected = tensors(call(model, inputs))
         try:
             found = standalone.flatten(taken.outputs, run(inputs))
         except Exception as error:  # each runtime raises its own types
             raise NotApplicable(f"{built.spec.name} fails at batch {batch}: {error}", "use another runtime") from error
-        finally:
-            model.train(was)
         worst = max(standalone.difference(e, f) for e, f in zip(expected, found, strict=True))
         if not worst <= (1e-3 if exact else float("inf")) or worst == float("inf"):
             raise NotApplicable(

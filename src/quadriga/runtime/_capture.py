@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import re
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, tensors
+from quadriga.core.batch import Batch, Tree, call, evaluating, tensors
 from quadriga.core.errors import NotApplicable
 from quadriga.core.setup import Context
 from quadriga.runtime.standalone import rebuild
@@ -83,7 +82,7 @@ def capture(model: nn.Module, context: Context) -> Capture:
     leaves = tuple(t.detach() for t in tensors(example))
     inputs = describe(example)
     flat = _Flat(model, inputs)
-    with _evaluated(model), torch.no_grad(), warnings.catch_warnings():
+    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         output = _output(flat, model, leaves)
         try:
@@ -138,17 +137,6 @@ def _output(flat: _Flat, model: nn.Module, leaves: tuple[Tensor, ...]) -> Tree:
                 old.copy_(values)
             raise NotApplicable(f"the model changes its buffer {name} when it runs", "make it stateless in eval mode")
     return output
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _dynamic(leaves: tuple[Tensor, ...], calibration: tuple[Batch, ...]) -> tuple[dict[int, Any], ...]:

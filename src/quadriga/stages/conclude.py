@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from quadriga.measure.timings import Timings
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import best_opponents
 from quadriga.stages.state import LEVEL, TIMING_LEVEL, Study
-from quadriga.verify.quality import compare
+from quadriga.verify.quality import compare, without_labels
 
 OPPONENTS = {
     "eager": "the unchanged model as its user runs it in PyTorch",
@@ -38,7 +37,7 @@ class Finalist:
         ablation: its rows, or None when it was not ablated.
         folder: its realised form, below the study's folder.
         trial: of realising it.
-        quality: the record of `verify.quality.compare`, with "holds".
+        quality: the record of `verify.quality.compare`, with "holds", and "certificate": what `without_labels` says.
         ratios: opponent → batch → ratio.
         why_not: what keeps it from being the winner, or "".
     """
@@ -89,7 +88,13 @@ class Judge:
             self._judge_cost(finalist, f"final-{number}", timings)
         good = [f for f in finalists if not f.why_not]
         best = max(good, key=self._gain) if good else None
+        self._note_fakes(best)
         return Conclusion(finalists, best, timings, self._controls(scores), scores["baseline"].value)
+
+    @property
+    def _short(self) -> bool:
+        """Whether the budget is too small for all opponents: then the lossless ones are chosen by the search's timing."""
+        return self.study.options.budget < 120
 
     def _freeze(self, finalists: list[Finalist]) -> None:
         known = self.study.store.get("frozen")
@@ -108,7 +113,8 @@ class Judge:
             if study.find(("control", "search", "ablation"), recipe) is None:
                 study.submit("control", "train", recipe, limit=max(5.0, study.budget.left * 0.5), args=args, control=control)
         for finalist in finalists:
-            study.submit("final", "realize", finalist.recipe, args={**args, "name": Path(finalist.folder).name})
+            own = {"name": Path(finalist.folder).name, "baseline_bytes": int(study.baseline.values["bytes"])}
+            study.submit("final", "realize", finalist.recipe, args={**args, **own})
         for name, trial in self._lossless().items():
             study.submit(
                 "opponent", "realize", Recipe((*base.steps, *trial.recipe.steps), trial.recipe.name), args={"name": name}
@@ -123,6 +129,8 @@ class Judge:
 
     def _lossless(self) -> dict[str, Trial]:
         """The lossless exports that are within 1.5 of the fastest at some batch size, by the search's quick timing."""
+        if self._short:
+            return {f"lossless-{n}": t for n, t in enumerate(best_opponents(self.study, "lossless"))}
         tried = [t for t in self.study.stage("lossless") if t.ok]
         keys = [f"speed/{b}" for b in self.study.batches]
         best = {k: max((t.values[k] for t in tried), default=0.0) for k in keys}
@@ -132,7 +140,7 @@ class Judge:
     def _screen(self, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Of the lossless exports keep the fastest at each batch size, timed alone on the quiet machine."""
         names = [n for n in arms if n.startswith("lossless-")]
-        if len(names) < 2:
+        if len(names) < 2 or self._short:
             return arms
         inputs = {b: self.study.workload.inputs(b) for b in self.study.batches}
         few = {n: arms[n] for n in names}
@@ -158,7 +166,7 @@ class Judge:
             }
             arms["eager"] = eager
             for number, trial in enumerate(best_opponents(study, "tuned_eager")):
-                if trial.recipe.steps:  # plain eager is an arm already
+                if trial.recipe.steps and not self._short:  # plain eager is an arm already
                     arms[f"tuned_eager-{number}"] = {**eager, "spec": trial.info["spec"]}
         else:
             arms["eager"] = {"kind": "folder", "path": str(built / "eager")}
@@ -201,6 +209,7 @@ class Judge:
                 finalist.why_not = finalist.why_not or "it could not be scored on test"
                 continue
             finalist.quality = compare(base, mine, metric, margin, LEVEL, finalists=len(finalists))
+            finalist.quality["certificate"] = without_labels(base, mine, metric, LEVEL, len(finalists))
             if not finalist.quality["holds"]:
                 low, unit = finalist.quality["low"], metric.unit
                 finalist.why_not = f"on test it is proved to lose at most {-low:.3g} {unit}, the floor allows {margin:.3g}"
@@ -211,9 +220,8 @@ class Judge:
         arms = self._screen(arms)
         study.say("verification", f"timing {len(arms)} arms in turn, each in its own process")
         inputs = {b: study.workload.inputs(b) for b in study.batches}
-        short = study.options.budget < 120
         return paired(
-            arms, inputs, restarts=5 if short else 8, blocks=6 if short else 8, block_seconds=0.02 if short else 0.04,
+            arms, inputs, restarts=5 if self._short else 8, blocks=8, block_seconds=0.02 if self._short else 0.04,
             folder=study.folder / "timing", budget=max(10.0, study.budget.left - 4),
         )  # fmt: skip
 
@@ -234,6 +242,11 @@ class Judge:
             finalist.why_not = f"it has no fewer {objective} than the unchanged model"
         elif objective == "train_cost" and mine["seconds"] >= base["seconds"]:
             finalist.why_not = "its training costs no less than the baseline's"
+
+    def _note_fakes(self, best: Finalist | None) -> None:
+        """Say of the winner what looks like compression and is none."""
+        found = best.trial.info.get("fakes", []) if best and best.trial else []
+        self.study.notes += [f"the winner, compression that does not compress: {row['text']}" for row in found]
 
     def _gain(self, finalist: Finalist) -> float:
         assert finalist.trial is not None and finalist.ratios is not None
@@ -290,29 +303,3 @@ def opponents_ratios(timings: Timings, arm: str) -> dict[str, dict[str, Any]]:
                 least = min(range(len(ratios)), key=lambda i: ratios[i].value)
                 found.setdefault(opponent, {})[str(batch)] = {**ratios[least].plain(), "processor_time": cpu[least].plain()}
     return found
-
-
-def keep_winner(study: Study, conclusion: Conclusion, evidence: dict[str, Any]) -> Path | None:
-    """Write the winner's artifact; without a winner the baseline's, as eager PyTorch runs it."""
-    winner = conclusion.winner
-    recipe = winner.recipe if winner else study.workload.baseline
-    folder = winner.folder if winner else None
-    if study.find(("final", "baseline"), recipe) is None:
-        return None
-    study.pool.stop()
-    study.pool = open_pool(study.workload, study.folder, study.options.seed)
-    card = {"title": study.workload.name, "winner": evidence["winner"], "about": f"Made by: {study.options.command}"}
-    args = {"folder": folder, "evidence": evidence, "card": card}
-    study.submit("artifact", "artifact", recipe, limit=60, args=args)
-    done = study.collect_all(study.budget.left - 90)
-    target = study.folder / "artifact"
-    if not done or not done[-1].ok:
-        study.notes.append(f"no artifact: {done[-1].reason if done else 'no time was left'}")
-        return None
-    return target
-
-
-def clear(study: Study) -> None:
-    """Remove what only served on the way; checkpoints and the store stay."""
-    for name in ("built", "timing"):
-        shutil.rmtree(study.folder / name, ignore_errors=True)

@@ -25,9 +25,10 @@ def open_study(workload: Workload, options: Options, out: Path, progress: Progre
     """Check the workload, open the store and the pool; close both at the end, whatever happens.
 
     Raises:
-        BadInput: the folder holds another study, or the workload cannot be used.
+        BadInput: the folder holds another study, or the workload cannot be used, or the floor's unit is not the metric's.
     """
     with Store(out) as store:
+        _check_unit(workload, options)
         notes = check(workload)
         identity = json.loads(json.dumps({**options.identity(), "workload": workload_key(workload)}))
         if (known := store.get("identity")) not in (None, identity):
@@ -46,6 +47,15 @@ def open_study(workload: Workload, options: Options, out: Path, progress: Progre
         finally:
             study.budget.keep()
             study.pool.stop()
+
+
+def _check_unit(workload: Workload, options: Options) -> None:
+    """Half a point of accuracy is little; 0.5 of an F1 between 0 and 1, or of bits per byte, would let anything pass."""
+    metric, floor = workload.metric, options.floor
+    if metric.unit != "pt" and floor.amount and not floor.relative:
+        raise BadInput(
+            f"the floor {floor} is in points, and {metric.name} is not", f"give a share of it, such as {-abs(floor.amount):g}%rel"
+        )
 
 
 def _notes(workload: Workload, pool: object) -> list[str]:

@@ -15,7 +15,11 @@ from quadriga.search.pareto import front
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.conclude import OPPONENTS, Conclusion, Finalist
 from quadriga.stages.explore import Explorer
+from quadriga.stages.profile import profile_of
 from quadriga.stages.state import LEVEL, Study
+
+QUALITY = ("metric", "unit", "value", "baseline", "difference", "low", "n", "disagreement", "certificate")
+COSTS = {"samples": "samples", "seconds": "seconds", "flops": "train_flops"}  # in the record, in a trial's values
 
 
 def result(study: Study, status: str, conclusion: Conclusion | None, artifact: str | None) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def result(study: Study, status: str, conclusion: Conclusion | None, artifact: s
         "workload": study.workload.name,
         "seconds": round(study.budget.spent, 1),
         "baseline": _baseline(study, conclusion),
-        "winner": _winner(study, winner) if winner else None,
+        "winner": _winner(study, winner, conclusion) if winner and conclusion else None,
         "ablation": ablation_rows(study, winner.ablation) if winner and winner.ablation else [],
         "artifact": artifact,
         "report": "report.html",
@@ -49,28 +53,44 @@ def _baseline(study: Study, conclusion: Conclusion | None) -> dict[str, Any] | N
         "quality": quality,
         "quality_split": "val" if on_test is None else "test",
         "latency": latency,
+        "peak_memory": _memory(conclusion, "eager"),
         "bytes": int(base["bytes"]),
         "parameters": int(base["parameters"]),
         "train_seconds": base["seconds"],
         "train_samples": int(base["samples"]),
+        "train_flops": base.get("train_flops"),
     }
 
 
-def _winner(study: Study, winner: Finalist) -> dict[str, Any]:
+def _memory(conclusion: Conclusion | None, arm: str) -> int | None:
+    """Peak resident bytes that an arm adds to a process that has imported torch; None where it was not measured."""
+    return (conclusion.timings.growth.get(arm) or None) if conclusion and conclusion.timings else None
+
+
+def _winner(study: Study, winner: Finalist, conclusion: Conclusion) -> dict[str, Any]:
     assert winner.trial is not None and winner.quality is not None and winner.ratios is not None
     base, mine, quality = study.baseline.values, winner.trial.values, winner.quality
+    arm = next(f"final-{i}" for i, f in enumerate(conclusion.finalists) if f is winner)
+    cost = {k: _over(mine.get(name), base.get(name)) for k, name in COSTS.items()}
     return {
         "recipe": winner.recipe.plain(),
         "families": families(study, winner),
-        "quality": {k: quality[k] for k in ("metric", "unit", "value", "baseline", "difference", "low", "n", "disagreement")},
+        "quality": {k: quality.get(k) for k in QUALITY},
         "quality_level": quality["level"],
         "latency_ratio": winner.ratios,
         "bytes_ratio": mine["bytes"] / base["bytes"],
         "parameters_ratio": mine["parameters"] / base["parameters"],
-        "train_cost_ratio": mine["seconds"] / base["seconds"]
-        if base["seconds"]
-        else (0.0 if not mine["seconds"] else math.inf),
+        "memory_ratio": _over(_memory(conclusion, arm), _memory(conclusion, "eager")),
+        "train_cost_ratio": cost["seconds"],
+        "train_cost": cost,
     }
+
+
+def _over(mine: float | None, base: float | None) -> float | None:
+    """winner ÷ baseline; 0 where neither costs anything, None where only the baseline costs nothing or one is unknown."""
+    if mine is None or base is None:
+        return None
+    return mine / base if base else (None if mine else 0.0)
 
 
 def families(study: Study, winner: Finalist) -> list[str]:
@@ -131,6 +151,7 @@ def records(
             "seconds": options.budget, "spent": study.budget.spent,
             "phases": [{"name": n, "seconds": s} for n, s in study.budget.phases.items()],
         },
+        "profile": profile_of(study) or {},
         "trials": [t.plain() for t in study.trials],
         "pareto": pareto(study, explorer, conclusion),
         "ablation": outcome.get("ablation", []),
@@ -218,6 +239,8 @@ def not_allowed(study: Study, explorer: Explorer | None, conclusion: Conclusion 
             rows.append(f"{len(open_ones)} costed candidates were not trained")
         if explorer.queue:
             rows.append(f"{len(explorer.queue)} recipes were not costed")
+    if not study.stage("profile"):
+        rows.append("the profile of the unchanged model, layer by layer")
     timed_out = sum(t.status is Status.TIMED_OUT for t in study.trials)
     if timed_out:
         rows.append(f"{timed_out} trials were cut when the time for their stage was over")

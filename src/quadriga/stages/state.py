@@ -179,8 +179,9 @@ class Study:
         return done
 
     def forget(self) -> int:
-        """Give up what is still under way; returns how many orders were dropped."""
+        """Give up what is still under way; returns how many orders were dropped. Those that no worker began are not run."""
         dropped = len(self._orders)
+        self.pool.clear()
         self._orders.clear()
         return dropped
 

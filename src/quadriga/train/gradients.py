@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, call
+from quadriga.core.batch import Batch, call, evaluating
 from quadriga.core.metric import Loss
 from quadriga.train.step import reduce
 
@@ -26,9 +26,8 @@ def mean_gradients(model: nn.Module, loss: Loss, batches: Iterable[Batch]) -> di
     """
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p) for name, p in named.items()}
-    was, count = model.training, 0
-    model.eval()
-    try:
+    count = 0
+    with evaluating(model):
         for batch in batches:
             value = reduce(loss(call(model, batch.inputs), batch), batch)
             parts = torch.autograd.grad(value, list(named.values()), allow_unused=True)
@@ -36,6 +35,4 @@ def mean_gradients(model: nn.Module, loss: Loss, batches: Iterable[Batch]) -> di
                 if part is not None:
                     sums[name].add_(part, alpha=len(batch))
             count += len(batch)
-    finally:
-        model.train(was)
     return {name: total / max(count, 1) for name, total in sums.items()}

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, device_of, to_device, tree_map
+from quadriga.core.batch import Batch, Tree, call, device_of, tree_map
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Loss
 from quadriga.core.setup import RuntimeSpec, Setup
@@ -56,10 +56,7 @@ class Runner:
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the runtime's device."""
-        if self.device == batch.index.device:
-            return batch
-        parts = (to_device(part, self.device) for part in (batch.inputs, batch.target, batch.index, batch.weight))
-        return Batch(*parts)
+        return batch.to(self.device)
 
     def layout(self, batch: Batch) -> Batch:
         """The batch with 4-d inputs in the runtime's memory format."""

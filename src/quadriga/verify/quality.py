@@ -11,7 +11,7 @@ from quadriga.core.batch import tensors, tree_map
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
 from quadriga.measure.quality import Scores, whole_value
-from quadriga.measure.stats import Bound, bootstrap_lower, divided, paired_bootstrap_lower, tango_lower
+from quadriga.measure.stats import Bound, bootstrap_lower, certificate, divided, paired_bootstrap_lower, tango_lower
 
 TANGO = "Tango's score bound (1998)"
 PAIRED = "paired bootstrap-t over examples"
@@ -77,6 +77,22 @@ def disagreement(baseline: Scores, candidate: Scores) -> float | None:
         if a is not None and b is not None:
             return float((a != b).mean())
     return None
+
+
+def without_labels(baseline: Scores, candidate: Scores, metric: Metric, level: float, finalists: int = 1) -> float | None:
+    """What the candidate can have lost at most, going by the rate alone at which predictions differ: no label is looked at.
+
+    It holds for metrics that count right predictions. Weak for a network trained anew, sharp for one that was only
+    quantized or exported.
+
+    Returns:
+        Upper bound of the loss in the metric's unit, one-sided at `level` divided among the finalists; None where a score
+        has no predictions, or the metric does not count right ones.
+    """
+    a, b = baseline.predictions, candidate.predictions
+    if a is None or b is None or len(a) != len(b) or baseline.values is None or not _right_or_wrong(baseline, candidate):
+        return None
+    return float(metric.scale * certificate(int((a != b).sum()), len(a), divided(level, finalists)))
 
 
 def _bound(baseline: Scores, candidate: Scores, metric: Metric, level: float, seed: int) -> tuple[Bound, str]:

@@ -3,28 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Tree, call, device_of, resize, tensors, to_device
+from quadriga.core.batch import Tree, call, device_of, evaluating, resize, tensors, to_device
 from quadriga.core.errors import NotApplicable
 
 BATCHES = (1, 2, 25)
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards each module has its own mode back."""
-    modes = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def outputs(model: nn.Module, example: Tree, batch: int) -> list[Tensor]:
@@ -52,12 +39,7 @@ class Reference:
         Raises:
             NotApplicable: it does not run at one of them.
         """
-        found = {}
-        for batch in BATCHES:
-            try:
-                found[batch] = outputs(model, example, batch)
-            except Exception as error:  # whatever the user's forward raises
-                raise NotApplicable(f"the model does not run at batch {batch}: {_first(error)}") from error
+        found = dict(_runs(model, example, "the model"))
         return cls({b: [t.shape for t in out] for b, out in found.items()}, _rowwise(found))
 
 
@@ -71,17 +53,23 @@ def check_interface(model: nn.Module, example: Tree, reference: Reference) -> No
         NotApplicable: it fails, returns other shapes, or mixes examples that it did not mix before.
     """
     found = {}
-    for batch in BATCHES:
-        try:
-            found[batch] = outputs(model, example, batch)
-        except Exception as error:  # whatever the user's forward raises
-            raise NotApplicable(f"the changed model does not run at batch {batch}: {_first(error)}") from error
-        shapes = [t.shape for t in found[batch]]
+    for batch, out in _runs(model, example, "the changed model"):
+        found[batch], shapes = out, [t.shape for t in out]
         if shapes != reference.shapes[batch]:
             was, now = _shapes(reference.shapes[batch]), _shapes(shapes)
             raise NotApplicable(f"at batch {batch} the changed model returns {now} where it returned {was}")
     if reference.rowwise and not _rowwise(found):
         raise NotApplicable("the changed model mixes the examples of a batch, which it did not before")
+
+
+def _runs(model: nn.Module, example: Tree, who: str) -> Iterator[tuple[int, list[Tensor]]]:
+    """The outputs at each batch size in turn."""
+    for batch in BATCHES:
+        try:
+            out = outputs(model, example, batch)
+        except Exception as error:  # whatever the user's forward raises
+            raise NotApplicable(f"{who} does not run at batch {batch}: {_first(error)}") from error
+        yield batch, out
 
 
 def _rowwise(found: dict[int, list[Tensor]]) -> bool:

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from quadriga.core.axes.interface import evaluating
-from quadriga.core.batch import Tree, device_of, resize, tensors, to_device
+from quadriga.core.batch import Tree, device_of, evaluating, resize, tensors, to_device
 from quadriga.core.errors import NotApplicable
 
 BATCH = 13  # a prime, so that the batch is not mistaken for a width where shapes are matched

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from quadriga.core.batch import Batch, Tree, call, device_of, primary, to_device
+from quadriga.core.batch import Batch, Tree, call, device_of, evaluating, primary, to_device
 from quadriga.core.errors import BadInput
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
@@ -78,12 +78,5 @@ class Distill(Method):
 
 def answers(teacher: nn.Module, inputs: Tree) -> Tensor:
     """The teacher's logits [batch, classes], in evaluation mode, without gradients; its mode is given back."""
-    modes = [(m, m.training) for m in teacher.modules() if m.training]
-    if modes:
-        teacher.eval()
-    try:
-        with torch.no_grad():
-            return primary(call(teacher, to_device(inputs, device_of(teacher))))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    with evaluating(teacher), torch.no_grad():
+        return primary(call(teacher, to_device(inputs, device_of(teacher))))

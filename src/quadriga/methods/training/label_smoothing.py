@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from quadriga.core.batch import Batch, Tree, call, device_of, primary, to_device
+from quadriga.core.batch import Batch, Tree, call, device_of, evaluating, primary
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
@@ -68,16 +68,12 @@ class LabelSmoothing(Method):
 
 def check_soft_targets(setup: Setup, loss: object) -> None:
     """Try the loss on a calibration batch. Raises NotApplicable if it only takes class numbers."""
-    model, batch = setup.model, setup.context.calibration[0]
-    was, device = model.training, device_of(model)
+    model, batch = setup.model, setup.context.calibration[0].to(device_of(setup.model))
     try:
-        with torch.inference_mode():
-            output = call(model.eval(), to_device(batch.inputs, device))
-            losses = loss(output, replace(batch, target=to_device(batch.target, device)))  # type: ignore[operator]
+        with evaluating(model), torch.inference_mode():
+            losses = loss(call(model, batch.inputs), batch)  # type: ignore[operator]
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = f"the loss does not take soft targets [batch, classes]: {error}"
         raise NotApplicable(reason, "let the loss accept class probabilities, as cross_entropy does") from error
-    finally:
-        model.train(was)
     if losses.shape != batch.index.shape:
         raise NotApplicable(f"with soft targets the loss returns the shape {tuple(losses.shape)}", "one value per example")

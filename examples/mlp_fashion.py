@@ -1,4 +1,4 @@
-"""A two-layer perceptron that tells pictures of clothes apart: `quadriga run examples/mlp_digits.py`."""
+"""A two-layer perceptron that tells pictures of clothes apart: `quadriga run examples/mlp_fashion.py`."""
 
 from torch import nn
 

@@ -1,0 +1,221 @@
+"""Training and scoring on an NVIDIA GPU; and what of it can be tried without one."""
+
+import importlib.util
+import itertools
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from quadriga.core.batch import Batch, device_of, evaluating
+from quadriga.core.metric import Metric
+from quadriga.core.setup import OptimizerSlot, RuntimeSpec, Setup
+from quadriga.measure.quality import score
+from quadriga.methods.structure.distill import Distill
+from quadriga.methods.training.crop import Crop
+from quadriga.methods.training.flip import Flip
+from quadriga.methods.training.rotate import Rotate
+from quadriga.testing import TINY, tiny_cnn, tiny_mlp, tiny_transformer
+from quadriga.testing.setups import trained_setup
+from quadriga.train.loop import fit
+
+torch.set_num_threads(1)
+pytestmark = pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # PyTorch 2.9 and later, once
+DEVICE = "cuda"
+TOLERANCE = {"cnn": 3e-3, "lstm": 2e-3, "mlp": 1e-4, "transformer": 1e-4}  # cuDNN's convolutions and LSTMs use TF32
+
+
+def on_gpu(test):
+    """Needs a CUDA device."""
+    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")(test))
+
+
+def setup_of(workload, lr=0.1, device=DEVICE, **spec):
+    for module in workload.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # devices draw other numbers
+    optimizer = OptimizerSlot(lambda model: torch.optim.Adam(model.parameters(), lr=lr) if lr < 0.1 else sgd(model, lr))
+    return replace(Setup.of(workload), optimizer=optimizer, runtime=RuntimeSpec(device=device, **spec))
+
+
+def sgd(model, lr):
+    return torch.optim.SGD(model.parameters(), lr=lr, momentum=0.9)
+
+
+def flat(model):
+    """All weights in one vector."""
+    return torch.cat([p.detach().cpu().flatten() for p in model.parameters()])
+
+
+@on_gpu
+@pytest.mark.parametrize("spec", [{}, {"channels_last": True}, {"matmul": "medium"}], ids=str)
+@pytest.mark.parametrize("name", TINY)
+def test_learns_there_and_comes_back(name, spec):
+    """The loss falls; the weights are finite and on the CPU again, where the setup had them."""
+    workload = TINY[name]()
+    setup = setup_of(workload, 0.01, **spec)
+    first = fit(setup_of(workload, 0.01, **spec), workload.train, epochs=0.01, seed=0).loss
+    outcome = fit(setup, workload.train, epochs=20, seed=0)
+    assert outcome.loss < 0.9 * first
+    assert flat(setup.model).isfinite().all() and device_of(setup.model).type == "cpu"
+
+
+@on_gpu
+@pytest.mark.parametrize("name", TINY)
+def test_gives_the_values_of_the_cpu(name):
+    """After six steps the weights differ by far less than they moved."""
+    workload = TINY[name]()
+    before = flat(workload.model)
+    there, here = setup_of(workload), setup_of(workload, device="cpu")
+    for setup in (there, here):
+        fit(setup, workload.train, epochs=1, seed=3)
+    error, moved = (flat(there.model) - flat(here.model)).abs().max(), (flat(here.model) - before).abs().max()
+    assert moved > 10 * TOLERANCE[name]
+    assert error < TOLERANCE[name]
+
+
+@on_gpu
+def test_transforms_draw_there():
+    """Crop, flip and rotate act on the batch where it is, from a generator of that device: equal seeds, equal weights."""
+    workload = tiny_cnn()
+    weights = []
+    for _ in range(2):
+        setup = setup_of(workload)
+        for method in (Crop(padding=1), Flip(), Rotate()):
+            setup = method(setup)
+        fit(setup, workload.train, epochs=2, seed=1)
+        weights.append(flat(setup.model))
+    assert weights[0].isfinite().all()
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-4)
+
+
+@on_gpu
+def test_a_teacher_may_stay_on_the_cpu():
+    """Distillation gives the weights that it gives on the CPU."""
+    found = []
+    for device in (DEVICE, "cpu"):
+        setup = trained_setup(tiny_mlp)
+        setup = Distill(temperature=2.0)(replace(setup, runtime=RuntimeSpec(device=device)))
+        fit(setup, tiny_mlp().train, epochs=1, seed=0)
+        found.append(flat(setup.model))
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+class Cut(Exception):
+    """Stands for a kill."""
+
+
+def cut(fraction):
+    if fraction >= 0.5:
+        raise Cut
+
+
+@on_gpu
+@pytest.mark.parametrize("build", [tiny_mlp, tiny_cnn])
+def test_a_cut_run_goes_on(build, tmp_path):
+    """Interrupted halfway and started again it ends where a straight run ends, with Adam's state on the device."""
+    workload = build()
+    straight, broken, resumed = (setup_of(workload, 0.01) for _ in range(3))
+    whole = fit(straight, workload.train, epochs=2, seed=7)
+    seconds = itertools.count()  # every look at the clock is a second later: each step is saved and shown
+    with pytest.raises(Cut):
+        fit(broken, workload.train, epochs=2, seed=7, checkpoint=tmp_path, every=1, clock=lambda: next(seconds), progress=cut)
+    outcome = fit(resumed, workload.train, epochs=2, seed=7, checkpoint=tmp_path)
+    assert outcome.exact and outcome.steps == whole.steps
+    assert not torch.equal(flat(broken.model), flat(straight.model))
+    torch.testing.assert_close(flat(resumed.model), flat(straight.model), rtol=0, atol=1e-4)
+    assert fit(setup_of(workload, 0.01), workload.train, epochs=2, seed=7, checkpoint=tmp_path).steps == whole.steps
+
+
+@on_gpu
+def test_dropout_goes_on_where_it_stood(tmp_path):
+    """The device's generator is part of a checkpoint: without it the masks of the second half would be others."""
+    model = nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Dropout(0.5), nn.Linear(32, 2))
+    workload = replace(tiny_mlp(), model=model)
+    setups = [replace(Setup.of(workload), runtime=RuntimeSpec(device=DEVICE)) for _ in range(3)]
+    fit(setups[0], workload.train, epochs=2, seed=7)
+    seconds = itertools.count()
+    with pytest.raises(Cut):
+        fit(
+            setups[1], workload.train, epochs=2, seed=7, checkpoint=tmp_path, every=1, clock=lambda: next(seconds), progress=cut
+        )
+    torch.cuda.manual_seed(99)
+    fit(setups[2], workload.train, epochs=2, seed=7, checkpoint=tmp_path)
+    torch.testing.assert_close(flat(setups[2].model), flat(setups[0].model), rtol=0, atol=1e-5)
+
+
+SQUARED = Metric("squared", "", False, whole=lambda output, target: float((output.float().sum(-1) - target).square().mean()))
+
+
+@on_gpu
+@pytest.mark.parametrize(("build", "metric"), [(tiny_mlp, None), (tiny_transformer, None), (tiny_mlp, SQUARED)])
+def test_scores_where_the_model_is(build, metric):
+    """A module is scored on its own device, and stays there; the scores are the CPU's."""
+    workload = build()
+    model, metric = workload.build(), metric or workload.metric
+    here = score(model, workload.val, metric, 20)
+    there = score(model.to(DEVICE), workload.val, metric, 20)
+    assert device_of(model).type == DEVICE and there.seconds > 0
+    assert there.value == pytest.approx(here.value, rel=1e-4)
+    if here.values is not None:
+        assert there.values == pytest.approx(here.values, rel=1e-3, abs=1e-5)
+
+
+# without a GPU
+
+
+def test_a_batch_moves_whole():
+    """Inputs, target, index and weight; nothing is copied when nothing moves."""
+    batch = Batch({"x": torch.ones(2, 3), "y": (torch.ones(2),)}, torch.ones(2), torch.arange(2), torch.ones(2))
+    assert batch.to("cpu") is batch
+    moved = batch.to("meta")
+    found = [moved.inputs["x"], moved.inputs["y"][0], moved.target, moved.index, moved.weight]
+    assert all(t.device.type == "meta" for t in found)
+    assert Batch(torch.ones(2), None, torch.arange(2)).to("meta").weight is None
+
+
+def test_evaluation_gives_each_module_its_own_mode_back():
+    """A batch norm that its user froze stays frozen, in scoring and in what a setup looks at first."""
+    model = nn.Sequential(nn.Linear(10, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    model[1].eval()
+    workload = replace(tiny_mlp(), model=model)
+    with evaluating(model):
+        assert not any(m.training for m in model.modules())
+    score(model, workload.val, workload.metric)
+    Setup.of(workload, model=model)
+    assert [m.training for m in model] == [True, False, True]
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """benchmarks/gpu.py as a module."""
+    path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    spec = importlib.util.spec_from_file_location("bench_gpu", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_benchmark_says_when_there_is_no_gpu(benchmark, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark.main([]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out.splitlines()[-1]) == {"benchmark": "gpu", "skipped": "no CUDA device"}
+    assert "no CUDA device" in err
+
+
+def test_the_benchmark_pairs_its_arms(benchmark):
+    """Both loops learn alike on the CPU, and every pair of arms that was timed has a ratio."""
+    task = benchmark.tasks("0.8M", 100)[0]
+    run = benchmark.restart(0, task, steps=30, blocks=2, device="cpu")
+    assert {name: len(blocks) for name, blocks in run.items()} == dict.fromkeys(("bare", "fit", "channels_last", "medium"), 2)
+    row = benchmark.summary([run, run])
+    assert set(row["ratios"]) == {"bare/fit", "fit/channels_last", "fit/medium"}
+    expected = [b[0] / f[0] for b, f in zip(run["bare"], run["fit"], strict=True)]
+    assert min(expected) <= row["ratios"]["bare/fit"]["value"] <= max(expected)
+    assert row["loss"]["fit"] == pytest.approx(row["loss"]["bare"], rel=0.3)

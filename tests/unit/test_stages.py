@@ -1,0 +1,119 @@
+"""The stations' own decisions, on made-up trials: budget, limits, gains, finalists, what pays."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from quadriga.core.errors import BadInput
+from quadriga.core.metric import Floor, accuracy
+from quadriga.core.recipe import Recipe, step
+from quadriga.core.trial import Trial
+from quadriga.engine.store import Store
+from quadriga.search.allocate import Bar
+from quadriga.stages.ablate import Ablation, Ablator, Row
+from quadriga.stages.baseline import gain_of
+from quadriga.stages.explore import over_limit, scaled
+from quadriga.stages.state import Budget, Options
+
+FLOOR = Floor.parse("-0.5pt")
+
+
+def made(minimize="latency", limits=None):
+    """A study with a baseline and nothing else."""
+    base = Trial(0, "baseline", Recipe(), values={"bytes": 1000.0, "seconds": 10.0, "parameters": 250.0, "train_flops": 3e6})
+    options = Options(FLOOR, minimize, limits or {})
+    workload = SimpleNamespace(metric=accuracy, train=range(100), val=range(2000), test=range(10_000))
+    return SimpleNamespace(baseline=base, options=options, batches=(1, 64), workload=workload)
+
+
+def test_time_between_sessions_does_not_count(tmp_path):
+    now = [100.0]
+    with Store(tmp_path) as store:
+        budget = Budget(60.0, store, lambda: now[0])
+        with budget.phase("search"):
+            now[0] += 20
+        budget.keep()
+    now[0] += 1000  # killed; the night passes
+    with Store(tmp_path) as store:
+        budget = Budget(60.0, store, lambda: now[0])
+        assert budget.left == 40 and budget.phases == {"search": 20}
+        now[0] += 50
+        assert budget.left == -10
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"minimize": "latencey"}, "latency"),
+        ({"limits": {"byte": 0.2}}, "bytes"),
+        ({"limits": {"bytes": -1.0}}, "positive"),
+        ({"families": ("structur",)}, "structure"),
+        ({"budget": 0.0}, "budget"),
+    ],
+)
+def test_options_say_what_is_wrong(changes, words):
+    with pytest.raises(BadInput, match=words):
+        Options(FLOOR, **changes)
+
+
+def test_gains_are_logarithms_of_improvements():
+    assert gain_of(made(), {"speed/1": 4.0, "speed/64": 1.0}) == pytest.approx(math.log(2))
+    assert gain_of(made("bytes"), {"bytes": 250.0}) == pytest.approx(math.log(4))
+    assert gain_of(made("train_cost"), {"flops": 1000.0}, epochs=2.0) == pytest.approx(math.log(3e6 / (3 * 2 * 100 * 1000)))
+
+
+def test_limits_are_ratios_to_the_baseline():
+    study = made(limits={"bytes": 0.2, "latency": 0.5})
+    fast = {"speed/1": 4.0, "speed/64": 4.0}
+    assert over_limit(study, {"bytes": 199.0, **fast}) == ""
+    assert "0.201" in over_limit(study, {"bytes": 201.0, **fast})
+    assert "latency" in over_limit(study, {"bytes": 100.0, "speed/1": 1.5, "speed/64": 1.5})
+
+
+def test_scaling_keeps_the_shares_of_train_steps():
+    recipe = scaled(Recipe((step("train", epochs=2), step("shrink"), step("train", epochs=6))), 4)
+    assert [s.fields.get("epochs") for s in recipe.steps] == [1.0, None, 3.0]
+
+
+def verdict(row, difference, values=None, **options):
+    """What the ablation says of a step whose absence changes quality by `difference` points."""
+    study = made(**options)
+    study.paired = lambda trial: (difference, 30.0)
+    ablator = Ablator.__new__(Ablator)
+    ablator.study, ablator.bar = study, Bar(0.5, 2.24, 2000, 10_000)
+    ablator.candidate = SimpleNamespace(recipe=Recipe((step("m"),)))
+    ablator._changes_cost = lambda recipe, index: row.latency_ratio is not None
+    return ablator._verdict(row, Trial(1, "ablation", Recipe(), values=values or {"bytes": 100.0}))
+
+
+def row(**values):
+    return Row(0, "m()", "m", "training", **values)
+
+
+def test_a_step_pays_if_without_it_the_floor_is_in_danger():
+    assert verdict(row(), difference=-1.0)[0] is True
+    assert verdict(row(), difference=+3.0)[0] is False
+
+
+def test_a_step_pays_if_without_it_the_objective_is_worse_beyond_chance():
+    slower = {"value": 1.2, "low": 1.1, "high": 1.3}
+    unclear = {"value": 1.2, "low": 0.9, "high": 1.6}
+    assert verdict(row(latency_ratio=slower), 3.0)[0] is True
+    assert verdict(row(latency_ratio=unclear), 3.0)[0] is False
+    assert verdict(row(latency_ratio=slower), 3.0, minimize="bytes")[0] is False
+    assert verdict(row(bytes_ratio=2.0), 3.0, minimize="bytes")[0] is True
+
+
+def test_a_step_pays_if_without_it_a_limit_breaks_or_training_costs_more():
+    assert "limit" in verdict(row(), 3.0, {"bytes": 300.0}, limits={"bytes": 0.2})[1]
+    assert verdict(row(train_cost_ratio=1.5), 3.0)[0] is True
+    assert verdict(row(train_cost_ratio=0.7), 3.0)[0] is False
+
+
+def test_an_ablation_comes_back_from_its_plain_form():
+    one = Ablation([row(pays=True, why="x")], Recipe((step("a"),), "n"), Recipe((step("b"),), "n"), ["c"])
+    again = Ablation.from_plain(one.plain())
+    assert again == one and again.recipe.name == "n"

@@ -1,0 +1,94 @@
+"""What a worker finds: the profile, the training cost, and compression that does not compress."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from quadriga.core.recipe import Recipe, step
+from quadriga.core.trial import Status
+from quadriga.engine.store import Store
+from quadriga.engine.tasks import Desk
+from quadriga.measure.flops import flops
+from quadriga.measure.timings import Timings
+from quadriga.search.space import Space
+from quadriga.stages.conclude import Conclusion, Finalist
+from quadriga.stages.profile import order_profile, profile_of
+from quadriga.stages.records import _memory, _over
+from quadriga.stages.state import Options, Study
+from quadriga.testing.workloads import tiny_mlp
+
+torch.set_num_threads(1)
+
+
+def desk(folder: Path) -> Desk:
+    return Desk(tiny_mlp(), folder, 0)
+
+
+def test_a_profile_accounts_for_the_whole_model_at_each_batch(tmp_path):
+    workload = tiny_mlp()
+    found = desk(tmp_path).do("profile", {"batches": (1, 16)})
+    model, given = workload.build(0), found["info"]["profile"]
+    assert found["status"] == Status.COMPLETE and given["threads"] == 1 and given["ceilings"]["flops"] > 1e6
+    for row, batch in zip(given["batches"], (1, 16), strict=True):
+        assert row["batch"] == batch and sum(r["share"] for r in row["layers"]) == pytest.approx(1)
+        assert sum(r["flops"] for r in row["layers"]) == flops(model, workload.inputs(batch), batch=None)
+        assert sum(r["parameters"] for r in row["layers"]) == sum(p.numel() for p in model.parameters())
+        assert found["values"][f"latency/{batch}"] == row["seconds"] > 0
+
+
+def test_training_and_realising_cost_the_same_and_three_forward_passes_a_sample(tmp_path):
+    recipe = Recipe((step("train", epochs=2),))
+    args = {"recipe": recipe.plain(), "hash": recipe.hash, "batches": (1, 16), "name": "x", "baseline_bytes": 1}
+    trained, realized = (desk(tmp_path).do(task, args) for task in ("train", "realize"))
+    workload = tiny_mlp()
+    forward = flops(workload.build(0), workload.inputs(1))
+    assert trained["values"]["train_flops"] == 3 * 2 * len(workload.train) * forward
+    for key in ("samples", "seconds", "train_flops", "bytes", "parameters"):
+        assert trained["values"][key] == realized["values"][key]
+    assert [row["kind"] for row in realized["info"]["fakes"]] == ["bytes"]  # more than the one byte that was claimed
+
+
+class InlinePool:
+    """Does an order when it is asked for, and counts."""
+
+    size = 1
+
+    def __init__(self, folder):
+        self.desk, self.orders, self.done = desk(folder), [], 0
+
+    def submit(self, order):
+        self.orders.append(order)
+
+    def next(self, timeout):
+        order, self.done = self.orders.pop(0), self.done + 1
+        return order.number, self.desk.do(order.task, order.args)
+
+
+def test_a_resumed_study_is_not_profiled_again(tmp_path):
+    pool, options = InlinePool(tmp_path), Options(floor="-1pt")
+    found = []
+    for _ in range(2):
+        with Store(tmp_path) as store:
+            space = Space({}, frozenset(), Recipe(), frozenset())
+            study = Study(tiny_mlp(), options, tmp_path, store, pool, space, lambda event: None)
+            order_profile(study)
+            study.collect_all(0.0)
+            found.append(profile_of(study))
+    assert pool.done == 1 and found[0]["batches"][0]["batch"] == found[1]["batches"][0]["batch"] == 1
+
+
+@pytest.mark.parametrize(("mine", "base", "ratio"), [(1.0, 2.0, 0.5), (0.0, 0.0, 0.0), (1.0, 0.0, None), (None, 2.0, None)])
+def test_a_ratio_to_nothing_is_unknown(mine, base, ratio):
+    assert _over(mine, base) == ratio
+
+
+def test_memory_is_what_the_arm_grew_by():
+    timings = Timings.empty([1], ["eager", "final-0"], 1)
+    timings.add("eager", {}, {"peak": 500, "growth": 100})
+    timings.add("eager", {}, {"peak": 450, "growth": 120})
+    finalist = Finalist(Recipe(), None, "built/x")
+    conclusion = Conclusion([finalist], finalist, timings, {})
+    assert _memory(conclusion, "eager") == 120 and _memory(conclusion, "final-0") is None and _memory(None, "eager") is None
