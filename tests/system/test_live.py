@@ -1,4 +1,4 @@
-"""Live models from a script or a notebook: no other process can rebuild them, and the caller's own objects are kept as they are."""
+"""Live models from a script or a notebook: no other process can rebuild them, and the caller's objects are kept as they are."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ def right(output, target):
 
 train, val, test = (DataLoader(p, batch_size=50, shuffle=p is PARTS[0]) for p in PARTS)
 workload = Workload(model=model, train=train, val=val, test=test, loss=loss, metric=right, name="live", baseline=baseline)
-result = quadriga.optimize(workload, floor="-3%rel", budget="40s", out=sys.argv[1], quiet=True)
+options = {"budget": "45s", "families": ("training", "hardware"), "quiet": True}
+result = quadriga.optimize(workload, floor="-3%rel", out=sys.argv[1], **options)
 """
 WHOLE = """
 def macro_f1(output, target):
@@ -58,7 +59,7 @@ def macro_f1(output, target):
 
 train, val, test = (p.tensors for p in PARTS)
 workload = Workload(model=model, train=train, val=val, test=test, metric=macro_f1, name="live f1", baseline=baseline)
-result = quadriga.optimize(workload, floor="-5%rel", budget="40s", out=sys.argv[1], quiet=True)
+result = quadriga.optimize(workload, floor="-5%rel", budget="45s", families=("hardware",), out=sys.argv[1], quiet=True)
 """
 END = """
 assert all(torch.equal(before[k], v) for k, v in model.state_dict().items()), "the caller's model was changed"
@@ -71,7 +72,11 @@ def study(folder: Path, body: str):
     script = folder / "script.py"
     script.write_text(COMMON + body + END)
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", str(script), str(folder / "out")], capture_output=True, text=True, timeout=200, cwd=folder
+        [sys.executable, "-W", "ignore", str(script), str(folder / "out")],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=folder,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.strip().splitlines()[-1]), json.loads((folder / "out" / "records.json").read_text()), folder
@@ -95,7 +100,10 @@ def test_a_live_model_is_optimized_in_the_callers_process(loaders):
     assert quality["metric"] == "right" and quality["n"] == 2500
     assert quality["low"] >= -0.03 * quality["baseline"] and 0 < quality["value"] <= 1
     alone = subprocess.run(
-        [sys.executable, "-I", str(folder / "out" / result["artifact"] / "load.py")], capture_output=True, text=True, timeout=120
+        [sys.executable, "-I", str(folder / "out" / result["artifact"] / "load.py")],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert alone.returncode == 0 and "ok" in alone.stdout, alone
 

@@ -59,7 +59,20 @@ def folder(tmp_path_factory):
 
 
 def command(reference, out, floor="-2pt", budget="45s"):
-    return [sys.executable, "-m", "quadriga", "run", reference, "--floor", floor, "--budget", budget, "--out", str(out), "--json"]
+    return [
+        sys.executable,
+        "-m",
+        "quadriga",
+        "run",
+        reference,
+        "--floor",
+        floor,
+        "--budget",
+        budget,
+        "--out",
+        str(out),
+        "--json",
+    ]
 
 
 def run(folder, *words, **options):

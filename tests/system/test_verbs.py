@@ -80,7 +80,11 @@ def call(folder, monkeypatch, capsys):
 def trained(call, folder):
     """What `train` says of `export.toml`; trained by the first test that needs it."""
     kept = folder / "trained" / "train.json"
-    return json.loads(kept.read_text()) if kept.is_file() else call("train", "mine.py", "--recipe", "export.toml", "--out", "trained")
+    return (
+        json.loads(kept.read_text())
+        if kept.is_file()
+        else call("train", "mine.py", "--recipe", "export.toml", "--out", "trained")
+    )
 
 
 def test_what_train_writes_verifies(call, trained, folder):

@@ -101,11 +101,12 @@ class Workload:
     @cached_property
     def example(self) -> Tree:
         """Two examples' inputs, for tracing and export."""
-        return resize(self.val.batch(torch.arange(min(2, len(self.val)))).inputs, 2)
+        return self.inputs(2)
 
     def inputs(self, batch: int) -> Tree:
         """`batch` examples' inputs from val, repeated if there are fewer."""
-        return resize(self.val.batch(torch.arange(min(batch, len(self.val)))).inputs, batch)
+        with torch.inference_mode(False):  # tensors of inference mode, kept by a caller, could not be learned from
+            return resize(self.val.batch(torch.arange(min(batch, len(self.val)))).inputs, batch)
 
     @property
     def calibration_source(self) -> Data:

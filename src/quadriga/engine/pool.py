@@ -82,7 +82,7 @@ class ProcessPool:
             return None
 
     def _serve(self, worker: _Worker) -> None:
-        while (order := self._orders.get()) is not None:
+        while (order := self._orders.get()) is not None and not self._stopping:
             result = worker.do(order)
             if not self._stopping:
                 self._results.put((order.number, result))
@@ -98,10 +98,13 @@ class ProcessPool:
         self._stopping = True
         for _ in self._workers:
             self._orders.put(None)
+        while any(thread.is_alive() for thread in self._threads):
+            for worker, thread in zip(self._workers, self._threads, strict=True):
+                worker.kill()
+                thread.join(timeout=0.1)  # it may just have started its worker again
         for worker in self._workers:
             worker.kill()
-        for thread in self._threads:
-            thread.join(timeout=5)
+            worker.close()
 
 
 class _Worker:
@@ -121,7 +124,7 @@ class _Worker:
 
     def do(self, order: Order) -> dict[str, Any]:
         if self._process.poll() is not None:
-            self._close()
+            self.close()
             self._start()
         late = threading.Event()
         timer = threading.Timer(order.limit, lambda: (late.set(), self._process.kill()))
@@ -148,8 +151,6 @@ class _Worker:
 
     def _obituary(self, late: bool, limit: float) -> dict[str, Any]:
         code = self._process.wait()
-        if self._errors.closed:
-            return {"status": Status.CRASHED, "reason": "the pool was stopped"}
         if late:
             return {"status": Status.TIMED_OUT, "reason": f"it ran longer than its limit of {limit:.0f} s"}
         self._errors.seek(0)
@@ -162,9 +163,8 @@ class _Worker:
     def kill(self) -> None:
         self._process.kill()
         self._process.wait()
-        self._close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout, self._errors):
             if pipe is not None:
                 pipe.close()

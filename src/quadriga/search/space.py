@@ -73,10 +73,15 @@ class Space:
         return recipe
 
     def cost_part(self, recipe: Recipe) -> Recipe:
-        """The steps that decide latency and bytes; recipes that share them share one cost probe."""
+        """The steps that decide latency and bytes; recipes that share them share one cost probe.
+
+        A train step is kept as a mark where a later step needs TRAINED.
+        """
         kept = [s for s in recipe.steps if s.is_train or self._costs(s)]
         plain = [step("train") if s.is_train else s for s in kept]
-        return Recipe(tuple(s for i, s in enumerate(plain) if not (s.is_train and i and plain[i - 1].is_train)))
+        single = [s for i, s in enumerate(plain) if not (s.is_train and i and plain[i - 1].is_train)]
+        needed = any("TRAINED" in self.cards.get(s.method, {}).get("requires", ()) for s in single)
+        return Recipe(tuple(s for s in single if needed or not s.is_train))
 
     def _costs(self, one: Step) -> bool:
         card = self.cards.get(one.method, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from statistics import NormalDist
 
 import numpy as np
@@ -114,8 +115,8 @@ def eager_recipes(study: Study) -> list[Recipe]:
 
 def _submit_opponents(study: Study) -> None:
     known = {(t.stage, t.recipe.hash) for t in study.trials}
-    wanted = [("lossless", "cost", r) for r in lossless_recipes(study)]
-    wanted += [("tuned_eager", "eager_variant", r) for r in eager_recipes(study)]
+    wanted = [("cost", "cost", r) for r in lossless_recipes(study)]
+    wanted += [("tuned_eager", "eager_variant", r) for r in eager_recipes(study) if not study.short]
     for stage, task, recipe in wanted:
         if (stage, recipe.hash) not in known and study.space.illegal(recipe) is None:
             study.submit(stage, task, recipe, limit=60)
@@ -123,7 +124,7 @@ def _submit_opponents(study: Study) -> None:
 
 def _submit_costs(study: Study) -> None:
     """Cost probes of the portfolio, which need no trained weights, while the baseline trains."""
-    known = {t.recipe.hash for t in study.stage("cost")}
+    known = {r.hash for r in (*(t.recipe for t in study.stage("cost")), *study.under_way("cost"))}
     for recipe in study.portfolio:
         part = study.space.cost_part(recipe)
         if part.hash not in known and study.pool.size > 1:
@@ -131,9 +132,14 @@ def _submit_costs(study: Study) -> None:
             study.submit("cost", "cost", part, limit=90)
 
 
-def best_opponents(study: Study, stage: str) -> list[Trial]:
-    """The fastest of an opponent's variants: one for each batch size, without repetition."""
-    tried = [t for t in study.stage(stage) if t.ok]
+def lossless_trials(study: Study) -> list[Trial]:
+    """The cost probes of the unchanged model in each lossless runtime."""
+    wanted = lossless_recipes(study)
+    return [replace(t, recipe=r) for r in wanted for t in study.stage("cost") if t.ok and t.recipe == r]
+
+
+def fastest(study: Study, tried: list[Trial]) -> list[Trial]:
+    """The fastest for each batch size, without repetition."""
     best = [max(tried, key=lambda t, b=b: t.values[f"speed/{b}"]) for b in study.batches] if tried else []  # type: ignore[misc]
     return list({t.number: t for t in best}.values())
 

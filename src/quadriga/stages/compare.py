@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Ready:
 
     arm: Mapping[str, Any]
     bytes: int
-    recipe: Recipe = Recipe()
+    recipe: Recipe = field(default_factory=Recipe)
     folder: Path | None = None
 
 

@@ -15,7 +15,7 @@ from quadriga.measure.latency import paired
 from quadriga.measure.quality import Scores
 from quadriga.measure.timings import Timings
 from quadriga.stages.ablate import Ablation
-from quadriga.stages.baseline import best_opponents
+from quadriga.stages.baseline import fastest, lossless_trials
 from quadriga.stages.state import LEVEL, TIMING_LEVEL, Study
 from quadriga.verify.quality import compare, without_labels
 
@@ -91,11 +91,6 @@ class Judge:
         self._note_fakes(best)
         return Conclusion(finalists, best, timings, self._controls(scores), scores["baseline"].value)
 
-    @property
-    def _short(self) -> bool:
-        """Whether the budget is too small for all opponents: then the lossless ones are chosen by the search's timing."""
-        return self.study.options.budget < 120
-
     def _freeze(self, finalists: list[Finalist]) -> None:
         known = self.study.store.get("frozen")
         if known is None:
@@ -129,9 +124,9 @@ class Judge:
 
     def _lossless(self) -> dict[str, Trial]:
         """The lossless exports that are within 1.5 of the fastest at some batch size, by the search's quick timing."""
-        if self._short:
-            return {f"lossless-{n}": t for n, t in enumerate(best_opponents(self.study, "lossless"))}
-        tried = [t for t in self.study.stage("lossless") if t.ok]
+        tried = lossless_trials(self.study)
+        if self.study.short:
+            return {f"lossless-{n}": t for n, t in enumerate(fastest(self.study, tried))}
         keys = [f"speed/{b}" for b in self.study.batches]
         best = {k: max((t.values[k] for t in tried), default=0.0) for k in keys}
         near = [t for t in tried if any(t.values[k] > best[k] / 1.5 for k in keys)]
@@ -140,7 +135,7 @@ class Judge:
     def _screen(self, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Of the lossless exports keep the fastest at each batch size, timed alone on the quiet machine."""
         names = [n for n in arms if n.startswith("lossless-")]
-        if len(names) < 2 or self._short:
+        if len(names) < 2 or self.study.short:
             return arms
         inputs = {b: self.study.workload.inputs(b) for b in self.study.batches}
         few = {n: arms[n] for n in names}
@@ -165,8 +160,8 @@ class Judge:
                 "seed": study.options.seed,
             }
             arms["eager"] = eager
-            for number, trial in enumerate(best_opponents(study, "tuned_eager")):
-                if trial.recipe.steps and not self._short:  # plain eager is an arm already
+            for number, trial in enumerate(fastest(study, [t for t in study.stage("tuned_eager") if t.ok])):
+                if trial.recipe.steps and not self.study.short:  # plain eager is an arm already
                     arms[f"tuned_eager-{number}"] = {**eager, "spec": trial.info["spec"]}
         else:
             arms["eager"] = {"kind": "folder", "path": str(built / "eager")}
@@ -221,7 +216,7 @@ class Judge:
         study.say("verification", f"timing {len(arms)} arms in turn, each in its own process")
         inputs = {b: study.workload.inputs(b) for b in study.batches}
         return paired(
-            arms, inputs, restarts=5 if self._short else 8, blocks=8, block_seconds=0.02 if self._short else 0.04,
+            arms, inputs, restarts=5 if self.study.short else 8, blocks=8, block_seconds=0.02 if self.study.short else 0.04,
             folder=study.folder / "timing", budget=max(10.0, study.budget.left - 4),
         )  # fmt: skip
 

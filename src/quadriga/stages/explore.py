@@ -39,6 +39,7 @@ class Explorer:
         self.waiting: dict[str, list[Recipe]] = {r.hash: [] for r in study.under_way("cost")}
         self.known: set[str] = set()
         self.turn = 0
+        self.probed = False  # whether the last start was a probe
         for trial in study.trials:
             self._remember(trial)
 
@@ -81,15 +82,21 @@ class Explorer:
         self.study.say("search", text, best=shown)
 
     def _start_one(self) -> bool:
-        """Start a cost probe, a training, or what a new proposal needs; False when nothing is left to do."""
-        if self._probe_one():
+        """Start a cost probe or a training, by turns where there are both; False when nothing is left to do."""
+        if self.probed and self._in_sight() and self._train_one():
+            self.probed = False
             return True
-        if self._in_sight() >= OPEN and self._train_one():
+        self.probed = self._probe_next()
+        return self.probed or self._train_one()
+
+    def _probe_next(self) -> bool:
+        """Start a cost probe of what waits, or, while few candidates are in sight, of a new proposal."""
+        if self._probe_one():
             return True
         while self._in_sight() < OPEN and self._propose():
             if self._probe_one():
                 return True
-        return self._train_one()
+        return False
 
     def _in_sight(self) -> int:
         """Candidates that may still be trained with a gain over the incumbent."""
@@ -98,7 +105,7 @@ class Explorer:
         return sum(c.gain > bar and not c.dead and self.allocator.top not in c.scores for c in self.candidates.values())
 
     def _probe_one(self) -> bool:
-        """Start one cost probe, unless another is under way and there is something to train."""
+        """Start the first cost probe of the queue that nobody has asked for yet."""
         while self.queue:
             recipe = self.queue.pop(0)
             if recipe.hash in self.known:
@@ -115,8 +122,9 @@ class Explorer:
                 return True
         return False
 
-    def _train_one(self) -> bool:
-        fitting = [c for c in self.candidates.values() if self._affordable(c)]
+    def _train_one(self, *, free: bool = False) -> bool:
+        """Start the most promising training; with `free` only of a candidate that needs none, and is just measured."""
+        fitting = [c for c in self.candidates.values() if self._affordable(c) and not (free and c.trains)]
         chosen = self.allocator.next(fitting)
         if chosen is None:
             return False

@@ -54,7 +54,8 @@ def _check_unit(workload: Workload, options: Options) -> None:
     metric, floor = workload.metric, options.floor
     if metric.unit != "pt" and floor.amount and not floor.relative:
         raise BadInput(
-            f"the floor {floor} is in points, and {metric.name} is not", f"give a share of it, such as {-abs(floor.amount):g}%rel"
+            f"the floor {floor} is in points, and {metric.name} is not",
+            f"give a share of it, such as {-abs(floor.amount):g}%rel",
         )
 
 

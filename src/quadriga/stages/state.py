@@ -128,6 +128,11 @@ class Study:
         self._count = 0
 
     @property
+    def short(self) -> bool:
+        """Whether the budget is too small for every opponent: then only the strongest by the search's timing is an arm."""
+        return self.options.budget < 120
+
+    @property
     def batches(self) -> tuple[int, ...]:
         """The batch sizes at which latency is measured: 1 and the workload's."""
         return tuple(sorted({1, self.workload.batch_size}))
