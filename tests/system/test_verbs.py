@@ -26,9 +26,16 @@ Y = (X @ torch.randn(16, 3, generator=G)).argmax(1)
 def model():
     return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 3))
 
-def workload():
+def f1(output, target):
+    guess = output.argmax(1) == 0
+    return 2 * float((guess & (target == 0)).sum()) / float(guess.sum() + (target == 0).sum())
+
+def with_f1():
+    return workload(f1)
+
+def workload(metric="accuracy"):
     return Workload(
-        model=model, train=(X[:600], Y[:600]), val=(X[600:900], Y[600:900]), test=(X[900:], Y[900:]), name="two layers",
+        model=model, metric=metric, train=(X[:600], Y[:600]), val=(X[600:900], Y[600:900]), test=(X[900:], Y[900:]), name="two layers",
         batch_size=32, baseline=Recipe((step("optimizer", kind="adam", lr=0.01), step("train", epochs=3))),
     )
 """
@@ -123,6 +130,14 @@ def test_the_baseline_against_a_recipe(call):
     assert found["bytes_ratio"] == found["bytes"]["b"] / found["bytes"]["a"]
     assert abs(found["quality"]["difference"]) < 2  # int8 weights change little, and it is the very same training
     assert found["quality"]["baseline"] > 60
+
+
+def test_a_metric_of_the_whole_split_is_bootstrapped(call):
+    found = call("compare", "mine.py:with_f1", "int8.toml", "--batch", "4")
+    structure(found, {"4"})
+    quality = found["quality"]
+    assert quality["metric"] == "f1" and "BCa" in quality["method"] and 0 < quality["value"] <= 1
+    assert quality["low"] <= quality["difference"] <= 1
 
 
 def test_an_artifact_against_itself_and_its_own_onnx_file(call, trained, folder):

@@ -16,7 +16,7 @@ from quadriga.search.allocate import Bar
 from quadriga.stages.ablate import Ablation, Ablator, Row
 from quadriga.stages.baseline import gain_of
 from quadriga.stages.explore import over_limit, scaled
-from quadriga.stages.state import Budget, Options
+from quadriga.stages.state import Budget, Options, Study
 
 FLOOR = Floor.parse("-0.5pt")
 
@@ -26,7 +26,9 @@ def made(minimize="latency", limits=None):
     base = Trial(0, "baseline", Recipe(), values={"bytes": 1000.0, "seconds": 10.0, "parameters": 250.0, "train_flops": 3e6})
     options = Options(FLOOR, minimize, limits or {})
     workload = SimpleNamespace(metric=accuracy, train=range(100), val=range(2000), test=range(10_000))
-    return SimpleNamespace(baseline=base, options=options, batches=(1, 64), workload=workload)
+    study = SimpleNamespace(baseline=base, options=options, batches=(1, 64), workload=workload, eager=None)
+    study.speed_ups = lambda values: Study.speed_ups(study, values)
+    return study
 
 
 def test_time_between_sessions_does_not_count(tmp_path):
@@ -63,6 +65,12 @@ def test_gains_are_logarithms_of_improvements():
     assert gain_of(made(), {"speed/1": 4.0, "speed/64": 1.0}) == pytest.approx(math.log(2))
     assert gain_of(made("bytes"), {"bytes": 250.0}) == pytest.approx(math.log(4))
     assert gain_of(made("train_cost"), {"flops": 1000.0}, epochs=2.0) == pytest.approx(math.log(3e6 / (3 * 2 * 100 * 1000)))
+
+
+def test_speeds_are_against_eager_whatever_the_workers_reference_was():
+    study = made()
+    study.eager = Trial(1, "tuned_eager", Recipe(), values={"speed/1": 0.1, "speed/64": 0.25})
+    assert study.speed_ups({"speed/1": 1.0, "speed/64": 1.0}) == [10.0, 4.0]
 
 
 def test_limits_are_ratios_to_the_baseline():

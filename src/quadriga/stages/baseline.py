@@ -5,9 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
-from statistics import NormalDist
-
-import numpy as np
+from statistics import NormalDist, geometric_mean
 
 from quadriga.core.errors import BadInput
 from quadriga.core.recipe import Recipe, step
@@ -31,7 +29,7 @@ def measure_baseline(study: Study) -> Trial:
             study.submit("baseline", "train", study.workload.baseline)
         _submit_opponents(study)
         _submit_costs(study)
-        while not study.stage("baseline"):
+        while not study.stage("baseline") or (study.eager is None and study.under_way("tuned_eager")):
             study.collect(1.0)
         _check_baseline(study)
     base = study.baseline
@@ -115,8 +113,8 @@ def eager_recipes(study: Study) -> list[Recipe]:
 
 def _submit_opponents(study: Study) -> None:
     known = {(t.stage, t.recipe.hash) for t in study.trials}
-    wanted = [("cost", "cost", r) for r in lossless_recipes(study)]
-    wanted += [("tuned_eager", "eager_variant", r) for r in eager_recipes(study) if not study.short]
+    eager = [("tuned_eager", "eager_variant", r) for r in eager_recipes(study)]
+    wanted = [*eager[:1], *(("cost", "cost", r) for r in lossless_recipes(study)), *(eager[1:] if not study.short else [])]
     for stage, task, recipe in wanted:
         if (stage, recipe.hash) not in known and study.space.illegal(recipe) is None:
             study.submit(stage, task, recipe, limit=60)
@@ -147,7 +145,7 @@ def fastest(study: Study, tried: list[Trial]) -> list[Trial]:
 def gain_of(study: Study, values: Mapping[str, float], epochs: float = 0.0) -> float:
     """Natural logarithm of the objective's improvement over the baseline; `epochs` is the whole training's length."""
     if study.options.minimize == "latency":
-        return float(np.mean([math.log(values[f"speed/{b}"]) for b in study.batches]))
+        return math.log(geometric_mean(study.speed_ups(values)))
     base = study.baseline.values
     if study.options.minimize == "train_cost":
         examples = len(study.workload.train) if study.workload.train is not None else 0

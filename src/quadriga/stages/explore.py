@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from statistics import geometric_mean
 
 from quadriga.core.errors import BadInput
 from quadriga.core.recipe import Recipe, Step
@@ -269,7 +270,7 @@ def over_limit(study: Study, values: dict[str, float]) -> str:
     for name, bound in study.options.limits.items():
         key = {"train_cost": "seconds"}.get(name, name)
         if name == "latency":
-            ratio = math.exp(-gain_of_latency(study, values))
+            ratio = 1 / geometric_mean(study.speed_ups(values))
         elif key not in values or not base.get(key):
             continue
         else:
@@ -277,12 +278,6 @@ def over_limit(study: Study, values: dict[str, float]) -> str:
         if ratio > bound:
             return f"{name} is {ratio:.3g} of the baseline, over the limit {bound:g}"
     return ""
-
-
-def gain_of_latency(study: Study, values: dict[str, float]) -> float:
-    """Mean log speed-up over the batch sizes; 0 where it was not measured."""
-    speeds = [values[f"speed/{b}"] for b in study.batches if f"speed/{b}" in values]
-    return sum(map(math.log, speeds)) / len(speeds) if speeds else 0.0
 
 
 def rungs(study: Study, reserve: float) -> tuple[float, ...]:

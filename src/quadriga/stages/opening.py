@@ -9,6 +9,7 @@ from pathlib import Path
 
 from quadriga import methods
 from quadriga.core.errors import BadInput
+from quadriga.core.method import REMEDIES
 from quadriga.core.recipe import Recipe
 from quadriga.core.setup import Setup
 from quadriga.core.workload import Workload
@@ -28,8 +29,8 @@ def open_study(workload: Workload, options: Options, out: Path, progress: Progre
         BadInput: the folder holds another study, or the workload cannot be used, or the floor's unit is not the metric's.
     """
     with Store(out) as store:
-        _check_unit(workload, options)
         notes = check(workload)
+        _check_unit(workload, options)
         identity = json.loads(json.dumps({**options.identity(), "workload": workload_key(workload)}))
         if (known := store.get("identity")) not in (None, identity):
             differs = sorted(k for k in identity if known.get(k) != identity[k])
@@ -41,7 +42,7 @@ def open_study(workload: Workload, options: Options, out: Path, progress: Progre
         space = Space(cards, traits, workload.baseline or Recipe(), frozenset(options.families))
         pool = open_pool(workload, out, options.seed)
         study = Study(workload, options, out, store, pool, space, progress)
-        study.notes += notes + _notes(workload, pool)
+        study.notes += notes + _notes(workload, pool) + _left_out(space)
         try:
             yield study
         finally:
@@ -54,7 +55,7 @@ def _check_unit(workload: Workload, options: Options) -> None:
     metric, floor = workload.metric, options.floor
     if metric.unit != "pt" and floor.amount and not floor.relative:
         raise BadInput(
-            f"the floor {floor} is in points, and {metric.name} is not",
+            f"the floor {floor} is in points, and the metric {metric.name} is not",
             f"give a share of it, such as {-abs(floor.amount):g}%rel",
         )
 
@@ -69,3 +70,13 @@ def _notes(workload: Workload, pool: object) -> list[str]:
     if workload.train is None:
         notes.append("there is no training data: only methods that need no training were searched, calibrated on val")
     return notes
+
+
+def _left_out(space: Space) -> list[str]:
+    """Methods that this workload cannot have, by the fact that it lacks."""
+    reachable = set(space.traits).union({"TRAINED", "TRAIN_DATA"}, *(c["adds"] for c in space.cards.values()))
+    lacking: dict[str, list[str]] = {}
+    for name, card in sorted(space.cards.items()):
+        for fact in sorted(set(card["requires"]) - reachable) if card["family"] in space.families else ():
+            lacking.setdefault(fact, []).append(name)
+    return [f"not searched, since {fact} is lacking: {', '.join(n)}; {REMEDIES.get(fact, '')}" for fact, n in lacking.items()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Mapping
+from statistics import geometric_mean
 from typing import Any
 
 from quadriga.core.trial import Status
@@ -180,7 +181,7 @@ def pareto(study: Study, explorer: Explorer | None, conclusion: Conclusion | Non
         rows.append(
             {
                 "name": candidate.recipe.name or candidate.recipe.hash, "hash": candidate.recipe.hash,
-                "quality_difference": score.difference, "latency_ratio": math.exp(mean_log_speed(study, cost.values)),
+                "quality_difference": score.difference, "latency_ratio": geometric_mean(study.speed_ups(cost.values)),
                 "bytes_ratio": cost.values["bytes"] / base["bytes"], "rung": rung,
                 "qualified": explorer.allocator.chance(candidate) >= SAFE,
             }
@@ -192,11 +193,6 @@ def pareto(study: Study, explorer: Explorer | None, conclusion: Conclusion | Non
             t.recipe == won and t.info.get("template") and row["name"] == t.recipe.name for t in study.stage("search")
         )
     return rows
-
-
-def mean_log_speed(study: Study, values: Mapping[str, float]) -> float:
-    """Mean over the batch sizes of the log speed-up over eager."""
-    return sum(math.log(values[f"speed/{b}"]) for b in study.batches) / len(study.batches)
 
 
 def opponents(conclusion: Conclusion | None) -> list[dict[str, Any]]:

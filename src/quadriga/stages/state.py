@@ -207,6 +207,16 @@ class Study:
         """The baseline's trial."""
         return next(t for t in self.trials if t.stage == "baseline")
 
+    @property
+    def eager(self) -> Trial | None:
+        """How fast plain eager PyTorch is against the workers' reference; None until it was measured."""
+        return next((t for t in self.trials if t.stage == "tuned_eager" and t.ok and not t.recipe.steps), None)
+
+    def speed_ups(self, values: Mapping[str, float]) -> list[float]:
+        """Speed against plain eager PyTorch, one for each batch size; all 1 where it was not measured."""
+        eager = self.eager.values if self.eager else {}
+        return [values.get(f"speed/{b}", 1.0) / eager.get(f"speed/{b}", 1.0) for b in self.batches]
+
     def scores(self, trial: Trial) -> Scores:
         """A trial's per-example results on val."""
         return Scores.load(self.folder / trial.info["scores"])
