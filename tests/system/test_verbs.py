@@ -35,8 +35,9 @@ def with_f1():
 
 def workload(metric="accuracy"):
     return Workload(
-        model=model, metric=metric, train=(X[:600], Y[:600]), val=(X[600:900], Y[600:900]), test=(X[900:], Y[900:]), name="two layers",
-        batch_size=32, baseline=Recipe((step("optimizer", kind="adam", lr=0.01), step("train", epochs=3))),
+        model=model, train=(X[:600], Y[:600]), val=(X[600:900], Y[600:900]), test=(X[900:], Y[900:]),
+        metric=metric, name="two layers", batch_size=32,
+        baseline=Recipe((step("optimizer", kind="adam", lr=0.01), step("train", epochs=3))),
     )
 """
 INT8 = """

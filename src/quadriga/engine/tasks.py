@@ -78,7 +78,7 @@ class Desk:
 
     def _cost(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Bytes, parameters and speed of a recipe whose train steps are skipped; its weights are not trained."""
-        walked = walk(self.workload, recipe, seed=self.seed, store=None)
+        walked = walk(self.workload, recipe, seed=self.seed, store=None, services=self._services())
         return {"values": self._measure(walked, args)}
 
     def _measure(self, walked: Walked, args: Mapping[str, Any]) -> dict[str, float]:
@@ -173,7 +173,19 @@ class Desk:
     def _walk(self, recipe: Recipe, args: Mapping[str, Any]) -> Walked:
         teacher = Path(args["teacher"]) if args.get("teacher") else None
         store = self.folder / "checkpoints"
-        return walk(self.workload, recipe, seed=self.seed, store=store, teacher=teacher, progress=self.progress)
+        said, services = self.progress, self._services()
+        return walk(self.workload, recipe, seed=self.seed, store=store, teacher=teacher, progress=said, services=services)
+
+    def _services(self) -> dict[str, Any]:
+        """What methods may ask of a model on their way: its quality on val, its latency under a specification."""
+        return {"evaluate": lambda model: score(model, self.workload.val, self.workload.metric).value, "time": self._time}
+
+    def _time(self, model: nn.Module, spec: RuntimeSpec, batch: int) -> float:
+        """Seconds per call; for decisions inside a method, not for claims."""
+        folder = self.folder / "built" / f"timed-{os.getpid()}"
+        self._scrap.append(folder)
+        built = runtime.build(model.eval(), spec, Setup.of(self.workload, self.seed, model).context, folder)
+        return quick(built.run(), self.workload.inputs(batch))
 
     def _scored(self, run: Run, split: str, name: str) -> dict[str, Any]:
         with torch.inference_mode():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ def walk(
     store: Path | None,
     teacher: Path | None = None,
     progress: Callable[[float], None] | None = None,
+    services: Mapping[str, Any] | None = None,
 ) -> Walked:
     """Apply every step of a recipe to a fresh setup.
 
@@ -58,12 +59,14 @@ def walk(
 
     Args:
         teacher: checkpoint of the trained baseline, for methods that require TEACHER.
+        services: further fields of the context, such as `evaluate` and `time`.
 
     Raises:
         NotApplicable: a method refuses; Diverged: the loss is not finite.
     """
     methods: list[Method | None] = [None if s.is_train else build(s) for s in recipe.steps]
-    walker = _Walker(workload, recipe, seed, store, progress, _start(workload, seed, methods, teacher, probe=store is None))
+    start = _start(workload, seed, methods, teacher, dict(services or {}), probe=store is None)
+    walker = _Walker(workload, recipe, seed, store, progress, start)
     for index, method in enumerate(methods):
         if method is None:
             walker.train(index)
@@ -115,8 +118,9 @@ class _Walker:
         self.samples, self.seconds, self.last = self.samples + outcome.samples, self.seconds + outcome.seconds, folder
 
 
-def _start(workload: Workload, seed: int, methods: list[Method | None], teacher: Path | None, *, probe: bool) -> Setup:
-    services: dict[str, Any] = {}
+def _start(
+    workload: Workload, seed: int, methods: list[Method | None], teacher: Path | None, services: dict[str, Any], *, probe: bool
+) -> Setup:
     if any(m is not None and "TEACHER" in m.requires for m in methods) and (teacher is not None or probe):
         model = workload.build(seed)
         if teacher is not None and not probe:
@@ -131,7 +135,7 @@ def _start(workload: Workload, seed: int, methods: list[Method | None], teacher:
 def _apply(method: Method, setup: Setup) -> Setup:
     ties = _ties(setup.model) if method.family is Family.STRUCTURE else set()
     after = method(setup)
-    if method.family is Family.STRUCTURE and "TIED" in after.traits and ties and not _ties(after.model):
+    if "TIED" in after.traits and len(_ties(after.model)) < len(ties):
         raise NotApplicable(f"{method.name} breaks the tie of {' and '.join(sorted(ties)[0])}", "leave these layers out")
     return after
 

@@ -86,7 +86,7 @@ def paired(
         block_seconds: a block has as many calls as last this long, counted once per arm and batch after warm-up.
         folder: for the inputs and the arms' standard error.
         launch: (name, spec, folder) → Arm; tests inject simulated ones.
-        budget: seconds; no restart is begun that would overrun it, once four are done.
+        budget: seconds; no restart is begun that would overrun it, once four are done, or two when it is spent already.
         clock: in seconds, for the budget.
         seed: of the order.
         timeout: seconds that an arm may take to answer; then it is killed.
@@ -107,6 +107,10 @@ def paired(
         session.restart({name: specs[name] for name in alive})
         longest = max(longest, clock() - began)
     return session.timings
+
+
+def _over(done: int, spent: float, longest: float, budget: float) -> bool:
+    return (done >= LEAST_RESTARTS and spent + longest > budget) or (done >= 2 and spent > budget)
 
 
 @dataclass

@@ -135,7 +135,7 @@ class Judge:
     def _screen(self, arms: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
         """Of the lossless exports keep the fastest at each batch size, timed alone on the quiet machine."""
         names = [n for n in arms if n.startswith("lossless-")]
-        if len(names) < 2 or self.study.short:
+        if len(names) < 2 or self.study.short or self.study.budget.left < 60:
             return arms
         inputs = {b: self.study.workload.inputs(b) for b in self.study.batches}
         few = {n: arms[n] for n in names}

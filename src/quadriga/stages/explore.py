@@ -123,10 +123,9 @@ class Explorer:
                 return True
         return False
 
-    def _train_one(self, *, free: bool = False) -> bool:
-        """Start the most promising training; with `free` only of a candidate that needs none, and is just measured."""
-        fitting = [c for c in self.candidates.values() if self._affordable(c) and not (free and c.trains)]
-        chosen = self.allocator.next(fitting)
+    def _train_one(self) -> bool:
+        """Start the most promising training that would end in time."""
+        chosen = self.allocator.next([c for c in self.candidates.values() if self._affordable(c)])
         if chosen is None:
             return False
         candidate, rung, value = chosen
