@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench bench-gpu clean
+.PHONY: help install demo test test-all lint types bench bench-gpu kills clean
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -53,8 +53,12 @@ lint: .venv/.dev-stamp  ## format and rules
 types: .venv/.dev-stamp  ## mypy, strict over the core, the composer and the public interface
 	$(BIN)/mypy
 
-bench: .venv/.run-stamp  ## the mission's own combination, as a table
+bench: .venv/.run-stamp  ## the mission's own combination, as a table; coverage of every interval and the A/A test
 	$(BIN)/python benchmarks/mission.py
+	$(BIN)/python benchmarks/intervals.py
+
+kills: .venv/.run-stamp  ## SIGKILL a study at ten random times, each time run the same command again (15 minutes)
+	$(BIN)/python benchmarks/kills.py
 
 bench-gpu: .venv/.dev-stamp  ## what needs an NVIDIA GPU: its tests, and training steps as a line of JSON
 	$(BIN)/python -m pytest -m gpu tests/unit/test_gpu.py

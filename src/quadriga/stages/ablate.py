@@ -182,7 +182,7 @@ class Ablator:
     def _verdict(self, row: Row, trial: Trial) -> tuple[bool | None, str]:
         chance = self.bar.chance(Score(*self.study.paired(trial)))
         if chance < SAFE:
-            return True, f"without it the floor would hold with probability {chance:.2f} only"
+            return True, f"without it the floor would hold with a probability of only {chance:.3f}"
         if broken := over_limit(self.study, dict(trial.values)):
             return True, f"without it {broken}"
         objective = self.study.options.minimize
