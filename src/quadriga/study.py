@@ -126,6 +126,7 @@ def _frozen(study: Study, explorer: Explorer, reserve: Seconds) -> list[tuple[Re
         return [(Recipe.from_plain(r["recipe"], r["name"]), r["ablation"] and Ablation.from_plain(r["ablation"])) for r in kept]
     chosen = explorer.finalists()
     frozen: list[tuple[Recipe, Ablation | None]] = []
+    origins: list[str] = []
     for number, candidate in enumerate(chosen):
         if number == 0:
             with study.budget.phase("ablation"):
@@ -133,7 +134,11 @@ def _frozen(study: Study, explorer: Explorer, reserve: Seconds) -> list[tuple[Re
             frozen.append((ablation.recipe, ablation))
         elif (exact := explorer.exact(candidate.recipe, explorer.rung(candidate))) not in [r for r, _ in frozen]:
             frozen.append((exact, None))
-    rows = [{"recipe": r.plain(), "name": r.name, "ablation": a and a.plain()} for r, a in frozen]
+        origins += [candidate.recipe.hash] * (len(frozen) - len(origins))
+    rows = [
+        {"recipe": r.plain(), "name": r.name, "ablation": a and a.plain(), "candidate": c}
+        for (r, a), c in zip(frozen, origins, strict=True)
+    ]
     study.store.put("finalists", rows)
     return frozen
 

@@ -186,13 +186,19 @@ def pareto(study: Study, explorer: Explorer | None, conclusion: Conclusion | Non
                 "qualified": explorer.allocator.chance(candidate) >= SAFE,
             }
         )  # fmt: skip
-    won = conclusion.winner.recipe if conclusion and conclusion.winner else None
+    won = _winning_candidate(study, conclusion)
     for row, best in zip(rows, front(rows, ("quality_difference", "latency_ratio")), strict=True):
         row["on_front"] = best
-        row["winner"] = won is not None and any(
-            t.recipe == won and t.info.get("template") and row["name"] == t.recipe.name for t in study.stage("search")
-        )
+        row["winner"] = row["hash"] == won
     return rows
+
+
+def _winning_candidate(study: Study, conclusion: Conclusion | None) -> str | None:
+    """Hash of the candidate that the winner came from, before its ablation."""
+    if conclusion is None or conclusion.winner is None:
+        return None
+    place = next(i for i, f in enumerate(conclusion.finalists) if f is conclusion.winner)
+    return str(study.store.get("finalists")[place]["candidate"])
 
 
 def opponents(conclusion: Conclusion | None) -> list[dict[str, Any]]:
