@@ -58,7 +58,7 @@ def folder(tmp_path_factory):
     return place
 
 
-def command(reference, out, floor="-2pt", budget="45s"):
+def command(reference, out, floor="-2pt", budget="60s"):
     return [
         sys.executable,
         "-m",

@@ -66,15 +66,19 @@ class Explorer:
     def run(self) -> None:
         """Search until the budget's share is spent or nothing can win any more."""
         study = self.study
-        while study.budget.left > self.reserve:
+        while study.budget.left > self._until():
             while study.running < study.pool.size and self._start_one():
                 pass
             if not study.running:
                 break
-            trial = study.collect(min(1.0, max(0.01, study.budget.left - self.reserve)))
+            trial = study.collect(min(1.0, max(0.01, study.budget.left - self._until())))
             if trial is not None:
                 self._remember(trial)
                 self._tell()
+
+    def _until(self) -> float:
+        """Seconds of budget at which the search ends: later while nothing has been found that could be verified."""
+        return self.reserve if self.allocator.qualified(self.candidates.values()) else 0.7 * self.reserve
 
     def _tell(self) -> None:
         best = self.allocator.qualified(self.candidates.values())
@@ -119,7 +123,7 @@ class Explorer:
             asked = part.hash in self.waiting
             self.waiting.setdefault(part.hash, []).append(recipe)
             if not asked:
-                self.study.submit("cost", "cost", part, limit=min(90.0, max(5.0, self.study.budget.left - self.reserve)))
+                self.study.submit("cost", "cost", part, limit=min(90.0, max(5.0, self.study.budget.left - self._until())))
                 return True
         return False
 
@@ -134,7 +138,7 @@ class Explorer:
         teacher = self.study.baseline.info.get("checkpoint")
         path = str(self.study.folder / "checkpoints" / teacher) if teacher else None
         self.study.submit(
-            "search", "train", recipe, limit=max(5.0, self.study.budget.left - self.reserve + 2), args={"teacher": path},
+            "search", "train", recipe, limit=max(5.0, self.study.budget.left - self._until() + 2), args={"teacher": path},
             template=candidate.recipe.plain(), rung=rung, value=value,
         )  # fmt: skip
         return True
@@ -158,7 +162,7 @@ class Explorer:
         own = base.values["samples"] or 1.0
         pace = base.values["seconds"] / own if base.values["samples"] else 0.0
         examples = len(self.study.workload.train) if self.study.workload.train is not None else 0
-        return pace * (length - done) * examples < self.study.budget.left - self.reserve
+        return pace * (length - done) * examples < self.study.budget.left - self._until()
 
     def _propose(self) -> bool:
         """One new recipe near the best ones: in turn an edit, and fields proposed by TPE. False when there is none."""
