@@ -117,7 +117,7 @@ def _stations(study: Study) -> dict[str, Any]:
 def _reserves(study: Study) -> tuple[Seconds, Seconds]:
     """Seconds kept for verification and for ablation."""
     total = study.options.budget
-    return max(0.25 * total, min(30.0, 0.45 * total)), (0.12 if study.short else 0.2) * total
+    return max(0.25 * total, min(30.0, 0.45 * total)), (0.12 if study.short else 0.25) * total
 
 
 def _frozen(study: Study, explorer: Explorer, reserve: Seconds) -> list[tuple[Recipe, Ablation | None]]:

@@ -12,8 +12,9 @@ from quadriga.core.metric import Floor, accuracy
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.trial import Trial
 from quadriga.engine.store import Store
+from quadriga.measure.timings import Timings
 from quadriga.search.allocate import Bar
-from quadriga.stages.ablate import Ablation, Ablator, Row
+from quadriga.stages.ablate import Ablation, Ablator, Row, _ratios
 from quadriga.stages.baseline import gain_of
 from quadriga.stages.explore import over_limit, scaled
 from quadriga.stages.state import Budget, Options, Study
@@ -107,10 +108,12 @@ def test_a_step_pays_if_without_it_the_floor_is_in_danger():
 
 
 def test_a_step_pays_if_without_it_the_objective_is_worse_beyond_chance():
-    slower = {"value": 1.2, "low": 1.1, "high": 1.3}
-    unclear = {"value": 1.2, "low": 0.9, "high": 1.6}
+    slower = {"value": 1.2, "low": 1.1, "high": 1.3, "verdict": "faster"}
+    same = {"value": 1.0, "low": 0.98, "high": 1.02, "verdict": "equivalent"}
+    unclear = {"value": 1.2, "low": 0.9, "high": 1.6, "verdict": "undecided"}
     assert verdict(row(latency_ratio=slower), 3.0)[0] is True
-    assert verdict(row(latency_ratio=unclear), 3.0)[0] is False
+    assert verdict(row(latency_ratio=same), 3.0)[0] is False
+    assert verdict(row(latency_ratio=unclear), 3.0)[0] is None  # it stays: nobody knows what it is worth
     assert verdict(row(latency_ratio=slower), 3.0, minimize="bytes")[0] is False
     assert verdict(row(bytes_ratio=2.0), 3.0, minimize="bytes")[0] is True
 
@@ -125,3 +128,18 @@ def test_an_ablation_comes_back_from_its_plain_form():
     one = Ablation([row(pays=True, why="x")], Recipe((step("a"),), "n"), Recipe((step("b"),), "n"), ["c"])
     again = Ablation.from_plain(one.plain())
     assert again == one and again.recipe.name == "n"
+
+
+def test_two_rounds_of_timing_count_together():
+    def timed(slow):
+        found = Timings.empty([1, 64], ["whole", "0"], 6)
+        for number in range(6):
+            noise = 1 + 0.002 * (number % 3)
+            for arm, seconds in (("whole", 1.0), ("0", slow)):
+                found.add(arm, {b: [(seconds * noise, seconds)] * 4 for b in (1, 64)}, {})
+        return found
+
+    one = _ratios([timed(1.2)], ["whole", "0"], (1, 64))["0"]
+    both = _ratios([timed(1.2), timed(1.25)], ["whole", "0"], (1, 64))["0"]
+    assert one["value"] == pytest.approx(1.2) and one["verdict"] == "faster"
+    assert both["value"] == pytest.approx(math.sqrt(1.2 * 1.25))

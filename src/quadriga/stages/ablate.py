@@ -11,7 +11,7 @@ from typing import Any
 from quadriga.core.recipe import Recipe
 from quadriga.core.trial import Trial
 from quadriga.measure.latency import paired
-from quadriga.measure.stats import ratio
+from quadriga.measure.stats import EQUIVALENT, ratio
 from quadriga.measure.timings import Timings
 from quadriga.search.allocate import SAFE, Bar, Candidate, Score
 from quadriga.stages.baseline import bar
@@ -138,16 +138,21 @@ class Ablator:
         ready = {k: {"kind": "folder", "path": str(f)} for k, f in folders.items() if (f / "load.py").is_file()}
         if "whole" not in ready or len(ready) < 2:
             return {}
+        rounds = [self._round(ready, restarts=6)]
+        found = _ratios(rounds, list(ready), study.batches)
+        doubtful = [k for k, r in found.items() if _doubtful(r)]
+        if doubtful and study.budget.left > self.reserve + 10:  # worth knowing: it may cost speed to leave them out
+            rounds.append(self._round({k: ready[k] for k in ("whole", *doubtful)}, restarts=8))
+            found.update(_ratios(rounds, ["whole", *doubtful], study.batches))
+        return {int(k): r for k, r in found.items()}
+
+    def _round(self, arms: dict[str, dict[str, str]], restarts: int) -> Timings:
+        study = self.study
         inputs = {b: study.workload.inputs(b) for b in study.batches}
-        timings = paired(
-            ready, inputs, restarts=6, blocks=6, block_seconds=0.02, folder=study.folder / "timing",
-            budget=max(10.0, study.budget.left - self.reserve),
-        )  # fmt: skip
-        return {
-            int(k): _objective_ratio(timings, k, study.batches)
-            for k in ready
-            if k != "whole" and _timed(timings, k, study.batches)
-        }
+        left = max(5.0, study.budget.left - self.reserve)
+        return paired(
+            arms, inputs, restarts=restarts, blocks=6, block_seconds=0.02, folder=study.folder / "timing", budget=left
+        )
 
     def _build(self, template: Recipe) -> Path:
         part = self.study.space.cost_part(template)
@@ -188,6 +193,11 @@ class Ablator:
         objective = self.study.options.minimize
         if objective == "latency" and row.latency_ratio and row.latency_ratio["low"] > 1:
             return True, f"without it {row.latency_ratio['value']:.2f} times as slow"
+        if objective == "latency" and _doubtful(row.latency_ratio):
+            return (
+                None,
+                f"without it perhaps {row.latency_ratio['value']:.2f} times as slow; the interval includes 1, so it stays",
+            )
         if objective == "bytes" and (row.bytes_ratio or 1) > 1.001:
             return True, f"without it {row.bytes_ratio:.2f} times the bytes"
         if (row.train_cost_ratio or 1) > 1.02:
@@ -226,16 +236,27 @@ class Ablator:
         return not over_limit(self.study, dict(trial.values))
 
 
-def _timed(timings: Timings, arm: str, batches: tuple[int, ...]) -> bool:
-    return all(timings[b][name] for b in batches for name in (arm, "whole"))
+def _doubtful(found: dict[str, Any] | None) -> bool:
+    """Whether leaving the step out may cost speed, without being shown to."""
+    return found is not None and found["verdict"] == "undecided" and found["value"] > EQUIVALENT
 
 
-def _objective_ratio(timings: Timings, arm: str, batches: tuple[int, ...]) -> dict[str, Any]:
-    """The ratio of geometric means over batch sizes, block by block."""
-    slow, fast = (_geometric([timings.per_call(b, name) for b in batches]) for name in (arm, "whole"))
-    count = min(len(slow), len(fast))
-    found = ratio(slow[:count], fast[:count], level=TIMING_LEVEL)
-    return {"value": found.value, "low": found.low, "high": found.high, "verdict": found.verdict}
+def _ratios(rounds: list[Timings], arms: list[str], batches: tuple[int, ...]) -> dict[str, dict[str, Any]]:
+    """Arm → time over that of the whole recipe, both batch sizes together, restarts of all rounds put together."""
+    found = {}
+    for arm in arms:
+        slow: list[list[float]] = []
+        fast: list[list[float]] = []
+        for timings in rounds:
+            if arm not in timings[batches[0]]:
+                continue
+            one, other = (_geometric([timings.per_call(b, name) for b in batches]) for name in (arm, "whole"))
+            count = min(len(one), len(other))
+            slow, fast = slow + one[:count], fast + other[:count]
+        if slow and arm != "whole":
+            result = ratio(slow, fast, level=TIMING_LEVEL)
+            found[arm] = {"value": result.value, "low": result.low, "high": result.high, "verdict": result.verdict}
+    return found
 
 
 def _geometric(tables: list[list[list[float]]]) -> list[list[float]]:

@@ -248,7 +248,7 @@ def not_allowed(study: Study, explorer: Explorer | None, conclusion: Conclusion 
         rows.append(f"{timed_out} trials were cut when the time for their stage was over")
     for finalist in conclusion.finalists if conclusion else []:
         for row in finalist.ablation.rows if finalist.ablation else []:
-            if row.pays is None:
+            if row.pays is None and "budget" in row.why:
                 rows.append(f"the ablation of {row.method}")
     if conclusion and conclusion.finalists and "same_training" not in conclusion.controls:
         rows.append("the original network under the winner's training")
