@@ -22,12 +22,14 @@ class Batch:
         target: what the loss compares with, or None.
         index: [batch] int64, the examples' places in their split.
         weight: [batch] float, or None for ones.
+        augmented: a transform has acted on it, so that `index` no longer tells its inputs.
     """
 
     inputs: Tree
     target: Tree
     index: Tensor
     weight: Tensor | None = None
+    augmented: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -37,7 +39,8 @@ class Batch:
         parts, device = (self.inputs, self.target, self.index, self.weight), torch.device(device)
         if all(t.device == device for t in tensors(parts)):
             return self
-        return Batch(*(to_device(part, device) for part in parts))
+        inputs, target, index, weight = (to_device(part, device) for part in parts)
+        return Batch(inputs, target, index, weight, self.augmented)
 
 
 def call(model: Callable[..., Any], inputs: Tree) -> Tree:

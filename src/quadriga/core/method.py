@@ -71,6 +71,10 @@ class Method(ABC):
         if "name" not in cls.__dict__:
             cls.name = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", cls.__name__).lower()
 
+    def needs(self) -> frozenset[str]:
+        """The traits that this very value requires: those of its class, unless a field takes one away or adds one."""
+        return self.requires
+
     @abstractmethod
     def apply(self, setup: Setup) -> Setup:
         """Return the changed setup. Raises NotApplicable(reason, remedy) when there is nothing to do."""
@@ -82,7 +86,7 @@ class Method(ABC):
             NotApplicable: a required trait is missing, or `apply` refused.
             AssertionError: the method wrote a slot that it neither owns nor declares.
         """
-        if missing := sorted(self.requires - setup.traits):
+        if missing := sorted(self.needs() - setup.traits):
             raise NotApplicable(f"{self.name} requires {', '.join(missing)}", REMEDIES.get(missing[0], ""))
         after = self.apply(setup)
         allowed = {self.family.slot, *self.writes}
@@ -122,6 +126,7 @@ REMEDIES = {
     "FLOAT_WEIGHTS": "put it before quantization",
     "TEACHER": "the trained baseline serves as teacher; the workload has none",
     "PER_EXAMPLE_LOSS": "let the loss return one value per example",
+    "LOGITS": "it needs logits [batch, ..., classes] and integer targets [batch, ...]",
     "CLASSES": "it needs class logits [batch, classes] and integer targets [batch]",
     "IMAGES": "it needs inputs of shape [batch, channels, height, width]",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -116,6 +116,7 @@ class RuntimeSpec:
         compile: torch.compile the training step.
         quant: quantization, or None.
         device: "cpu" or "cuda".
+        storage: "plain", or "entropy": weights are entropy-coded in the files and decoded when they are loaded.
         options: further plain data for the runtime.
     """
 
@@ -126,7 +127,16 @@ class RuntimeSpec:
     compile: bool = False
     quant: QuantSpec | None = None
     device: str = "cpu"
+    storage: str = "plain"
     options: Mapping[str, Any] = field(default_factory=dict)
+
+
+Arm = tuple[nn.Module, Tree]  # a model and the inputs it is called with
+
+
+def undecided(key: str, compute: Callable[[], Any]) -> Any:
+    """The service `decide` where nothing is kept: compute it."""
+    return compute()
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,11 @@ class Context:
         classes: number of classes where outputs are [batch, classes] and targets integer, else None.
         gradients: () → {parameter name: mean gradient over calibration} for the model given to it.
         evaluate: (model) → quality on val.
-        time: (model, spec, batch) → latency in seconds.
+        time: (arms, spec) → seconds per call of each arm (a model and its inputs), realised by the specification and
+            timed in turn, block by block, so that their ratios can be trusted more than their values.
+        runtime: the specification that the whole recipe ends in, as far as its later hardware steps say.
+        decide: (key, compute) → plain data: what `compute` returned when this step of this recipe was first applied, so
+            that a decision by a measurement is made once, and every process rebuilds the same network.
     """
 
     example: Tree
@@ -155,7 +169,9 @@ class Context:
     classes: int | None = None
     gradients: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     evaluate: Callable[[nn.Module], float] | None = None
-    time: Callable[[nn.Module, RuntimeSpec, int], float] | None = None
+    time: Callable[[Sequence[Arm], RuntimeSpec], list[float]] | None = None
+    runtime: RuntimeSpec = RuntimeSpec()
+    decide: Callable[[str, Callable[[], Any]], Any] = undecided
 
 
 @dataclass(frozen=True)
@@ -228,6 +244,16 @@ def class_count(model: nn.Module, workload: Workload) -> int | None:
     return logits.shape[-1] if logits.dim() == 2 else None
 
 
+def has_logits(model: nn.Module, workload: Workload) -> bool:
+    """Whether outputs are logits [batch, ..., classes] and targets integers [batch, ...], as of classes or of next tokens."""
+    batch = workload.val.batch(torch.arange(1))
+    if not isinstance(batch.target, Tensor) or batch.target.is_floating_point():
+        return False
+    with evaluating(model), torch.inference_mode():
+        logits = primary(call(model, batch.inputs))
+    return logits.is_floating_point() and logits.dim() > 1 and logits.shape[:-1] == batch.target.shape
+
+
 def first_traits(model: nn.Module, workload: Workload, classes: int | None, context: Context) -> frozenset[str]:
     """The facts that hold before any method acted."""
     names = list(dict(model.named_parameters(remove_duplicate=False)))
@@ -238,6 +264,7 @@ def first_traits(model: nn.Module, workload: Workload, classes: int | None, cont
         "TEACHER": context.teacher is not None,
         "TIED": len(names) > len(list(model.parameters())),
         "CLASSES": classes is not None,
+        "LOGITS": has_logits(model, workload),
         "IMAGES": uses_images(workload.example),
         "PER_EXAMPLE_LOSS": _per_example(model, workload),
     }

@@ -121,7 +121,7 @@ class _Walker:
 def _start(
     workload: Workload, seed: int, methods: list[Method | None], teacher: Path | None, services: dict[str, Any], *, probe: bool
 ) -> Setup:
-    if any(m is not None and "TEACHER" in m.requires for m in methods) and (teacher is not None or probe):
+    if any(m is not None and "TEACHER" in m.needs() for m in methods) and (teacher is not None or probe):
         model = workload.build(seed)
         if teacher is not None and not probe:
             load_model(teacher, model)

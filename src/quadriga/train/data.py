@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -98,6 +99,7 @@ class Loader:
             generator.manual_seed(derive("transforms", self.sampler.seed, step))
             for transform in self.transforms:
                 batch = transform(batch, generator)
+            batch = replace(batch, augmented=True)
         return self.layout(batch)
 
     def _generator(self, device: torch.device) -> torch.Generator:
