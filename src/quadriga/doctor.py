@@ -37,7 +37,7 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
     from quadriga.runtime import probe
 
     runtimes = probe()
-    checks = [_python(), _space(folder), *(_runtime(name, found) for name, found in runtimes.items())]
+    checks = [_python(), _space(folder), *(_runtime(name, found) for name, found in runtimes.items()), *_weights()]
     away = [name for name, found in runtimes.items() if not found.ok]
     return {
         "ok": all(c["ok"] or not c["needed"] for c in checks),
@@ -70,6 +70,16 @@ def _runtime(name: str, found: Any) -> dict[str, Any]:
     remedy = found.remedy or (f'pip install "quadriga[{EXTRAS[name]}]"' if name in EXTRAS else "")
     detail = str(found.version or "") if found.ok else str(found.reason)
     return check(f"runtime {name}", bool(found.ok), detail, remedy, needed=name == "eager")
+
+
+def _weights() -> list[dict[str, Any]]:
+    """Pretrained weights, which two ready-made workloads need."""
+    from quadriga.workloads import fetch
+
+    return [
+        check(f"weights {name}", there, "in the cache" if there else "not fetched", f"quadriga fetch {name}", needed=False)
+        for name, there in fetch.present().items()
+    ]
 
 
 def _methods_of(runtime: str) -> list[str]:

@@ -28,6 +28,7 @@ FROZEN = {
     "compare": {"--workload", "--batch", "--out", "--seed", "--json"},
     "verify": {"--json"},
     "report": {"--json"},
+    "fetch": {"--json"},
     "methods": {"--json"},
     "doctor": {"--json"},
 }
@@ -50,11 +51,12 @@ def fake(monkeypatch):
         calls.append({"workload": workload, **given})
         return {**empty_result("verified", "w"), "status": "infeasible"}
 
+    weights = SimpleNamespace(fetch=lambda name, say: {"name": name, "bytes": 5}, present=lambda: {"some": False})
     parts = {
         "study": SimpleNamespace(
             run=run, train=lambda w, **_: {"quality": 1.0}, compare=lambda a, b, **_: {"verdict": "faster"}
         ),
-        "workloads": SimpleNamespace(load=lambda name: f"<{name}>"),
+        "workloads": SimpleNamespace(load=lambda name: f"<{name}>", fetch=weights),
         "methods": SimpleNamespace(cards=lambda: [CARD]),
         "artifact": SimpleNamespace(verify=lambda path: {"ok": str(path) == "good"}),
     }
@@ -206,6 +208,7 @@ def test_other_verbs_show_what_they_found(fake, capsys):
         "verdict": "faster"
     }
     assert call("train", "w", "--json") == 0 and last_json(capsys) == {"quality": 1.0}
+    assert call("fetch", "some", "--json") == 0 and last_json(capsys) == {"name": "some", "bytes": 5}
     assert call("methods", "--json") == 0 and last_json(capsys) == [CARD]
     assert call("methods") == 0 and "openvino" in capsys.readouterr().out
 
@@ -220,6 +223,8 @@ def test_doctor_names_what_a_missing_runtime_removes(fake, monkeypatch):
     assert found["ok"] and found["removed"] == [{"runtime": "openvino", "methods": "openvino"}]
     line = next(c for c in found["checks"] if c["check"] == "runtime openvino")
     assert line["detail"] == "not installed" and "quadriga[openvino]" in line["remedy"]
+    line = next(c for c in found["checks"] if c["check"] == "weights some")
+    assert not line["ok"] and not line["needed"] and line["remedy"] == "quadriga fetch some"
 
 
 @given(some.integers(0, 99), some.integers(0, 99), some.integers(1, 99))

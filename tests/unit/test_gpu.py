@@ -94,7 +94,7 @@ def test_transforms_draw_there():
 
 
 @on_gpu
-def test_a_teacher_may_stay_on_the_cpu():
+def test_a_teacher_gives_the_same_on_both_devices():
     """Distillation gives the weights that it gives on the CPU."""
     found = []
     for device in (DEVICE, "cpu"):

@@ -6,11 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
+from quadriga.core.errors import NotApplicable
 from quadriga.core.recipe import Recipe, step
+from quadriga.core.setup import QuantSpec, RuntimeSpec
 from quadriga.core.trial import Status
+from quadriga.engine import timing
 from quadriga.engine.store import Store
 from quadriga.engine.tasks import Desk
+from quadriga.engine.timing import in_turn
 from quadriga.measure.flops import flops
 from quadriga.measure.timings import Timings
 from quadriga.search.space import Space
@@ -18,6 +23,7 @@ from quadriga.stages.conclude import Conclusion, Finalist
 from quadriga.stages.profile import order_profile, profile_of
 from quadriga.stages.records import _memory, _over
 from quadriga.stages.state import Options, Study
+from quadriga.testing.setups import fake_time
 from quadriga.testing.workloads import tiny_mlp
 
 torch.set_num_threads(1)
@@ -92,3 +98,55 @@ def test_memory_is_what_the_arm_grew_by():
     finalist = Finalist(Recipe(), None, "built/x")
     conclusion = Conclusion([finalist], finalist, timings, {})
     assert _memory(conclusion, "eager") == 120 and _memory(conclusion, "final-0") is None and _memory(None, "eager") is None
+
+
+def test_arms_are_timed_in_turn_in_an_order_that_turns_round():
+    """On a clock that the calls move: each arm's own seconds, whatever a whole round is slowed down by."""
+    now, order, slow = [0.0], [], [1.0]
+
+    def arm(name, seconds):
+        def go():
+            order.append(name)
+            slow[0] = 3.0 if 60 < len(order) < 90 else 1.0
+            now[0] += seconds * slow[0]
+
+        return go
+
+    found = in_turn([arm(n, s) for n, s in zip("abc", (0.5, 1.0, 2.0), strict=True)], rounds=9, rest=0, clock=lambda: now[0])
+    assert [x / found[1] for x in found] == pytest.approx([0.5, 1.0, 2.0]) and found[1] == pytest.approx(1.0)
+    blocks = [name for k, name in enumerate(order) if not k or order[k - 1] != name]
+    text = "".join(blocks)
+    assert text.startswith("abc") and "abcba" in text[3:] and all(2 <= order.count(n) - 2 for n in "abc")
+
+
+def test_the_time_service_realises_arms_leaves_no_scrap_and_puts_settings_back(tmp_path, monkeypatch):
+    """Whole networks and layers alone, eager and built; a layer's own inputs calibrate it."""
+    monkeypatch.setattr(timing, "CAREFUL", 2)
+    place, workload = desk(tmp_path), tiny_mlp()
+    model, layer = workload.build(0).train(), nn.Linear(40, 200)
+    threads = torch.get_num_threads()
+    arms = [(model, workload.inputs(1)), (layer, torch.randn(1, 7, 40)), (layer, torch.randn(64, 40))]
+    for spec in (RuntimeSpec(threads=1), RuntimeSpec("onnxruntime", threads=1, quant=QuantSpec())):
+        if spec.quant:
+            pytest.importorskip("onnxruntime")
+        found = place._time(arms, spec)
+        assert len(found) == 3 and all(0 < seconds < 1 for seconds in found)
+    assert model.training and torch.get_num_threads() == threads and not list((tmp_path / "built").iterdir())
+    with pytest.raises(NotApplicable):
+        place._time([(nn.ReLU(), torch.randn(2, 3))], RuntimeSpec("onnxruntime", quant=QuantSpec()))
+    assert not list((tmp_path / "built").iterdir())
+
+
+def test_a_probe_a_training_and_a_pace_see_the_same_decision(tmp_path):
+    """Measured by the cost probe; the other tasks and another desk only read it."""
+    recipe = Recipe((step("to_latency", target=0.5), step("train", epochs=1)))
+    args = {"recipe": recipe.plain(), "hash": recipe.hash, "batches": (1,), "name": "x"}
+    calls, found = [], []
+    for task in ("cost", "train", "realize", "pace", "build"):
+        place = desk(tmp_path)
+        place._time = lambda arms, spec: calls.append(spec) or fake_time(arms, spec)
+        done = place.do(task, args)
+        assert done["status"] == Status.COMPLETE, done
+        found.append((len(calls), done["values"].get("parameters")))
+    assert calls and {count for count, _ in found} == {len(calls)} and len({size for _, size in found[:3]}) == 1
+    assert len(list((tmp_path / "decisions").glob("*.json"))) == 1

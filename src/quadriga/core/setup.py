@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, evaluating, primary
+from quadriga.core.data import Data
 from quadriga.core.metric import Loss, Metric
 from quadriga.core.workload import Workload, uses_images
 
@@ -33,6 +34,10 @@ Transform = Callable[[Batch, torch.Generator], Batch]
 
 class Hook:
     """Places in the loop where a training method may act. Every method does nothing unless overridden."""
+
+    def train(self, model: nn.Module, data: Data) -> AbstractContextManager[Any]:
+        """Entered around all steps of a train step, and left however they end; `data` is the split, untransformed."""
+        return nullcontext()
 
     def after_backward(self, model: nn.Module, progress: float) -> None:
         """Gradients are there; the optimizer has not stepped."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -19,9 +19,10 @@ from quadriga import artifact, runtime
 from quadriga.core.batch import Tree, call
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
 from quadriga.core.recipe import Recipe
-from quadriga.core.setup import RuntimeSpec, Setup
+from quadriga.core.setup import Arm, Context, RuntimeSpec, Setup
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
+from quadriga.engine.timing import timed
 from quadriga.engine.walk import Walked, walk
 from quadriga.measure.arm import load_folder
 from quadriga.measure.flops import flops as forward_flops
@@ -50,6 +51,7 @@ class Desk:
     def __init__(self, workload: Workload, folder: Path, seed: int, progress: Progress | None = None) -> None:
         self.workload, self.folder, self.seed, self.progress = workload, folder, seed, progress
         self._reference: Run | None = None
+        self._context: Context | None = None  # for timings: made when one is asked for
         self._scrap: list[Path] = []
 
     def do(self, task: str, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -78,8 +80,7 @@ class Desk:
 
     def _cost(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Bytes, parameters and speed of a recipe whose train steps are skipped; its weights are not trained."""
-        walked = walk(self.workload, recipe, seed=self.seed, store=None, services=self._services())
-        return {"values": self._measure(walked, args)}
+        return {"values": self._measure(self._probe(recipe), args)}
 
     def _measure(self, walked: Walked, args: Mapping[str, Any]) -> dict[str, float]:
         model = walked.setup.model.eval()
@@ -133,7 +134,7 @@ class Desk:
 
     def _eager_variant(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Speed of the unchanged model in eager PyTorch under a runtime specification."""
-        setup = walk(self.workload, recipe, seed=self.seed, store=None).setup
+        setup = self._probe(recipe).setup
         threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
         try:
             run = runtime.prepare(setup.model.eval(), setup.runtime)
@@ -163,7 +164,8 @@ class Desk:
         model = walked.setup.model
         sizes = {"bytes": float(size), "parameters": float(parameters(model))}
         values = {"quality": scores["quality"], **sizes, **self._training_cost(walked)}
-        return {"values": values, "info": {"scores": scores["path"], "checkpoint": _name(walked)}}
+        decided = list(walked.decisions)
+        return {"values": values, "info": {"scores": scores["path"], "checkpoint": _name(walked), "decisions": decided}}
 
     def _training_cost(self, walked: Walked) -> dict[str, float]:
         """Samples, seconds, and FLOPs: forward and backward of the finished network are three forward passes a sample."""
@@ -173,19 +175,24 @@ class Desk:
     def _walk(self, recipe: Recipe, args: Mapping[str, Any]) -> Walked:
         teacher = Path(args["teacher"]) if args.get("teacher") else None
         store = self.folder / "checkpoints"
-        said, services = self.progress, self._services()
-        return walk(self.workload, recipe, seed=self.seed, store=store, teacher=teacher, progress=said, services=services)
+        return walk(
+            self.workload, recipe, seed=self.seed, store=store, teacher=teacher, progress=self.progress, **self._places()
+        )
 
-    def _services(self) -> dict[str, Any]:
-        """What methods may ask of a model on their way: its quality on val, its latency under a specification."""
-        return {"evaluate": lambda model: score(model, self.workload.val, self.workload.metric).value, "time": self._time}
+    def _probe(self, recipe: Recipe, until: int | None = None) -> Walked:
+        """A walk that trains nothing. What it decides by measurement, a training of the same recipe takes over."""
+        return walk(self.workload, recipe, seed=self.seed, store=None, until=until, **self._places())
 
-    def _time(self, model: nn.Module, spec: RuntimeSpec, batch: int) -> float:
-        """Seconds per call; for decisions inside a method, not for claims."""
-        folder = self.folder / "built" / f"timed-{os.getpid()}"
-        self._scrap.append(folder)
-        built = runtime.build(model.eval(), spec, Setup.of(self.workload, self.seed, model).context, folder)
-        return quick(built.run(), self.workload.inputs(batch))
+    def _places(self) -> dict[str, Any]:
+        """What methods may ask of a model on their way, its quality on val and its latency; and where decisions are kept."""
+        evaluate = lambda model: score(model, self.workload.val, self.workload.metric).value  # noqa: E731
+        return {"services": {"evaluate": evaluate, "time": self._time}, "decisions": self.folder / "decisions"}
+
+    def _time(self, arms: Sequence[Arm], spec: RuntimeSpec) -> list[float]:
+        """Seconds per call of each arm; for decisions inside a method, not for claims."""
+        if self._context is None:
+            self._context = Setup.of(self.workload, self.seed).context
+        return timed(arms, spec, self._context, self.folder / "built")
 
     def _scored(self, run: Run, split: str, name: str) -> dict[str, Any]:
         with torch.inference_mode():
@@ -197,7 +204,7 @@ class Desk:
     def _pace(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Seconds that a recipe's training will take, going by a few steps."""
         first = next(i for i, s in enumerate(recipe.steps) if s.is_train)
-        setup = walk(self.workload, Recipe(recipe.steps[:first]), seed=self.seed, store=None).setup
+        setup = self._probe(recipe, until=first).setup
         size = setup.training.batch_size
         few = min(len(self.workload.train), 4 * size)
         fit(setup, self.workload.train, epochs=few / len(self.workload.train), seed=self.seed)
@@ -207,7 +214,7 @@ class Desk:
 
     def _build(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Realise an untrained recipe in a folder that stays, for timing."""
-        self._executable(walk(self.workload, recipe, seed=self.seed, store=None), args["name"], keep=True)
+        self._executable(self._probe(recipe), args["name"], keep=True)
         return {"values": {}}
 
     def _realize(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,7 +230,7 @@ class Desk:
                     f"the exported model differs from the trained one: {found.failures[0]}", "use another runtime"
                 )
         values = {"bytes": float(size), "parameters": float(parameters(setup.model)), **self._training_cost(walked)}
-        info = {"checkpoint": _name(walked), "live": isinstance(run, _Live)}
+        info = {"checkpoint": _name(walked), "live": isinstance(run, _Live), "decisions": list(walked.decisions)}
         found = fakes(setup.model, self.workload.build(self.seed), bytes=size, baseline_bytes=args.get("baseline_bytes"))
         return {"values": values, "info": {**info, "fakes": found}}
 

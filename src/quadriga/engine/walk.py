@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from quadriga.core.batch import tensors
 from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method
 from quadriga.core.recipe import Recipe
-from quadriga.core.setup import Factors, Schedule, Setup
+from quadriga.core.setup import Factors, RuntimeSpec, Schedule, Setup
 from quadriga.core.workload import Workload
+from quadriga.engine.decisions import Decisions
 from quadriga.methods import build
 from quadriga.train.checkpoint import load_model
 from quadriga.train.gradients import mean_gradients
@@ -33,12 +35,14 @@ class Walked:
         samples: training examples seen, over all train steps, cached ones included.
         seconds: of training, cached steps included.
         checkpoint: folder of the last train step, or None.
+        decisions: what methods decided by measurement: rows with "step", "key" and "value".
     """
 
     setup: Setup
     samples: int
     seconds: float
     checkpoint: Path | None
+    decisions: tuple[dict[str, Any], ...] = ()
 
 
 def walk(
@@ -50,29 +54,37 @@ def walk(
     teacher: Path | None = None,
     progress: Callable[[float], None] | None = None,
     services: Mapping[str, Any] | None = None,
+    decisions: Path | None = None,
+    until: int | None = None,
 ) -> Walked:
     """Apply every step of a recipe to a fresh setup.
 
-    Train steps are kept under `store` by the hash of (workload, seed, prefix), so that recipes with a common
-    prefix share its training and a killed step goes on where it was. Without a store nothing is trained: the
-    walk is a cost probe, which grants TRAINED and can never be verified.
+    Train steps are kept under `store` by the hash of (workload, seed, prefix, decisions made in it), so that recipes
+    with a common prefix share its training and a killed step goes on where it was. Without a store nothing is trained:
+    the walk is a cost probe, which grants TRAINED and can never be verified.
 
     Args:
         teacher: checkpoint of the trained baseline, for methods that require TEACHER.
         services: further fields of the context, such as `evaluate` and `time`.
+        decisions: folder of what methods decided by measurement; without one it holds for this walk.
+        until: only so many steps are carried out; what the later ones say of the runtime is known all the same.
 
     Raises:
         NotApplicable: a method refuses; Diverged: the loss is not finite.
     """
     methods: list[Method | None] = [None if s.is_train else build(s) for s in recipe.steps]
     start = _start(workload, seed, methods, teacher, dict(services or {}), probe=store is None)
-    walker = _Walker(workload, recipe, seed, store, progress, start)
-    for index, method in enumerate(methods):
+    runtime = final_runtime(start, methods)
+    decide = Decisions(decisions, lambda: [workload_key(workload), seed], runtime)
+    start = replace(start, context=replace(start.context, runtime=runtime, decide=decide))
+    walker = _Walker(workload, recipe, seed, store, progress, start, decide)
+    for index, method in enumerate(methods[:until]):
+        decide.prefix = shaping(recipe, methods, index)
         if method is None:
             walker.train(index)
         else:
             walker.apply(method)
-    return Walked(walker.setup, walker.samples, walker.seconds, walker.last)
+    return Walked(walker.setup, walker.samples, walker.seconds, walker.last, tuple(decide.plain()))
 
 
 @dataclass
@@ -85,6 +97,7 @@ class _Walker:
     store: Path | None
     progress: Callable[[float], None] | None
     setup: Setup
+    decisions: Decisions
     samples: int = 0
     seconds: float = 0.0
     last: Path | None = None
@@ -109,7 +122,8 @@ class _Walker:
         if going_on and self.last is None and self.store is not None:
             raise NotApplicable("train has nothing to continue", "put a train step without continue before it")
         if self.store is not None:
-            self._fit(self.store / prefix_key(self.workload, self.recipe, index, self.seed), fields.get("epochs", 10), going_on)
+            name = prefix_key(self.workload, self.recipe, index, self.seed, self.decisions.mark)
+            self._fit(self.store / name, fields.get("epochs", 10), going_on)
         self.setup, self.changed = _after_train(self.setup, self.workload, keep=_continues(self.recipe, index)), ""
 
     def _fit(self, folder: Path, epochs: float, going_on: bool) -> None:
@@ -130,6 +144,38 @@ def _start(
     loss, batches = workload.loss, setup.context.calibration
     context = replace(setup.context, gradients=lambda model: mean_gradients(model, loss, batches))
     return replace(setup, context=context)
+
+
+def shaping(recipe: Recipe, methods: Sequence[Method | None], index: int) -> Recipe:
+    """The steps up to `index` that shape the network or its runtime: a cost probe has all of them, and a training no others.
+
+    What is decided by measurement is decided for these, so that the network that was costed is the one that is trained, at
+    every length and under every optimizer.
+    """
+
+    def shapes(method: Method | None) -> bool:
+        return method is not None and method.family in (Family.STRUCTURE, Family.HARDWARE) and "training" not in method.writes
+
+    return Recipe(tuple(s for k, s in enumerate(recipe.steps[: index + 1]) if k == index or shapes(methods[k])))
+
+
+def final_runtime(setup: Setup, methods: Iterable[Method | None]) -> RuntimeSpec:
+    """The runtime slot that a recipe ends in, going by its hardware steps alone, which only write what they ask for.
+
+    Args:
+        setup: as the walk starts; it is left as it is.
+        methods: all of the recipe; train steps are None. Traits that a step needs are granted, one that refuses is left out.
+    """
+    for method in methods:
+        if method is None or method.family is not Family.HARDWARE:
+            continue
+        model = deepcopy(setup.model) if "model" in method.writes else setup.model
+        try:
+            after = method(replace(setup, model=model, traits=setup.traits | method.needs()))
+        except NotApplicable:
+            continue
+        setup = replace(setup, runtime=after.runtime, traits=after.traits)
+    return setup.runtime
 
 
 def _apply(method: Method, setup: Setup) -> Setup:
@@ -168,10 +214,14 @@ def _held(schedules: tuple[Schedule, ...]) -> tuple[Schedule, ...]:
     return (lambda progress: end,) if schedules else ()
 
 
-def prefix_key(workload: Workload, recipe: Recipe, index: int, seed: int) -> str:
-    """Name of the checkpoint of train step `index`: a hash of all that decides its weights."""
+def prefix_key(workload: Workload, recipe: Recipe, index: int, seed: int, decided: str = "") -> str:
+    """Name of the checkpoint of train step `index`: a hash of all that decides its weights.
+
+    Args:
+        decided: the mark of the decisions made before it, since they may have given the network another shape.
+    """
     steps = Recipe(recipe.steps[: index + 1]).plain()
-    text = json.dumps([workload_key(workload), seed, steps], sort_keys=True)
+    text = json.dumps([workload_key(workload), seed, steps, *([decided] if decided else [])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

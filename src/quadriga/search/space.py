@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 from quadriga.core.recipe import Recipe, Step, step
@@ -97,10 +97,14 @@ class Space:
                 yield self._named(recipe.replaced(index, changed), f"{one.method} changed")
             yield self._named(recipe.without(index), f"without {one.method}")
         present = {s.method for s in recipe.steps}
-        for name, card in sorted(self.cards.items()):
-            if name not in present and card["family"] in self.families:
-                for fields in _starts(card):
-                    yield self._insert(recipe, Step(name, fields), card, first)
+        for name in self._in_turn(set(self.cards) - present):
+            for fields in _starts(self.cards[name]):
+                yield self._insert(recipe, Step(name, fields), self.cards[name], first)
+
+    def _in_turn(self, names: Iterable[str]) -> list[str]:
+        """Methods of the searched families, one of each family in turn, so that a large family does not hide a small one."""
+        queues = [[n for n in sorted(names) if self.cards[n]["family"] == family] for family in sorted(self.families)]
+        return [name for turn in zip_longest(*queues) for name in turn if name is not None]
 
     def _neighbours(self, one: Step) -> Iterator[Step]:
         for field, choices in self.cards[one.method]["search"].items():

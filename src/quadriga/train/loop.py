@@ -17,7 +17,7 @@ from quadriga.train.config import check_same, config_of, machine
 from quadriga.train.data import Loader, Sampler, count_steps
 from quadriga.train.factors import group_bases, set_factors
 from quadriga.train.outcome import Outcome, Watch
-from quadriga.train.step import Runner, prepared
+from quadriga.train.step import Runner, entered, prepared
 
 WINDOW = 32  # steps between looks at the loss where a look has to wait for the device
 SHOW = 0.5  # seconds between calls of `progress`
@@ -138,15 +138,16 @@ class Run:
     def train(self, folder: Path | None, every: float, progress: Callable[[float], None] | None) -> None:
         """All steps that are left, with checkpoints, then the hooks' end."""
         saved = shown = self.clock()
-        while self.done < self.total:
-            self.advance()
-            now = self.clock()
-            if folder and now - saved >= every and self.done < self.total:
-                self.save(folder)
-                saved = self.clock()
-            if progress and now - shown >= SHOW:
-                progress(self.done / self.total)
-                shown = now
+        with entered(hook.train(self.model, self.data) for hook in self.hooks):
+            while self.done < self.total:
+                self.advance()
+                now = self.clock()
+                if folder and now - saved >= every and self.done < self.total:
+                    self.save(folder)
+                    saved = self.clock()
+                if progress and now - shown >= SHOW:
+                    progress(self.done / self.total)
+                    shown = now
         for hook in self.hooks:
             plain = self.data.batches(self.sampler.batch_size)
             hook.end(self.model, (self.runner.layout(self.runner.place(batch)) for batch in plain))

@@ -7,7 +7,7 @@ import os
 import urllib.request
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from quadriga.core.batch import Batch
 from quadriga.core.data import TensorData
 from quadriga.core.errors import BadInput, did_you_mean
 from quadriga.core.files import atomic_write
@@ -83,6 +84,44 @@ def prepare(images: np.ndarray, pad: int) -> Tensor:
     """uint8 images [n, 28, 28] as normalised float32 [n, 1, 28 + 2 pad, 28 + 2 pad]."""
     padded = functional.pad(torch.from_numpy(images.copy()), (pad, pad, pad, pad))
     return padded.to(torch.float32).div_(255).sub_(MEAN).div_(STD).unsqueeze_(1)
+
+
+class Enlarged(TensorData):
+    """Images [n, c, h, w] that are kept small and enlarged, bilinearly, when a batch is read.
+
+    64×64 float32 images take five times the memory of 28×28 ones: 1.1 GB for all of Fashion-MNIST, in every process.
+
+    Args:
+        inputs: the small images; `inputs` stays what they are.
+        target: as of `TensorData`.
+        side: pixels of the images in a batch, [batch, c, side, side].
+
+    Example:
+        >>> Enlarged(torch.ones(3, 1, 2, 2), torch.zeros(3), 4).batch(torch.arange(2)).inputs.shape
+        torch.Size([2, 1, 4, 4])
+    """
+
+    def __init__(self, inputs: Tensor, target: Tensor, side: int) -> None:
+        super().__init__(inputs, target)
+        self.side = side
+
+    def batch(self, index: Tensor) -> Batch:
+        small = super().batch(index)
+        large = functional.interpolate(small.inputs, size=(self.side, self.side), mode="bilinear", align_corners=False)
+        return replace(small, inputs=large)
+
+    def part(self, index: Tensor) -> Enlarged:
+        small = super().batch(index)
+        return Enlarged(small.inputs, small.target, self.side)
+
+
+def enlarged(data: Splits, side: int, examples: int | None = None) -> Splits:
+    """The same splits as images of another size, made when a batch is read; of train the first `examples`, or all."""
+    rows = slice(examples)
+    train = Enlarged(data.train.inputs[rows], data.train.target[rows], side)
+    val, test = (Enlarged(d.inputs, d.target, side) for d in (data.val, data.test))
+    counts = {**data.note["examples"], "train": len(train)}
+    return Splits(train, val, test, {**data.note, "examples": counts, "enlarged": f"bilinearly to {side}×{side}"})
 
 
 def parse_idx(raw: bytes, name: str = "file") -> np.ndarray:
