@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench bench-gpu kills clean
+.PHONY: help install demo test test-all lint types bench bench-structure matrix bench-gpu kills clean
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -11,7 +11,7 @@ PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constr
 UNITS := not slow and not gpu and not network
 
 help:  ## list the commands
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "Quadriga needs Python 3.11 or newer with its venv module, and none was found."; \
@@ -40,7 +40,8 @@ demo: .venv/.run-stamp  ## optimize the mission's CNN by all four families and p
 	QUADRIGA_DATA=shipped $(BIN)/quadriga run lenet_fashion --floor -0.5pt --minimize latency --limit bytes=0.2 --budget 9m --out demo-out
 
 test: install lint types  ## everything that CI runs: lint, types, unit, contract and system tests, doctests, README blocks
-	$(BIN)/python -m pytest -m "$(UNITS)"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(UNITS)" -n 2 --dist worksteal src tests/unit tests/contract
+	$(BIN)/python -m pytest -m "$(UNITS)" tests/system
 
 test-all: install lint types  ## the slow tests too, with every extra
 	@$(PIP) --no-build-isolation -e ".[all,dev]"
@@ -56,6 +57,13 @@ types: .venv/.dev-stamp  ## mypy, strict over the core, the composer and the pub
 bench: .venv/.run-stamp  ## the mission's own combination, as a table; coverage of every interval and the A/A test
 	$(BIN)/python benchmarks/mission.py
 	$(BIN)/python benchmarks/intervals.py
+
+bench-structure: .venv/.dev-stamp  ## does to_latency keep its word; what Torch-Pruning reaches at the same recovery (hours)
+	$(BIN)/python benchmarks/to_latency.py
+	$(BIN)/python benchmarks/recovery.py
+
+matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (an hour)
+	$(BIN)/python benchmarks/matrix.py --jobs 2
 
 kills: .venv/.run-stamp  ## SIGKILL a study at ten random times, each time run the same command again (15 minutes)
 	$(BIN)/python benchmarks/kills.py

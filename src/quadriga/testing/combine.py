@@ -22,6 +22,7 @@ from quadriga.testing.contract import one_step, shapes
 from quadriga.testing.setups import fingerprint
 
 WORKS, REFUSED, FAILS = "works", "refused", "fails"
+OTHERS = ("onnxruntime", "openvino")  # where a recipe chose no runtime and eager refuses
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ class Combiner:
     Args:
         workload: with `trained=True`, small.
         services: of the context, such as `time`; gradients are there.
-        export: whether to realise the result in its runtime (eager, where no step chose one).
+        export: whether to realise the result in its runtime; where no step chose one, in eager, or else in another
+            that takes it (static int8 needs one).
     """
 
     def __init__(self, workload: Workload, services: Mapping[str, Any] | None = None, *, export: bool = True) -> None:
@@ -101,11 +103,17 @@ class Combiner:
         return Outcome(FAILS, "step", f"after one step the loss is {loss}")
 
     def _export(self, setup: Setup) -> Outcome | None:
+        found = self._realized(setup)
+        for name in () if "RUNTIME" in setup.traits else OTHERS:
+            if found.status == REFUSED:
+                found = self._realized(replace(setup, runtime=replace(setup.runtime, name=name)))
+        return None if found.status == WORKS else found
+
+    def _realized(self, setup: Setup) -> Outcome:
         key = f"{fingerprint(setup.model)} {replace(setup.runtime, compile=False)}"
         if key not in self._exported:
             self._exported[key] = _exported(setup, self.workload.inputs(2))
-        found = self._exported[key]
-        return None if found.status == WORKS else found
+        return self._exported[key]
 
 
 def _exported(setup: Setup, inputs: Tree) -> Outcome:
