@@ -10,7 +10,7 @@ def test_contract(check):
 
 from quadriga.testing.contract import CHECKS, check_method, starting
 from quadriga.testing.setups import fingerprint, make_setups
-from quadriga.testing.workloads import TINY, tiny_cnn, tiny_lstm, tiny_mlp, tiny_transformer
+from quadriga.testing.workloads import TINY, tiny_attention, tiny_cnn, tiny_lstm, tiny_mlp, tiny_transformer
 
 __all__ = [
     "CHECKS",
@@ -19,6 +19,7 @@ __all__ = [
     "fingerprint",
     "make_setups",
     "starting",
+    "tiny_attention",
     "tiny_cnn",
     "tiny_lstm",
     "tiny_mlp",

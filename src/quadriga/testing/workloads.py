@@ -1,4 +1,4 @@
-"""Tiny workloads of four kinds of network, made from random numbers: built in milliseconds, learnable in seconds."""
+"""Tiny workloads of five kinds of network, made from random numbers: built in milliseconds, learnable in seconds."""
 
 from __future__ import annotations
 
@@ -86,6 +86,30 @@ class TinyTransformer(nn.Module):
         return self.head(self.norm(x))
 
 
+class TinyAttention(nn.Module):
+    """A classifier of sequences by grouped-query attention, two query heads to a key-value head."""
+
+    width = 4  # of a head
+
+    def __init__(self, vocabulary: int = 20, width: int = 16, heads: int = 4, shared: int = 2, classes: int = 3) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.norm = nn.RMSNorm(width)
+        self.query, self.out = nn.Linear(width, self.width * heads), nn.Linear(self.width * heads, width)
+        self.key, self.value = nn.Linear(width, self.width * shared), nn.Linear(width, self.width * shared)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Tokens [batch, positions] → logits [batch, classes]."""
+        x = self.embed(tokens)
+        normed = self.norm(x)
+        projections = (self.query, self.key, self.value)
+        q, k, v = (p(normed).view(*x.shape[:2], -1, self.width).transpose(1, 2) for p in projections)
+        k, v = (t[:, :, None].expand(-1, -1, 2, -1, -1).flatten(1, 2) for t in (k, v))  # one for two query heads
+        mixed = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        return self.head((x + self.out(mixed.reshape(*x.shape[:2], -1)))[:, -1])
+
+
 Split = tuple[Tensor, Tensor]
 
 
@@ -142,6 +166,17 @@ def tiny_lstm(sizes: tuple[int, int, int] = (96, 48, 48), *, trained: bool = Fal
     return Workload(model=_module(TinyLstm, seed), **_splits(make, sizes), batch_size=16, trained=trained, name="tiny_lstm")
 
 
+def tiny_attention(sizes: tuple[int, int, int] = (96, 48, 48), *, trained: bool = False, seed: int = 0) -> Workload:
+    """Token sequences [12]; the class is the last token modulo 3."""
+
+    def make(count: int, generator: torch.Generator) -> Split:
+        tokens = torch.randint(20, (count, 12), generator=generator)
+        return tokens, tokens[:, -1] % 3
+
+    model = _module(TinyAttention, seed)
+    return Workload(model=model, **_splits(make, sizes), batch_size=16, trained=trained, name="tiny_attention")
+
+
 def tiny_transformer(sizes: tuple[int, int, int] = (96, 48, 48), *, trained: bool = False, seed: int = 0) -> Workload:
     """Token sequences [12] that count upwards, to be continued; embedding and head are tied."""
 
@@ -164,4 +199,5 @@ TINY: dict[str, Callable[..., Workload]] = {
     "mlp": tiny_mlp,
     "lstm": tiny_lstm,
     "transformer": tiny_transformer,
+    "attention": tiny_attention,
 }
