@@ -1,0 +1,165 @@
+"""Block pruning: take out whole blocks that hardly change what passes through them."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from quadriga.core.axes import Reference, check_interface
+from quadriga.core.batch import Batch, call, device_of, evaluating, tensors
+from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.setup import Setup
+
+log = logging.getLogger(__name__)
+BATCHES = 4  # of calibration data: the order of blocks settles soon
+
+
+def influence(before: Tensor, after: Tensor) -> Tensor:
+    """How much a block turns what passes through: 1 − cosine, for each example → [batch].
+
+    Args:
+        before, after: [batch, ...], the block's input and output.
+
+    Example:
+        >>> influence(torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 2.0]]))
+        tensor([1.])
+    """
+    return 1 - functional.cosine_similarity(before.flatten(1), after.flatten(1), dim=1)
+
+
+@dataclass(frozen=True, eq=False)
+class Block:
+    """A module in a stack.
+
+    Args:
+        name: its path in the model.
+        stack: the ModuleList or Sequential that holds it.
+        module: itself.
+    """
+
+    name: str
+    stack: nn.ModuleList | nn.Sequential
+    module: nn.Module
+
+
+def blocks_of(model: nn.Module) -> list[Block]:
+    """Modules with parts of their own, in a ModuleList or Sequential of at least two of them, in order."""
+    found: list[Block] = []
+    for path, stack in model.named_modules():
+        if isinstance(stack, nn.ModuleList | nn.Sequential):
+            parts = {f"{path}.{name}".lstrip("."): m for name, m in stack._modules.items() if m is not None}
+            made = [Block(name, stack, m) for name, m in parts.items() if any(True for _ in m.children())]
+            found += made if len(made) > 1 else []
+    return found
+
+
+def influences(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[Block, float]:
+    """Mean influence of each block that returns what it takes in shape; the others are left out."""
+    seen: dict[Block, list[float | None]] = defaultdict(list)
+
+    def watch(block: Block) -> Any:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            before, after = (next(iter(tensors(part)), None) for part in ((*args, *kwargs.values()), output))
+            same = before is not None and after is not None and before.shape == after.shape and before.is_floating_point()
+            seen[block].append(float(influence(before, after).double().mean()) if same else None)  # type: ignore[arg-type]
+
+        return hook
+
+    with ExitStack() as stack, evaluating(model), torch.no_grad():
+        for block in blocks:
+            stack.callback(block.module.register_forward_hook(watch(block), with_kwargs=True).remove)
+        for batch in batches:
+            call(model, batch.to(device_of(model)).inputs)
+    whole = {b: [v for v in values if v is not None] for b, values in seen.items() if None not in values}
+    return {b: sum(values) / len(values) for b, values in whole.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneBlocks(Method):
+    """Remove the blocks of a stack that change least what passes through them: encoder layers, residual blocks.
+
+    A block is taken out if its output has the shape of its input, and if the model stands it: a forward that asks for it by
+    number is refused. One block of each stack stays.
+
+    Args:
+        ratio: share of such blocks that go, in (0, 1); at least one.
+        only: blocks to act on: globs of names, comma-separated.
+
+    Example:
+        >>> from quadriga.testing import tiny_transformer
+        >>> len(PruneBlocks(ratio=0.5)(Setup.of(tiny_transformer())).model.blocks)
+        1
+
+    Source: Men et al. 2024, ShortGPT, arXiv:2403.03853; here the cosine is that of an example's whole state.
+    """
+
+    family = Family.STRUCTURE
+    numerics = Numerics.CHANGED
+    source = "arXiv:2403.03853"
+    requires = frozenset({"FLOAT_WEIGHTS"})
+    search: ClassVar = {"ratio": (0.25, 0.5)}
+
+    ratio: float = 0.25
+    only: str = "*"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise BadInput(f"prune_blocks.ratio is {self.ratio!r}", "it is the share that goes, between 0 and 1")
+
+    def apply(self, setup: Setup) -> Setup:
+        blocks = [b for b in blocks_of(setup.model) if any(fnmatchcase(b.name, g.strip()) for g in self.only.split(","))]
+        if not blocks:
+            raise NotApplicable("no stack (ModuleList or Sequential) holds two blocks that match")
+        found = influences(setup.model, blocks, setup.context.calibration[:BATCHES])
+        if not found:
+            raise NotApplicable(f"no block returns the shape that it takes ({blocks[0].name} does not)")
+        self._remove(setup, sorted(found, key=found.__getitem__))
+        return replace(setup, model=setup.model)
+
+    def _remove(self, setup: Setup, order: Sequence[Block]) -> None:
+        wanted, gone, reasons = max(1, round(len(order) * self.ratio)), 0, list[str]()
+        reference = Reference.of(setup.model, setup.context.example)
+        for block in order:
+            if gone == wanted:
+                break
+            try:
+                _take_out(block, setup, reference)
+                gone += 1
+            except NotApplicable as error:
+                reasons.append(f"{block.name}: {error.reason}")
+                log.info("prune_blocks leaves %s", reasons[-1])
+        if not gone:
+            raise NotApplicable(f"no block can be taken out ({'; '.join(reasons[:3])})")
+
+
+def _take_out(block: Block, setup: Setup, reference: Reference) -> None:
+    stack, was = block.stack, dict(block.stack._modules)
+    rest = {name: m for name, m in was.items() if m is not block.module}
+    if not rest:
+        raise NotApplicable("it is the last of its stack")
+    numbered = all(name.isdecimal() for name in was)
+    _fill(stack, {str(i): m for i, m in enumerate(rest.values())} if numbered else rest)
+    try:
+        check_interface(setup.model, setup.context.example, reference)
+    except NotApplicable:
+        _fill(stack, was)
+        raise
+
+
+def _fill(stack: nn.Module, modules: dict[str, nn.Module | None]) -> None:
+    """Give a stack these modules; attentions of `transformers`, which know their place for their caches, learn it anew."""
+    stack._modules = modules
+    for place, block in enumerate(modules.values()):
+        for module in block.modules() if block is not None else ():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = place  # type: ignore[assignment]
