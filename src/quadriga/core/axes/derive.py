@@ -29,12 +29,12 @@ class Derived:
     Args:
         constants: reshape node → {position in its sizes: (constant, new constant)}.
         inputs: id of a Linear's weight → sizes flattened into its inputs, before and after.
-        shapes: operator and output shape of each step that returns one tensor, in order.
+        shapes: output shape of each step that returns one tensor, in order.
     """
 
     constants: dict[fx.Node, dict[int, tuple[int, int]]] = field(default_factory=dict)
     inputs: dict[int, Factors] = field(default_factory=dict)
-    shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
 class _Run:
@@ -55,7 +55,7 @@ class _Run:
                 elif node.op == "call_function":
                     value = self.env[node] = self._guarded(node)
                     if isinstance(value, Tensor):
-                        self.found.shapes.append((op_name(node), tuple(value.shape)))
+                        self.found.shapes.append(tuple(value.shape))
         return self.found
 
     def _placeholder(self, node: fx.Node) -> Any:
@@ -79,7 +79,9 @@ class _Run:
             return args[0][args[1]]
         if name in VIEWS or name in ("_unsafe_view", "flatten", "unflatten", "expand"):
             return self._view(node, args[0], name)
-        if name == "linear":
+        if name in ("split", "split_with_sizes"):
+            args = self._parts(node, args)
+        elif name == "linear":
             args = (args[0], self._input(node, args[0], args[1]), *args[2:])
         elif name.startswith("conv") and "transpose" not in name:
             args, kwargs = (), self._conv(node)
@@ -118,6 +120,15 @@ class _Run:
             if changed:
                 self.found.constants[node] = changed
         return value.reshape(sizes)
+
+    def _parts(self, node: fx.Node, args: Any) -> Any:
+        """Equal parts of a changed width stay equal."""
+        dim = bind(node)["dim"]
+        total, parts = args[0].shape[dim], [v.shape[dim] for v in node.meta["val"]]
+        if total == sum(parts) or total % len(parts):
+            return args
+        size = total // len(parts)
+        return (args[0], size if isinstance(args[1], int) else [size] * len(parts), *args[2:])
 
     def _sizes(self, node: fx.Node, old: Sequence[int], new: Sequence[int], now: Sequence[int]) -> list[int]:
         source = node.args[0]

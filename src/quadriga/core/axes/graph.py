@@ -11,11 +11,12 @@ from quadriga.core.axes import rules_layers, rules_shape  # noqa: F401  (they re
 from quadriga.core.axes.derive import derive
 from quadriga.core.axes.fields import refresh
 from quadriga.core.axes.groups import Group, find_groups
+from quadriga.core.axes.heads import Counts, counts, subsets
 from quadriga.core.axes.interface import Reference, check_interface
 from quadriga.core.axes.patch import Patch
 from quadriga.core.axes.rewrite import settle
 from quadriga.core.axes.trace import Traced, trace
-from quadriga.core.axes.walk import Walk, op_name
+from quadriga.core.axes.walk import Walk
 from quadriga.core.batch import Tree
 from quadriga.core.errors import NotApplicable
 
@@ -86,11 +87,10 @@ class AxisGraph:
                 change; then the model is as it was.
         """
         patch = Patch()
+        numbers = counts(self.model, choices)
         try:
             self._cut(choices, patch)
-            settle(self, patch)
-            if any(group.split for group in choices):
-                self._confirm(next(group for group in choices if group.split))
+            self._settle(choices, numbers, patch)
         except NotApplicable:
             patch.undo()
             raise
@@ -127,12 +127,35 @@ class AxisGraph:
         """Raise NotApplicable unless outputs have the shapes that they had when this graph was traced."""
         check_interface(self.model, self.example, self.reference)
 
+    def _settle(self, choices: Mapping[Group, Tensor], numbers: Counts, patch: Patch) -> None:
+        """Where heads were cut, let the numbers that a module keeps of them follow: none, one, or as few as it takes."""
+        split = next((group for group in choices if group.split), None)
+        if split is None:
+            settle(self, patch)
+            return
+        failure: NotApplicable | None = None
+        for names in subsets(numbers):
+            trial = Patch()
+            for module, name, value in (entry for key in names for entry in numbers[key]):
+                trial.attr(module, name, value)
+            try:
+                settle(self, trial)
+                self._confirm(split)
+            except NotApplicable as error:
+                trial.undo()
+                failure = failure or error
+            else:
+                patch.then(trial)
+                return
+        assert failure is not None, "the first subset is the empty one"
+        raise failure
+
     def _confirm(self, group: Group) -> None:
         """Trace again and compare every shape with the derived one: `unflatten(-1, (4, -1))` takes a narrower width too,
         but as four thinner heads instead of three, which no output shape would show.
         """
         now = trace(self.model, self.example)
-        found = [(op_name(n), tuple(n.meta["val"].shape)) for n in now.graph.nodes if _one_tensor(n)]
+        found = [tuple(n.meta["val"].shape) for n in now.graph.nodes if _one_tensor(n)]
         if found != derive(self.traced, self.walk).shapes:
             raise NotApplicable(f"{group.name} cannot lose whole parts: {group.split}, and the number stands in the code")
 

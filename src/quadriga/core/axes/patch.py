@@ -55,6 +55,10 @@ class Patch:
         replace_module(model, path, new)
         self._undo.append(lambda: replace_module(model, path, old))
 
+    def then(self, other: Patch) -> None:
+        """Take over the changes of another patch, as the last ones."""
+        self._undo += other._undo
+
     def undo(self) -> None:
         """Take everything back."""
         while self._undo:

@@ -86,7 +86,8 @@ def split(units: Units, dim: Tensor, sizes: Sequence[int], where: str) -> Axes:
     """Several axes out of one.
 
     If the units vary along one of them only (a flattened map seen as a map again), that one carries them. A width cut into
-    two (heads of an attention) is carried by the first: whole heads are cut. Anything else is fixed.
+    two (heads of an attention) is carried by the first: whole heads are cut. An axis of three or two beside these holds
+    projections (queries, keys, values), which lose the same heads. Anything else is fixed.
     """
     result: Axes = [None] * len(sizes)
     table = torch.tensor(units.roots(dim)).reshape(tuple(sizes))
@@ -96,13 +97,19 @@ def split(units: Units, dim: Tensor, sizes: Sequence[int], where: str) -> Axes:
             result[k] = dim.reshape(tuple(sizes)).movedim(k, 0).reshape(size, -1)[:, 0]
             return result
     wide = [k for k, s in enumerate(sizes) if s > 1]
-    if len(wide) != 2:
+    heads = [k for k in wide if k != _projections(sizes, wide)]
+    if len(heads) != 2:
         units.pin(dim, f"it is split into {len(wide)} axes at {where}")
         return result
-    grid = dim.reshape([sizes[k] for k in wide])
+    grid = dim.reshape(tuple(sizes)).movedim(heads[0], 0).reshape(sizes[heads[0]], -1)
     for column in grid.unbind(1)[1:]:
         units.unite(grid[:, 0], column)
     for root in set(units.roots(grid[:, 0])):
-        units.split.setdefault(root, f"it is split into {sizes[wide[0]]} parts at {where}")
-    result[wide[0]] = grid[:, 0]
+        units.split.setdefault(root, f"it is split into {sizes[heads[0]]} parts at {where}")
+    result[heads[0]] = grid[:, 0]
     return result
+
+
+def _projections(sizes: Sequence[int], wide: Sequence[int]) -> int | None:
+    """Of three axes, the one that holds queries, keys and values, or keys and values."""
+    return next((k for size in (3, 2) for k in wide if sizes[k] == size), None) if len(wide) == 3 else None

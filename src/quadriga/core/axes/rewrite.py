@@ -39,12 +39,24 @@ def settle(graph: AxisGraph, patch: Patch) -> None:
     constants = derive(graph.traced, graph.walk).constants
     if not constants:
         raise failure
-    rewrite(graph, constants, patch)
-    graph.check()
+    trial = Patch()
+    try:
+        rewrite(graph, constants, trial)
+        graph.check()
+    except NotApplicable:
+        trial.undo()
+        rewrite(graph, constants, trial, computed=True)
+        graph.check()
+    finally:
+        patch.then(trial)
 
 
-def rewrite(graph: AxisGraph, constants: dict[fx.Node, Change], patch: Patch) -> None:
+def rewrite(graph: AxisGraph, constants: dict[fx.Node, Change], patch: Patch, computed: bool = False) -> None:
     """Exchange the constants of these reshapes in the modules that hold them.
+
+    Args:
+        computed: sizes that the code computes are exchanged too. `y.reshape(batch, time, width)` with the width of the
+            residual stream no longer fits attention's output once heads are gone.
 
     Raises:
         NotApplicable: a module's forward cannot be followed by torch.fx; the reason names the line.
@@ -53,7 +65,7 @@ def rewrite(graph: AxisGraph, constants: dict[fx.Node, Change], patch: Patch) ->
         node = next(n for n in constants if layer_of(n) == path)
         module, where = graph.model.get_submodule(path), graph.traced.where(node)
         changes = _per_call(graph.traced.graph, path, constants, where)
-        patch.kind(module, _with_forward(module, _rewritten(module, changes, where)))
+        patch.kind(module, _with_forward(module, _rewritten(module, changes, where, computed)))
 
 
 def _per_call(graph: fx.Graph, path: str, constants: dict[fx.Node, Change], where: str) -> list[Change]:
@@ -84,7 +96,7 @@ def _trace(module: nn.Module, training: bool) -> fx.Graph:
         module.training = was
 
 
-def _rewritten(module: nn.Module, changes: list[Change], where: str) -> fx.Graph:
+def _rewritten(module: nn.Module, changes: list[Change], where: str, computed: bool) -> fx.Graph:
     try:
         graph, other = _trace(module, True), _trace(module, False)
     except Exception as error:  # torch.fx raises many types
@@ -100,7 +112,7 @@ def _rewritten(module: nn.Module, changes: list[Change], where: str) -> fx.Graph
         for position, (old, new) in change.items():
             if position >= len(sizes):
                 raise NotApplicable(f"the constant {old} in {where} cannot be found", REMEDY)
-            if sizes[position] == old:  # else it is computed, and follows by itself
+            if sizes[position] == old or (computed and isinstance(sizes[position], fx.Node)):  # else it follows by itself
                 sizes[position] = new
         view.args = (view.args[0], tuple(sizes)) if nested else (view.args[0], *sizes)
     return graph

@@ -168,7 +168,20 @@ def glu(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
     return axes
 
 
-@rule("split", "split_with_sizes", "unbind", "slice", "narrow", "select", "pad", "constant_pad_nd", "roll", "flip")
+@rule("split", "split_with_sizes")
+def split(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
+    """Equal parts lose the same positions, as with `chunk`; their size is named in the code and has to follow."""
+    axes, sizes = walk.axes(a["self"]), [v.shape[a["dim"]] for v in node.meta["val"]]
+    along = axes[a["dim"]]
+    if not isinstance(along, Tensor) or len(set(sizes)) > 1 or len(sizes) == 1:
+        return along_one(walk, node, a)
+    parts = chunk(walk, node, a)
+    for root in set(walk.units.roots(along)):
+        walk.units.named.setdefault(root, f"{walk.where(node)} names positions along it")
+    return parts
+
+
+@rule("unbind", "slice", "narrow", "select", "pad", "constant_pad_nd", "roll", "flip")
 @rule("index_select", "tril", "triu")
 def along_one(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
     """Parts of one or a few axes: harmless without units; elsewhere the user's code names positions, so it is fixed."""
