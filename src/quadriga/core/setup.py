@@ -156,7 +156,8 @@ class Context:
         teacher: the trained baseline, frozen and in eval mode, or None.
         invariances: changes of the input that keep its label.
         classes: number of classes where outputs are [batch, classes] and targets integer, else None.
-        gradients: () → {parameter name: mean gradient over calibration} for the model given to it.
+        gradients: (model) → {parameter name: mean gradient of the loss over calibration}.
+        curvature: (model) → {parameter name: diagonal of the loss's Hessian, estimated over calibration}.
         evaluate: (model) → quality on val.
         time: (arms, spec) → seconds per call of each arm (a model and its inputs), realised by the specification and
             timed in turn, block by block, so that their ratios can be trusted more than their values.
@@ -173,6 +174,7 @@ class Context:
     invariances: frozenset[str] = frozenset()
     classes: int | None = None
     gradients: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
+    curvature: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     evaluate: Callable[[nn.Module], float] | None = None
     time: Callable[[Sequence[Arm], RuntimeSpec], list[float]] | None = None
     runtime: RuntimeSpec = RuntimeSpec()

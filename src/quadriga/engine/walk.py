@@ -22,7 +22,7 @@ from quadriga.core.workload import Workload
 from quadriga.engine.decisions import Decisions
 from quadriga.methods import build
 from quadriga.train.checkpoint import load_model
-from quadriga.train.gradients import mean_gradients
+from quadriga.train.gradients import fisher_diagonal, mean_gradients
 from quadriga.train.loop import fit
 
 
@@ -142,7 +142,11 @@ def _start(
         services["teacher"] = model.eval().requires_grad_(False)
     setup = Setup.of(workload, seed, **services)
     loss, batches = workload.loss, setup.context.calibration
-    context = replace(setup.context, gradients=lambda model: mean_gradients(model, loss, batches))
+    context = replace(
+        setup.context,
+        gradients=lambda model: mean_gradients(model, loss, batches),
+        curvature=lambda model: fisher_diagonal(model, loss, batches),
+    )
     return replace(setup, context=context)
 
 

@@ -18,7 +18,7 @@ from quadriga.core.batch import call, evaluating
 from quadriga.core.setup import Arm, OptimizerSlot, RuntimeSpec, Setup
 from quadriga.core.workload import Workload
 from quadriga.testing.workloads import TINY
-from quadriga.train.gradients import mean_gradients
+from quadriga.train.gradients import fisher_diagonal, mean_gradients
 
 MakeSetup = Callable[[], Setup]
 DECIDED: dict[Callable[..., Workload], dict[str, str]] = {}  # what trained setups decided, as JSON
@@ -56,7 +56,12 @@ def trained_setup(build: Callable[..., Workload]) -> Setup:
         return json.loads(known[key])
 
     setup = Setup.of(workload, model=model, teacher=teacher, time=fake_time, decide=decide)
-    context = replace(setup.context, gradients=lambda m: mean_gradients(m, setup.training.loss, batches))
+    loss = setup.training.loss
+    context = replace(
+        setup.context,
+        gradients=lambda m: mean_gradients(m, loss, batches),
+        curvature=lambda m: fisher_diagonal(m, loss, batches, examples=8),
+    )
     return replace(setup, context=context, optimizer=OptimizerSlot(decaying_sgd))
 
 

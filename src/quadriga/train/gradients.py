@@ -1,13 +1,15 @@
-"""Mean gradients over some batches, which importance scores read."""
+"""Mean gradients and their squares over some data, which importance scores read."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, call, evaluating
+from quadriga.core.batch import Batch, call, evaluating, tree_map
 from quadriga.core.metric import Loss
 from quadriga.train.step import reduce
 
@@ -24,6 +26,27 @@ def mean_gradients(model: nn.Module, loss: Loss, batches: Iterable[Batch]) -> di
         parameter name → gradient, zeros where the loss does not depend on it; parameters that do not require
         a gradient are left out.
     """
+    return _mean(model, loss, batches, lambda g: g)
+
+
+def fisher_diagonal(model: nn.Module, loss: Loss, batches: Iterable[Batch], examples: int = 128) -> dict[str, Tensor]:
+    """Mean squared gradient of single examples' losses, the empirical Fisher information: it stands for the Hessian.
+
+    At a minimum of a log-likelihood the two agree (Theis et al. 2018, arXiv:1801.05787). In eval mode.
+
+    Args:
+        model, loss: as in `mean_gradients`.
+        batches: taken apart into single examples, so that no gradients cancel.
+        examples: how many of them at most.
+
+    Returns:
+        parameter name → [the parameter's shape].
+    """
+    singles = (one for batch in batches for one in _singles(batch))
+    return _mean(model, loss, islice(singles, examples), Tensor.square)
+
+
+def _mean(model: nn.Module, loss: Loss, batches: Iterable[Batch], of: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p) for name, p in named.items()}
     count = 0
@@ -33,6 +56,14 @@ def mean_gradients(model: nn.Module, loss: Loss, batches: Iterable[Batch]) -> di
             parts = torch.autograd.grad(value, list(named.values()), allow_unused=True)
             for name, part in zip(named, parts, strict=True):
                 if part is not None:
-                    sums[name].add_(part, alpha=len(batch))
+                    sums[name].add_(of(part), alpha=len(batch))
             count += len(batch)
     return {name: total / max(count, 1) for name, total in sums.items()}
+
+
+def _singles(batch: Batch) -> Iterator[Batch]:
+    for i in range(len(batch)):
+        here = slice(i, i + 1)
+        inputs, target = (tree_map(lambda t: t[here], tree) for tree in (batch.inputs, batch.target))  # noqa: B023
+        weight = None if batch.weight is None else batch.weight[here]
+        yield replace(batch, inputs=inputs, target=target, index=batch.index[here], weight=weight)

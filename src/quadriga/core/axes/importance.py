@@ -36,6 +36,20 @@ def taylor(graph: AxisGraph, gradients: Mapping[str, Tensor]) -> Score:
     return lambda group: _sum(group, slope, lambda v: v.square())
 
 
+def hessian(graph: AxisGraph, curvature: Mapping[str, Tensor]) -> Score:
+    """How much the loss rises when the unit goes, going by the Hessian's diagonal h: ½ Σ h · weight² over all layers.
+
+    Source: LeCun et al. 1990, Optimal Brain Damage.
+    """
+
+    def rise(member: Member) -> Tensor:
+        found = [curvature[n] for n in member.names if n in curvature]
+        weight = member.tensor.data.double()
+        return torch.zeros_like(weight) if not found else 0.5 * found[0].to(weight) * weight.square()
+
+    return lambda group: _sum(group, rise)
+
+
 def bn_scale(graph: AxisGraph) -> Score:
     """Absolute scale of the unit's batch normalization (Network Slimming, Liu et al. 2017, arXiv:1708.06519)."""
     norms = {id(m.weight) for m in graph.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.affine}

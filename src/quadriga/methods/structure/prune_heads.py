@@ -9,10 +9,11 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from quadriga.core.axes import AxisGraph, Group
-from quadriga.core.axes.importance import Score, best, magnitude, taylor
+from quadriga.core.axes.importance import Score, best
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.methods.structure._scores import score_of
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,8 @@ class PruneHeads(Method):
 
     Args:
         ratio: share of the heads of each attention that go, in (0, 1); at least one stays.
-        importance: "magnitude" (L2 norm over all weights of the head) or "taylor" (squared gradient times weight, from
-            calibration data).
+        importance: "magnitude" (L2 norm over all weights of the head), "taylor" (squared gradient times weight) or "hessian"
+            (curvature times squared weight), both from calibration data.
         only: layers to act on: globs of names, comma-separated.
 
     Example:
@@ -60,10 +61,10 @@ class PruneHeads(Method):
     numerics = Numerics.CHANGED
     source = "arXiv:1905.10650"
     requires = frozenset({"FLOAT_WEIGHTS"})
-    search: ClassVar = {"ratio": (0.5, 0.25), "importance": ("magnitude", "taylor")}
+    search: ClassVar = {"ratio": (0.5, 0.25), "importance": ("magnitude", "taylor", "hessian")}
 
     ratio: float = 0.5
-    importance: Literal["magnitude", "taylor"] = "magnitude"
+    importance: Literal["magnitude", "taylor", "hessian"] = "magnitude"
     only: str = "*"
 
     def __post_init__(self) -> None:
@@ -72,7 +73,7 @@ class PruneHeads(Method):
 
     def apply(self, setup: Setup) -> Setup:
         graph = AxisGraph.trace(setup.model, setup.context.example)
-        choices = self._choices(graph, self._score(graph, setup))
+        choices = self._choices(graph, score_of(self.importance, graph, setup))
         for reason in graph.cut_each(choices)[1]:
             log.info("prune_heads leaves %s", reason)
         return replace(setup, model=graph.model)
@@ -89,12 +90,3 @@ class PruneHeads(Method):
         if not choices:
             raise NotApplicable(f"at ratio {self.ratio} no attention loses a head ({detail})", "raise ratio")
         return choices
-
-    def _score(self, graph: AxisGraph, setup: Setup) -> Score:
-        if self.importance == "magnitude":
-            return magnitude(graph)
-        if setup.context.gradients is None:
-            raise NotApplicable(
-                "taylor importance needs gradients, which are not supplied here", 'use importance = "magnitude"'
-            )
-        return taylor(graph, setup.context.gradients(setup.model))

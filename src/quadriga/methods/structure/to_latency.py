@@ -7,14 +7,14 @@ import logging
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quadriga.core.axes import AxisGraph, Group
-from quadriga.core.axes.importance import Score, best, bn_scale, magnitude, taylor
+from quadriga.core.axes.importance import best
 from quadriga.core.batch import resize
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
@@ -22,6 +22,7 @@ from quadriga.core.setup import Setup
 from quadriga.methods.structure._latency_pieces import pieces
 from quadriga.methods.structure._latency_solve import Choice, Round, approach, solve
 from quadriga.methods.structure._latency_table import Array, Meter, Time, candidates, measure
+from quadriga.methods.structure._scores import Importance, score_of
 
 log = logging.getLogger(__name__)
 KINDS = ("conv", "linear", "recurrent", "embedding")
@@ -64,7 +65,8 @@ class ToLatency(Method):
         target: latency wanted, as a share of that of the network as it stands, in (0, 1).
         batch: examples per call.
         importance: which units stay: "magnitude" (L2 norm over all coupled weights), "taylor" (squared gradient times
-            weight, from calibration data) or "bn_scale" (scale of the batch normalization; other layers stay).
+            weight) or "hessian" (curvature times squared weight), both from calibration data, or "bn_scale" (scale of the
+            batch normalization; other layers stay).
         tolerance: allowed relative difference between the measured ratio and the target.
         steps: widths per group to choose from, multiples of 8 beside them; more where there are few groups.
         round_to: widths are multiples of this.
@@ -79,11 +81,11 @@ class ToLatency(Method):
     numerics = Numerics.CHANGED
     source = "arXiv:2110.10811"
     requires = frozenset({"FLOAT_WEIGHTS"})
-    search: ClassVar = {"target": (0.5, 0.7, 0.35), "importance": ("magnitude", "taylor", "bn_scale")}
+    search: ClassVar = {"target": (0.5, 0.7, 0.35), "importance": ("magnitude", "taylor", "hessian", "bn_scale")}
 
     target: float = 0.5
     batch: int = 1
-    importance: Literal["magnitude", "taylor", "bn_scale"] = "magnitude"
+    importance: Importance = "magnitude"
     tolerance: float = 0.1
     steps: int = 8
     round_to: int = 1
@@ -115,24 +117,13 @@ class ToLatency(Method):
     def _scores(self, graph: AxisGraph, setup: Setup) -> dict[Group, Tensor]:
         """Importance of the units of every group that may be cut."""
         free = [g for g in graph.groups() if g.kind in KINDS and not g.fixed and g.matches(self.only)]
-        score = self._score(graph, setup)
-        found = {g: s if self.importance == "taylor" else s.square() for g in free if (s := score(g)) is not None}
+        score = score_of(self.importance, graph, setup)
+        found = {g: s if self.importance in ("taylor", "hessian") else s.square() for g in free if (s := score(g)) is not None}
         if not found:
             reasons = [f"{g.name}: {g.fixed or g.kind}" for g in graph.groups() if g.matches(self.only)]
             detail = "no width has a batch normalization" if free else "; ".join(reasons[:3])
             raise NotApplicable(f"no width can be cut ({detail or 'no layer matches'})")
         return found
-
-    def _score(self, graph: AxisGraph, setup: Setup) -> Score:
-        if self.importance == "bn_scale":
-            return bn_scale(graph)
-        if self.importance == "magnitude":
-            return magnitude(graph)
-        if setup.context.gradients is None:
-            raise NotApplicable(
-                "taylor importance needs gradients, which are not supplied here", 'use importance = "magnitude"'
-            )
-        return taylor(graph, setup.context.gradients(setup.model))
 
     def _decide(self, setup: Setup, graph: AxisGraph, scores: Mapping[Group, Tensor]) -> dict[str, int]:
         """The widths, measured once; another process is told what was found."""

@@ -1,0 +1,100 @@
+"""Hidden-unit pruning: narrower feed-forward blocks, while what passes between the blocks keeps its width."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from quadriga.core.axes import AxisGraph, Group
+from quadriga.core.axes.importance import best
+from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.setup import Setup
+from quadriga.methods.structure._scores import score_of, widths
+
+log = logging.getLogger(__name__)
+
+
+def hidden_groups(graph: AxisGraph, only: str = "*") -> list[Group]:
+    """Widths between Linear layers alone: produced by Linears that read the same, so that no residual sum is among them.
+
+    Two Linears that gate one another (SwiGLU) make one width together.
+
+    Example:
+        >>> from torch import nn, randn
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 2))
+        >>> [g.name for g in hidden_groups(AxisGraph.trace(net, randn(2, 4)))]
+        ['0', '2']
+    """
+    groups = graph.groups()
+    reads = {id(m.tensor): g for g in groups for m in g.members if not m.producer and m.tensor.dim() == 2}
+    free = [g for g in groups if g.kind == "linear" and not g.fixed and not g.split and g.matches(only)]
+    return [g for g in free if len(_sources(g, reads)) == 1]
+
+
+def _sources(group: Group, reads: Mapping[int, Group]) -> set[Group | None]:
+    """The widths that its producers read. In a residual sum they differ: one reads what is outside, another what is inside."""
+    return {reads.get(id(m.tensor)) for m in group.members if m.producer}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PruneHidden(Method):
+    """Remove the least important hidden units of feed-forward blocks and perceptrons.
+
+    The stream between the blocks of a transformer, embeddings, heads of attentions and convolutions keep their widths.
+
+    Args:
+        ratio: share of hidden units that go, in (0, 1).
+        importance: "magnitude" (L2 norm over all weights of the unit), "taylor" (squared gradient times weight) or "hessian"
+            (curvature times squared weight), both from calibration data.
+        scope: "layer" takes the same share of each block, "global" ranks the units of all blocks together.
+        round_to: widths are rounded to the nearest multiple.
+        only: layers to act on: globs of names, comma-separated.
+
+    Source: Xia et al. 2022, CoFi, arXiv:2204.00408 (intermediate dimensions); Molchanov et al. 2019, arXiv:1906.10771 (taylor).
+    """
+
+    family = Family.STRUCTURE
+    numerics = Numerics.CHANGED
+    source = "arXiv:2204.00408"
+    requires = frozenset({"FLOAT_WEIGHTS"})
+    search: ClassVar = {
+        "ratio": (0.5, 0.25, 0.7),
+        "importance": ("magnitude", "taylor", "hessian"),
+        "scope": ("layer", "global"),
+    }
+
+    ratio: float = 0.5
+    importance: Literal["magnitude", "taylor", "hessian"] = "magnitude"
+    scope: Literal["layer", "global"] = "layer"
+    round_to: int = 1
+    only: str = "*"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise BadInput(f"prune_hidden.ratio is {self.ratio!r}", "it is the share that goes, between 0 and 1")
+        if self.round_to < 1:
+            raise BadInput(f"prune_hidden.round_to is {self.round_to!r}", "give at least 1")
+
+    def apply(self, setup: Setup) -> Setup:
+        graph = AxisGraph.trace(setup.model, setup.context.example)
+        groups = hidden_groups(graph, self.only)
+        if not groups:
+            raise NotApplicable(f"no width lies between Linear layers ({_reasons(graph.groups()) or 'no layer matches'})")
+        score = score_of(self.importance, graph, setup)
+        scores: dict[Group, Tensor] = {g: s for g in groups if (s := score(g)) is not None}
+        kept = widths(scores, self.ratio, self.scope, self.round_to)
+        choices = {g: best(s, kept[g]) for g, s in scores.items() if kept[g] < g.size}
+        if not choices:
+            raise NotApplicable(f"at ratio {self.ratio} and round_to {self.round_to} no width changes")
+        for reason in graph.cut_each(choices)[1]:
+            log.info("prune_hidden leaves %s", reason)
+        return replace(setup, model=graph.model)
+
+
+def _reasons(groups: Iterable[Group]) -> str:
+    return "; ".join([f"{g.name}: {g.fixed or g.split or g.kind}" for g in groups][:3])
