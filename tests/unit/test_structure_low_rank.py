@@ -1,5 +1,7 @@
 """low_rank: Eckart–Young, the break-even rule, ties."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from torch import nn
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
 from quadriga.core.workload import Workload
+from quadriga.methods.structure._moments import rows
 from quadriga.methods.structure.low_rank import LowRank, break_even, factorize, rank_by_energy
 
 torch.set_num_threads(1)
@@ -91,3 +94,53 @@ def test_break_even_is_refused():
         LowRank(energy=1.0)
     with pytest.raises(ValueError, match="rank 41"):
         factorize(net[0], 41)
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv1d", "conv2d"])
+def test_whitened_is_the_best_fit_of_the_outputs(kind):
+    """On its data the error is the sum of the dropped squared singular values of W S, and below plain SVD's."""
+    torch.manual_seed(0)
+    layer, x = {
+        "linear": (nn.Linear(12, 10, bias=False), torch.randn(200, 12) @ torch.randn(12, 12)),
+        "conv1d": (nn.Conv1d(4, 8, 3, stride=2, padding=1, bias=False), torch.randn(20, 4, 15).cumsum(2)),
+        "conv2d": (nn.Conv2d(3, 8, 3, padding="same", padding_mode="circular", bias=False), torch.randn(9, 3, 6, 6).cumsum(3)),
+    }[kind]
+    layer, x = layer.double(), x.double()
+    seen = rows(layer, x)
+    second = seen.T @ seen / len(seen)
+    root = torch.linalg.cholesky(second + 1e-12 * torch.eye(len(second)))
+    errors = []
+    for one in (root, None):
+        down, up = factorize(layer, 4, one)
+        errors.append((up(down(x)) - layer(x)).square().sum() / len(seen))
+    dropped = torch.linalg.svdvals(layer.weight.flatten(1) @ root)[4:].square().sum()
+    torch.testing.assert_close(errors[0], dropped, rtol=1e-6, atol=1e-9)
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_whitening_uses_the_calibration_data():
+    """Inputs that never vary cost no rank: a layer of full rank on data of rank 2 becomes rank 2, and outputs stay."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 2) @ torch.randn(2, 40), torch.arange(64) % 3
+    start = Setup.of(Workload(model=nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 3)), train=(x, y), val=(x, y), test=(x, y)))
+    before = start.model(x)
+    model = LowRank(energy=0.999, whiten=True, only="0")(start).model
+    assert model[0][0].out_features == 2
+    torch.testing.assert_close(model(x), before, rtol=1e-2, atol=1e-2)
+
+
+def test_the_rank_of_a_latency_is_the_largest_that_is_fast_enough():
+    """Where time is the number of weights, half of it is half of break-even; where thin layers are slow, it is refused."""
+
+    def weights(arms, spec):
+        return [float(sum(p.numel() for p in model.parameters() if p.dim() > 1)) for model, _ in arms]
+
+    start = setup(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 3)))
+    timed = replace(start, context=replace(start.context, time=weights))
+    assert LowRank(latency=0.5, only="0")(timed).model[0][0].out_features == 10
+    start = setup(nn.Sequential(nn.Linear(40, 40), nn.Linear(40, 3)))
+    slow = replace(start, context=replace(start.context, time=lambda arms, spec: [1.0] * len(arms)))
+    with pytest.raises(NotApplicable, match=r"0: two thin layers do not take 0\.5 of its time"):
+        LowRank(latency=0.5)(slow)
+    with pytest.raises(NotApplicable, match="no clock"):
+        LowRank(latency=0.5)(setup(nn.Sequential(nn.Linear(40, 40))))

@@ -43,6 +43,16 @@ class Patch:
             setattr(owner, name, value)
             self._undo.append(lambda: setattr(owner, name, old))
 
+    def parameter(self, module: nn.Module, name: str, value: nn.Parameter) -> None:
+        """Give a module another parameter object under a name that it knows."""
+        old = module._parameters[name]
+        module._parameters[name] = value
+
+        def back() -> None:
+            module._parameters[name] = old
+
+        self._undo.append(back)
+
     def kind(self, module: nn.Module, cls: type[nn.Module]) -> None:
         """Give a module another class with the same state."""
         old = type(module)

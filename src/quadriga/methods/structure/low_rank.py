@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.axes import Patch, Reference, check_interface
+from quadriga.core.batch import Tree, call, evaluating, resize
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
-from quadriga.core.setup import Setup
+from quadriga.core.setup import Arm, Setup
+from quadriga.methods.structure._moments import moments
+from quadriga.methods.structure._replace import Layer, plain_layers, replace_each
 
-Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+BATCHES = 8  # of calibration data for covariances
 
 
-def factorize(layer: Layer, rank: int) -> tuple[Layer, Layer]:
+def factorize(layer: Layer, rank: int, root: Tensor | None = None) -> tuple[Layer, Layer]:
     """The best approximation of a layer by two of that rank: `up(down(x)) ≈ layer(x)` (Eckart–Young).
 
     Args:
         layer: a Linear with weight[m, n], or a convolution with weight[m, channels, k…] and one group, read as
             a matrix [m, n] with n = channels·k…; then `down` has the kernel, stride and padding, and `up` is 1×1.
         rank: from 1 to min(m, n).
+        root: lower triangular S with S Sᵀ = E[x xᵀ] of what the layer reads, [n, n]: then the mean squared error of the
+            outputs on these data is least, instead of that of the weights.
 
     Returns:
         down (n → rank, without bias) and up (rank → m, with the layer's bias); singular values are shared evenly.
@@ -40,14 +44,22 @@ def factorize(layer: Layer, rank: int) -> tuple[Layer, Layer]:
     matrix = layer.weight.data.flatten(1)
     if not 1 <= rank <= min(matrix.shape) or getattr(layer, "groups", 1) != 1:
         raise ValueError(f"rank {rank} for {layer}; give 1 to {min(matrix.shape)}, and a convolution with one group")
-    u, s, v = torch.linalg.svd(matrix.double(), full_matrices=False)
-    root = s[:rank].sqrt()
+    u, s, v = torch.linalg.svd(weighed(matrix, root), full_matrices=False)
+    half, v = s[:rank].sqrt(), v[:rank]
+    if root is not None:
+        v = torch.linalg.solve_triangular(root, v, upper=False, left=False)
     down, up = _pair(layer, rank)
-    down.weight.data.copy_((root[:, None] * v[:rank]).reshape(down.weight.shape))
-    up.weight.data.copy_((u[:, :rank] * root).reshape(up.weight.shape))
+    down.weight.data.copy_((half[:, None] * v).reshape(down.weight.shape))
+    up.weight.data.copy_((u[:, :rank] * half).reshape(up.weight.shape))
     if layer.bias is not None and up.bias is not None:
         up.bias.data.copy_(layer.bias.data)
     return down, up
+
+
+def weighed(weight: Tensor, root: Tensor | None = None) -> Tensor:
+    """The matrix whose singular values count: the weight itself, or W S, whose squares add up to the outputs' mean square."""
+    matrix = weight.data.flatten(1).double()
+    return matrix if root is None else matrix @ root
 
 
 def _pair(layer: Layer, rank: int) -> tuple[Layer, Layer]:
@@ -71,9 +83,9 @@ def break_even(weight: Tensor) -> float:
     return m * n / (m + n)
 
 
-def rank_by_energy(weight: Tensor, energy: float) -> int:
-    """The least rank that keeps this share of the squared singular values."""
-    squares = torch.linalg.svdvals(weight.data.flatten(1).double()).square()
+def rank_by_energy(weight: Tensor, energy: float, root: Tensor | None = None) -> int:
+    """The least rank that keeps this share of the squared singular values; with `root`, of the outputs' mean square."""
+    squares = torch.linalg.svdvals(weighed(weight, root)).square()
     share = squares.cumsum(0) / squares.sum().clamp_min(1e-300)
     return min(len(squares), int((share < energy).sum()) + 1)
 
@@ -87,61 +99,91 @@ class LowRank(Method):
     Args:
         energy: share of the squared singular values that each layer keeps, in (0, 1).
         ratio: instead of energy, the share of its weights that each layer keeps, in (0, 1).
+        latency: instead of energy, the share of its latency that each layer may keep, in (0, 1): the largest rank is taken
+            whose two layers are that fast, timed at batch 1 in the runtime that the recipe ends in.
+        whiten: weigh errors by the covariance of what the layer reads, over calibration data, so that its outputs change
+            least, and energy is theirs.
         only: layers to act on: globs of names, comma-separated.
 
-    Source: Denton et al. 2014, arXiv:1404.0736; Eckart and Young 1936.
+    Source: Denton et al. 2014, arXiv:1404.0736; Eckart and Young 1936; Wang et al. 2024, SVD-LLM, arXiv:2403.07378 (whiten).
     """
 
     family = Family.STRUCTURE
     numerics = Numerics.CHANGED
     source = "arXiv:1404.0736"
     requires = frozenset({"FLOAT_WEIGHTS"})
-    search: ClassVar = {"energy": (0.9, 0.8, 0.95)}
+    search: ClassVar = {"energy": (0.9, 0.8, 0.95), "whiten": (False, True)}
 
     energy: float = 0.9
     ratio: float | None = None
+    latency: float | None = None
+    whiten: bool = False
     only: str = "*"
 
     def __post_init__(self) -> None:
-        for name in ("energy", "ratio"):
+        for name in ("energy", "ratio", "latency"):
             if (value := getattr(self, name)) is not None and not 0 < value < 1:
                 raise BadInput(f"low_rank.{name} is {value!r}", "it is a share between 0 and 1")
+        if self.ratio is not None and self.latency is not None:
+            raise BadInput("low_rank has both ratio and latency", "give one of them")
 
     def apply(self, setup: Setup) -> Setup:
         model, example = setup.model, setup.context.example
-        reference, done, reasons = Reference.of(model, example), 0, []
-        for name, layer in candidates(model, self.only):
-            rank, limit = self._rank(layer), break_even(layer.weight)
+        layers = dict(plain_layers(model, self.only))
+        roots = self._roots(setup, layers)
+        ranks = self._timed(setup, layers) if self.latency is not None else {}
+
+        def make(name: str, layer: Layer) -> nn.Module:
+            rank, limit = ranks[name] if name in ranks else self._rank(layer, roots.get(name)), break_even(layer.weight)
+            if not rank:
+                raise NotApplicable(f"{name}: two thin layers do not take {self.latency} of its time at any rank")
             if rank >= limit:
-                reasons.append(f"{name} needs rank {rank}, break-even is {limit:.1f}")
-                continue
-            patch = Patch()
-            patch.module(model, name, nn.Sequential(*factorize(layer, rank)))
-            try:
-                check_interface(model, example, reference)
-                done += 1
-            except NotApplicable as error:
-                patch.undo()
-                reasons.append(f"{name}: {error.reason}")
+                raise NotApplicable(f"{name} needs rank {rank}, break-even is {limit:.1f}")
+            return nn.Sequential(*factorize(layer, rank, roots.get(name)))
+
+        done, reasons = replace_each(model, example, layers.items(), make)
         if not done:
             why = "; ".join(reasons[:4]) or "no untied Linear or convolution matches"
             raise NotApplicable(f"low rank pays in no layer: {why}")
         return replace(setup, model=model)
 
-    def _rank(self, layer: Layer) -> int:
+    def _roots(self, setup: Setup, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+        if not self.whiten:
+            return {}
+        found = moments(setup.model, layers, setup.context.calibration[:BATCHES])
+        return {name: torch.linalg.cholesky(m.second()) for name, m in found.items()}
+
+    def _rank(self, layer: Layer, root: Tensor | None) -> int:
         if self.ratio is not None:
             return max(1, int(self.ratio * break_even(layer.weight)))
-        return rank_by_energy(layer.weight, self.energy)
+        return rank_by_energy(layer.weight, self.energy, root)
+
+    def _timed(self, setup: Setup, layers: Mapping[str, Layer]) -> dict[str, int]:
+        """The largest rank of each layer that is fast enough, 0 if none; measured once, and another process is told."""
+        time, spec = setup.context.time, setup.context.runtime
+        if time is None:
+            raise NotApplicable("low_rank.latency needs measuring, and there is no clock here", "give ratio or energy")
+
+        def measured() -> dict[str, int]:
+            inputs = inputs_of(setup.model, layers, resize(setup.context.example, 1))
+            return {n: fast_rank(layers[n], x, self.latency or 1, lambda arms: time(arms, spec)) for n, x in inputs.items()}
+
+        return setup.context.decide(f"low_rank {self.latency} {self.only}", measured)  # type: ignore[no-any-return]
 
 
-def candidates(model: nn.Module, only: str = "*") -> Iterator[tuple[str, Layer]]:
-    """Plain Linear and convolution layers with one group whose parameters are not tied and not called for by two names."""
-    names = [(n, m) for n, m in model.named_modules(remove_duplicate=False)]
-    uses: dict[int, int] = {}
-    for _, tensor in model.named_parameters(remove_duplicate=False):
-        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
-    for name, module in names:
-        if not name or type(module) not in (nn.Linear, nn.Conv1d, nn.Conv2d) or getattr(module, "groups", 1) != 1:
-            continue
-        if all(uses[id(p)] == 1 for p in module.parameters()) and any(fnmatchcase(name, p.strip()) for p in only.split(",")):
-            yield name, module
+def inputs_of(model: nn.Module, layers: Mapping[str, Layer], example: Tree) -> dict[str, Tensor]:
+    """What each layer reads when the model is called with the example; the last call, of a layer that is called often."""
+    found: dict[str, Tensor] = {}
+    with ExitStack() as stack, evaluating(model), torch.no_grad():
+        for name, layer in layers.items():
+            hook = lambda _, args, name=name: found.update({name: args[0].detach().clone()})  # noqa: E731
+            stack.callback(layer.register_forward_pre_hook(hook).remove)
+        call(model, example)
+    return found
+
+
+def fast_rank(layer: Layer, x: Tensor, share: float, time: Callable[[Sequence[Arm]], list[float]]) -> int:
+    """The largest of eight ranks up to break-even whose two layers take at most this share of the layer's time; 0 if none."""
+    ranks = sorted({max(1, int(break_even(layer.weight) * k / 8)) for k in range(1, 9)})
+    whole, *thin = time([(layer, x), *((nn.Sequential(*factorize(layer, rank)), x) for rank in ranks)])
+    return max((rank for rank, seconds in zip(ranks, thin, strict=True) if seconds <= share * whole), default=0)

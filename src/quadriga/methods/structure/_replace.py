@@ -1,0 +1,52 @@
+"""Put other layers in the place of single ones, where the model stands it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from quadriga.core.axes import Patch, Reference, check_interface
+from quadriga.core.batch import Tree
+from quadriga.core.errors import NotApplicable
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d
+Make = Callable[[str, Layer], nn.Module]
+
+
+def plain_layers(model: nn.Module, only: str = "*") -> Iterator[tuple[str, Layer]]:
+    """Linear and convolution layers with one group whose parameters are not tied and not called for by two names."""
+    names = [(n, m) for n, m in model.named_modules(remove_duplicate=False)]
+    uses: dict[int, int] = {}
+    for _, tensor in model.named_parameters(remove_duplicate=False):
+        uses[id(tensor)] = uses.get(id(tensor), 0) + 1
+    for name, module in names:
+        if not name or type(module) not in (nn.Linear, nn.Conv1d, nn.Conv2d) or getattr(module, "groups", 1) != 1:
+            continue
+        if all(uses[id(p)] == 1 for p in module.parameters()) and any(fnmatchcase(name, p.strip()) for p in only.split(",")):
+            yield name, module
+
+
+def replace_each(
+    model: nn.Module, example: Tree, layers: Iterable[tuple[str, Layer]], make: Make
+) -> tuple[list[str], list[str]]:
+    """Replace each layer by what `make` gives for it, and take back what changes the model's interface.
+
+    Args:
+        make: (name, layer) → module; raises NotApplicable with the reason to leave the layer.
+
+    Returns:
+        names of the replaced layers, and the reasons of those that stay.
+    """
+    reference, done, reasons = Reference.of(model, example), list[str](), list[str]()
+    for name, layer in list(layers):
+        patch = Patch()
+        try:
+            patch.module(model, name, make(name, layer))
+            check_interface(model, example, reference)
+            done.append(name)
+        except NotApplicable as error:
+            patch.undo()
+            reasons.append(error.reason if error.reason.startswith(name) else f"{name}: {error.reason}")
+    return done, reasons
