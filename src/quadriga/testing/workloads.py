@@ -91,16 +91,16 @@ class TinyAttention(nn.Module):
 
     width = 4  # of a head
 
-    def __init__(self, vocabulary: int = 20, width: int = 16, heads: int = 4, shared: int = 2, classes: int = 3) -> None:
+    def __init__(self, vocabulary: int = 20, width: int = 16, heads: int = 4, shared: int = 2) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
         self.norm = nn.RMSNorm(width)
         self.query, self.out = nn.Linear(width, self.width * heads), nn.Linear(self.width * heads, width)
         self.key, self.value = nn.Linear(width, self.width * shared), nn.Linear(width, self.width * shared)
-        self.head = nn.Linear(width, classes)
+        self.head = nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Tokens [batch, positions] → logits [batch, classes]."""
+        """Tokens [batch, positions] → logits [batch, vocabulary]."""
         x = self.embed(tokens)
         normed = self.norm(x)
         projections = (self.query, self.key, self.value)
@@ -167,11 +167,11 @@ def tiny_lstm(sizes: tuple[int, int, int] = (96, 48, 48), *, trained: bool = Fal
 
 
 def tiny_attention(sizes: tuple[int, int, int] = (96, 48, 48), *, trained: bool = False, seed: int = 0) -> Workload:
-    """Token sequences [12]; the class is the last token modulo 3."""
+    """Token sequences [12]; the class is the one after the last token, modulo 20."""
 
     def make(count: int, generator: torch.Generator) -> Split:
         tokens = torch.randint(20, (count, 12), generator=generator)
-        return tokens, tokens[:, -1] % 3
+        return tokens, (tokens[:, -1] + 1) % 20
 
     model = _module(TinyAttention, seed)
     return Workload(model=model, **_splits(make, sizes), batch_size=16, trained=trained, name="tiny_attention")

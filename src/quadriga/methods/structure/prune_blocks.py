@@ -19,6 +19,7 @@ from quadriga.core.batch import Batch, call, device_of, evaluating, tensors
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.methods.structure._stacks import Block, blocks_of
 
 log = logging.getLogger(__name__)
 BATCHES = 4  # of calibration data: the order of blocks settles soon
@@ -35,32 +36,6 @@ def influence(before: Tensor, after: Tensor) -> Tensor:
         tensor([1.])
     """
     return 1 - functional.cosine_similarity(before.flatten(1), after.flatten(1), dim=1)
-
-
-@dataclass(frozen=True, eq=False)
-class Block:
-    """A module in a stack.
-
-    Args:
-        name: its path in the model.
-        stack: the ModuleList or Sequential that holds it.
-        module: itself.
-    """
-
-    name: str
-    stack: nn.ModuleList | nn.Sequential
-    module: nn.Module
-
-
-def blocks_of(model: nn.Module) -> list[Block]:
-    """Modules with parts of their own, in a ModuleList or Sequential of at least two of them, in order."""
-    found: list[Block] = []
-    for path, stack in model.named_modules():
-        if isinstance(stack, nn.ModuleList | nn.Sequential):
-            parts = {f"{path}.{name}".lstrip("."): m for name, m in stack._modules.items() if m is not None}
-            made = [Block(name, stack, m) for name, m in parts.items() if any(True for _ in m.children())]
-            found += made if len(made) > 1 else []
-    return found
 
 
 def influences(model: nn.Module, blocks: Sequence[Block], batches: Sequence[Batch]) -> dict[Block, float]:
