@@ -91,7 +91,7 @@ def _built(
         assert model is not None, "give a model or what was built of it"
         return runtime.build(model, spec, context, part, batches)
     part.mkdir(parents=True)
-    for name in ("load.py", *built.files):
+    for name in ("load.py", *(["_unpack.py"] if "packed" in built.entry else []), *built.files):
         atomic_write(part / name, standalone.inside(built.folder, name).read_bytes())
     return runtime.open_built(part, built.spec)
 

@@ -7,6 +7,7 @@ adding one touches its file and the loader in `standalone.py`.
 from __future__ import annotations
 
 import importlib
+import json
 import pkgutil
 import shutil
 from collections.abc import Callable, Sequence
@@ -87,13 +88,28 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
         "quantized": [],
         **modules[spec.name].write(taken, spec, folder, sorted(set(batches))),
     }
-    write_json(folder / "runtime.json", entry)
+    if spec.storage == "entropy":
+        _store_packed(folder, entry)
+    else:
+        write_json(folder / "runtime.json", entry)
     atomic_write(folder / "load.py", Path(standalone.__file__).read_bytes())
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     built = open_built(folder, spec)
     if not entry.get("compiles"):
         _check(model, built, taken)
     return built
+
+
+def _store_packed(folder: Path, entry: dict[str, Any]) -> None:
+    """Put the model files and the entry into one entropy-coded file, with what decodes it beside `load.py`."""
+    from quadriga.runtime import _pack, _unpack
+
+    files = {name: (folder / name).read_bytes() for name in entry["files"]}
+    atomic_write(folder / standalone.PACKED, _pack.pack(files, entry))
+    atomic_write(folder / "_unpack.py", Path(_unpack.__file__).read_bytes())
+    atomic_write(folder / "runtime.json", json.dumps({"format": standalone.FORMAT, "packed": standalone.PACKED}).encode())
+    for name in files:
+        (folder / name).unlink()
 
 
 def _check(model: nn.Module, built: Built, taken: Any) -> None:

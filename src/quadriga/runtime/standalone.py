@@ -9,14 +9,19 @@ It reads only files of its own folder, by plain names. Errors name the damaged f
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import itertools
 import json
+import lzma
 import os
 import re
+import shutil
 import sys
+import tempfile
 import types
 import warnings
+import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +30,8 @@ import torch
 from torch import Tensor
 
 FORMAT = 1
+NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # a plain file name
+PACKED = "model.qdz"  # the model files and what runtime.json says else, in one entropy-coded file
 Tree = Any
 Leaves = Callable[[list[Tensor]], list[Tensor]]
 
@@ -52,7 +59,9 @@ def load(folder: str | os.PathLike[str] | None = None, check: bool = True, threa
     if check:
         check_files(place)
     entry = read_entry(place)
-    run = RUNTIMES[entry["runtime"]](place, entry, threads if threads is not None else entry["threads"])
+    model = unpacked(place, entry) if "packed" in entry else place
+    read = {**entry, "files": entry["packed"]} if "packed" in entry else entry
+    run = RUNTIMES[entry["runtime"]](model, read, threads if threads is not None else entry["threads"])
     if check and (place / "probes.safetensors").exists():
         check_probes(place, entry, run)
     return run
@@ -64,7 +73,7 @@ def load(folder: str | os.PathLike[str] | None = None, check: bool = True, threa
 def inside(folder: Path, name: str) -> Path:
     """The path of a file of the folder; a name that could leave it, and a link, are refused."""
     path = folder / name
-    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}", name) or path.is_symlink():
+    if not re.fullmatch(NAME, name) or path.is_symlink():
         raise Damaged(f"{name!r} is not a plain file of this folder")
     if not path.is_file():
         raise Damaged(f"{name} is missing")
@@ -75,12 +84,46 @@ def read_entry(folder: Path) -> dict[str, Any]:
     """What runtime.json says, checked for what this file can run."""
     try:
         entry = json.loads(inside(folder, "runtime.json").read_text(encoding="utf-8"))
+        entry = _packed_entry(folder, entry) if "packed" in entry else entry
         format_, runtime = entry["format"], entry["runtime"]
     except (ValueError, TypeError, KeyError) as error:
         raise Damaged(f"runtime.json is damaged: {error!r}") from error
     if format_ != FORMAT or runtime not in RUNTIMES:
         raise Damaged(f"runtime.json has format {format_!r} and runtime {runtime!r}, which this load.py cannot run")
     return dict(entry)
+
+
+def _packed_entry(folder: Path, short: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry that a packed file holds; its own name takes the place of those of the files in it."""
+    try:
+        entry = _decoder().read_head(inside(folder, short["packed"]).read_bytes())[0]["entry"]
+        return {**entry, "packed": entry["files"], "files": [short["packed"]]}
+    except (ValueError, TypeError, KeyError, IndexError, lzma.LZMAError, zlib.error) as error:
+        raise Damaged(f"{short['packed']} is damaged: {error!r}") from error
+
+
+def unpacked(folder: Path, entry: Mapping[str, Any]) -> Path:
+    """Decode the packed model files into a private folder, which goes with the process."""
+    data, place = inside(folder, entry["files"][0]).read_bytes(), Path(tempfile.mkdtemp(prefix="quadriga-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    for number, name in enumerate(entry["packed"]):
+        if not re.fullmatch(NAME, name):
+            raise Damaged(f"{name!r} is not a plain file name")
+        try:
+            (place / name).write_bytes(_decoder().unpack(data, number))
+        except (ValueError, TypeError, KeyError, IndexError, lzma.LZMAError, zlib.error) as error:
+            raise Damaged(f"{entry['files'][0]} is damaged: {error!r}") from error
+    return place
+
+
+def _decoder() -> types.ModuleType:
+    """_unpack.py, which lies beside this file."""
+    path = Path(__file__).resolve().with_name("_unpack.py")
+    if not path.is_file():
+        raise Damaged("_unpack.py is missing")
+    module = types.ModuleType("_unpack")
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+    return module
 
 
 def check_files(folder: Path) -> int:
