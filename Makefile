@@ -58,7 +58,8 @@ bench: .venv/.run-stamp  ## the mission's own combination, as a table; coverage 
 	$(BIN)/python benchmarks/mission.py
 	$(BIN)/python benchmarks/intervals.py
 
-bench-structure: .venv/.dev-stamp  ## does to_latency keep its word; what Torch-Pruning reaches at the same recovery (hours)
+bench-structure: .venv/.dev-stamp  ## bytes of LeNet; does to_latency keep its word; Torch-Pruning at the same recovery (hours)
+	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/to_latency.py
 	$(BIN)/python benchmarks/recovery.py
 
