@@ -3,8 +3,8 @@
     python benchmarks/storage.py            # minutes on two cores; goes on where the last call stopped
 
 All arms start from one trained baseline. Bytes are those of the files that load.py reads; zstd at level 22 packs the same files
-of the int8 arm into one. Quality is that of the exported files on the test split, in pairs with the baseline's. "Original, trained
-as long" had the same further training without losing a weight. Prints a table and writes one JSON file.
+of the int8 arm into one. Quality is that of the exported files on the test split, in pairs with the baseline's. "Original,
+trained as long" had the same further training without losing a weight. Prints a table and writes one JSON file.
 """
 
 from __future__ import annotations
