@@ -9,8 +9,10 @@ from torch import nn
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
 from quadriga.core.workload import Workload
-from quadriga.methods.structure.prune_channels import PruneChannels, widths
+from quadriga.methods.structure._scores import widths
+from quadriga.methods.structure.prune_channels import PruneChannels
 from quadriga.methods.structure.shrink import Shrink
+from quadriga.testing import tiny_cnn, tiny_lstm, tiny_transformer
 
 torch.set_num_threads(1)
 
@@ -187,3 +189,22 @@ def test_pruning_refuses_with_a_reason():
             prune(state)
     with pytest.raises(BadInput, match="ratio"):
         PruneChannels(ratio=1.0)
+
+
+def test_embeddings_are_narrowed_with_all_that_reads_them():
+    lstm = Shrink(embeddings=0.5)(Setup.of(tiny_lstm())).model
+    assert (lstm.embed.embedding_dim, lstm.lstm.input_size, lstm.lstm.hidden_size) == (4, 4, 12)
+    net = Shrink(embeddings=0.5)(Setup.of(tiny_transformer())).model
+    assert net.embed.weight.shape == (20, 8) and net.head.weight is net.embed.weight
+    assert (net.blocks[0].qkv.in_features, net.blocks[0].down.out_features, net.norm.normalized_shape) == (8, 8, (8,))
+
+
+def test_the_last_blocks_go():
+    setup = Setup.of(tiny_transformer())
+    first = setup.model.blocks[0]
+    model = Shrink(blocks=0.5)(setup).model
+    assert list(model.blocks) == [first] and model(setup.context.example).shape[-1] == 20
+    with pytest.raises(NotApplicable, match="no stack holds more blocks"):
+        Shrink(blocks=0.5)(Setup.of(tiny_cnn()))
+    with pytest.raises(BadInput, match=r"shrink\.blocks"):
+        Shrink(blocks=0.0)

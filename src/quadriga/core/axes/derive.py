@@ -28,11 +28,13 @@ class Derived:
 
     Args:
         constants: reshape node → {position in its sizes: (constant, new constant)}.
+        carried: reshape node → {position of an axis that weights decide: (traced size, its size now)}, changed or not.
         inputs: id of a Linear's weight → sizes flattened into its inputs, before and after.
         shapes: output shape of each step that returns one tensor, in order.
     """
 
     constants: dict[fx.Node, dict[int, tuple[int, int]]] = field(default_factory=dict)
+    carried: dict[fx.Node, dict[int, tuple[int, int]]] = field(default_factory=dict)
     inputs: dict[int, Factors] = field(default_factory=dict)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
@@ -119,6 +121,10 @@ class _Run:
             changed = {k: (n, sizes[k]) for k, n in enumerate(given) if n not in (-1, sizes[k])}
             if changed:
                 self.found.constants[node] = changed
+            axes = self.walk.axes(node)
+            self.found.carried[node] = {
+                k: (n, sizes[k]) for k, n in enumerate(given) if n != -1 and isinstance(axes[k], Tensor)
+            }
         return value.reshape(sizes)
 
     def _parts(self, node: fx.Node, args: Any) -> Any:

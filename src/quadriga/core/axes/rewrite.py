@@ -36,36 +36,50 @@ def settle(graph: AxisGraph, patch: Patch) -> None:
         return
     except NotApplicable as error:
         failure = error
-    constants = derive(graph.traced, graph.walk).constants
-    if not constants:
-        raise failure
-    trial = Patch()
+    derived, trial = derive(graph.traced, graph.walk), Patch()
+    if derived.constants:
+        try:
+            rewrite(graph, derived.constants, trial)
+            graph.check()
+            patch.then(trial)
+            return
+        except NotApplicable as error:
+            trial.undo()
+            failure = error
     try:
-        rewrite(graph, constants, trial)
+        rewrite(graph, derived.constants, trial, computed=derived.carried)
         graph.check()
+        patch.then(trial)
     except NotApplicable:
         trial.undo()
-        rewrite(graph, constants, trial, computed=True)
-        graph.check()
-    finally:
-        patch.then(trial)
+        raise failure from None
 
 
-def rewrite(graph: AxisGraph, constants: dict[fx.Node, Change], patch: Patch, computed: bool = False) -> None:
+def rewrite(
+    graph: AxisGraph, constants: dict[fx.Node, Change], patch: Patch, computed: dict[fx.Node, Change] | None = None
+) -> None:
     """Exchange the constants of these reshapes in the modules that hold them.
 
     Args:
-        computed: sizes that the code computes are exchanged too. `y.reshape(batch, time, width)` with the width of the
-            residual stream no longer fits attention's output once heads are gone.
+        computed: of these, sizes that the code computes are exchanged too. `y.reshape(batch, time, width)` with the width
+            of the residual stream no longer fits attention's output once one of the two has changed. A module that
+            torch.fx cannot follow is left.
 
     Raises:
         NotApplicable: a module's forward cannot be followed by torch.fx; the reason names the line.
     """
-    for path in dict.fromkeys(layer_of(node) for node in constants):
-        node = next(n for n in constants if layer_of(n) == path)
+    given, needed = {**(computed or {}), **constants}, {layer_of(node) for node in constants}
+    if computed is not None:
+        given = {node: {**computed.get(node, {}), **change} for node, change in given.items()}
+    for path in dict.fromkeys(layer_of(node) for node in given):
+        node = next(n for n in given if layer_of(n) == path)
         module, where = graph.model.get_submodule(path), graph.traced.where(node)
-        changes = _per_call(graph.traced.graph, path, constants, where)
-        patch.kind(module, _with_forward(module, _rewritten(module, changes, where, computed)))
+        try:
+            changes = _per_call(graph.traced.graph, path, given, where)
+            patch.kind(module, _with_forward(module, _rewritten(module, changes, where, computed is not None)))
+        except NotApplicable:
+            if path in needed:
+                raise
 
 
 def _per_call(graph: fx.Graph, path: str, constants: dict[fx.Node, Change], where: str) -> list[Change]:

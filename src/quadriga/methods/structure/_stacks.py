@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import nn
+
+from quadriga.core.errors import NotApplicable
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,3 +34,31 @@ def blocks_of(model: nn.Module) -> list[Block]:
             made = [Block(name, stack, m) for name, m in parts.items() if any(True for _ in m.children())]
             found += made if len(made) > 1 else []
     return found
+
+
+def take_out(block: Block, check: Callable[[], None]) -> None:
+    """Take a block out of its stack, and put it back if `check` refuses.
+
+    Raises:
+        NotApplicable: it is the last of its stack, or the model does not stand it.
+    """
+    stack, was = block.stack, dict(block.stack._modules)
+    rest = {name: m for name, m in was.items() if m is not block.module}
+    if not rest:
+        raise NotApplicable("it is the last of its stack")
+    numbered = all(name.isdecimal() for name in was)
+    _fill(stack, {str(i): m for i, m in enumerate(rest.values())} if numbered else rest)
+    try:
+        check()
+    except NotApplicable:
+        _fill(stack, was)
+        raise
+
+
+def _fill(stack: nn.Module, modules: dict[str, nn.Module | None]) -> None:
+    """Give a stack these modules; attentions of `transformers`, which know their place for their caches, learn it anew."""
+    stack._modules = modules
+    for place, block in enumerate(modules.values()):
+        for module in block.modules() if block is not None else ():
+            if isinstance(getattr(module, "layer_idx", None), int):
+                module.layer_idx = place  # type: ignore[assignment]

@@ -19,7 +19,7 @@ from quadriga.core.batch import Batch, call, device_of, evaluating, tensors
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._stacks import Block, blocks_of
+from quadriga.methods.structure._stacks import Block, blocks_of, take_out
 
 log = logging.getLogger(__name__)
 BATCHES = 4  # of calibration data: the order of blocks settles soon
@@ -108,33 +108,10 @@ class PruneBlocks(Method):
             if gone == wanted:
                 break
             try:
-                _take_out(block, setup, reference)
+                take_out(block, lambda: check_interface(setup.model, setup.context.example, reference))
                 gone += 1
             except NotApplicable as error:
                 reasons.append(f"{block.name}: {error.reason}")
                 log.info("prune_blocks leaves %s", reasons[-1])
         if not gone:
             raise NotApplicable(f"no block can be taken out ({'; '.join(reasons[:3])})")
-
-
-def _take_out(block: Block, setup: Setup, reference: Reference) -> None:
-    stack, was = block.stack, dict(block.stack._modules)
-    rest = {name: m for name, m in was.items() if m is not block.module}
-    if not rest:
-        raise NotApplicable("it is the last of its stack")
-    numbered = all(name.isdecimal() for name in was)
-    _fill(stack, {str(i): m for i, m in enumerate(rest.values())} if numbered else rest)
-    try:
-        check_interface(setup.model, setup.context.example, reference)
-    except NotApplicable:
-        _fill(stack, was)
-        raise
-
-
-def _fill(stack: nn.Module, modules: dict[str, nn.Module | None]) -> None:
-    """Give a stack these modules; attentions of `transformers`, which know their place for their caches, learn it anew."""
-    stack._modules = modules
-    for place, block in enumerate(modules.values()):
-        for module in block.modules() if block is not None else ():
-            if isinstance(getattr(module, "layer_idx", None), int):
-                module.layer_idx = place  # type: ignore[assignment]

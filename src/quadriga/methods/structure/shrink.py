@@ -1,10 +1,11 @@
-"""Simplify: smaller kernels, fewer filters, narrower and fewer FC layers, with the weights inherited."""
+"""Simplify: smaller kernels, fewer filters, narrower and fewer layers and blocks, with the weights inherited."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import ClassVar
 
 from quadriga.core.axes import AxisGraph, Group, Patch, select
@@ -14,6 +15,7 @@ from quadriga.core.axes.kernels import smaller_kernels
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.methods.structure._stacks import Block, blocks_of, take_out
 
 log = logging.getLogger(__name__)
 FILTERS, FEATURES = ("conv",), ("linear", "recurrent")
@@ -44,19 +46,52 @@ def narrow(graph: AxisGraph, groups: list[Group], width: Callable[[Group], int])
     return patch
 
 
+def fewer_blocks(graph: AxisGraph, ratio: float, only: str = "*") -> list[str]:
+    """Take the last blocks out of every stack, in place; those that the model does not let go stay.
+
+    Args:
+        graph: traced from the model as it is; trace again afterwards.
+        ratio: share of each stack's blocks that stay, rounded; at least one does.
+        only: blocks to act on: globs of names, comma-separated.
+
+    Returns:
+        names of the blocks that went.
+
+    Raises:
+        NotApplicable: none can go.
+    """
+    stacks: dict[int, list[Block]] = {}
+    for block in blocks_of(graph.model):
+        if any(fnmatchcase(block.name, glob.strip()) for glob in only.split(",")):
+            stacks.setdefault(id(block.stack), []).append(block)
+    gone, reasons = list[str](), list[str]()
+    for blocks in stacks.values():
+        for block in blocks[max(1, round(len(blocks) * ratio)) :][::-1]:
+            try:
+                take_out(block, graph.check)
+                gone.append(block.name)
+            except NotApplicable as error:
+                reasons.append(f"{block.name}: {error.reason}")
+    if not gone:
+        raise NotApplicable("; ".join(reasons[:3]) or "shrink.blocks: no stack holds more blocks than should stay")
+    return gone
+
+
 @dataclass(frozen=True, kw_only=True)
 class Shrink(Method):
     """Make the network smaller by hand; every shape behind a changed one is derived again.
 
     Kernels are cropped to their centre, and padding with them; without padding the map grows, and the FC layer that
     reads it is built for the new size, its old weights in the centre. Widths keep the units with the largest weights.
-    Order: kernels, hidden layers, widths. A field that finds nothing is passed over (and logged); if none finds anything, it is
-    refused with the reasons.
+    Order: kernels, blocks, hidden layers, widths. A field that finds nothing is passed over (and logged); if none finds
+    anything, it is refused with the reasons.
 
     Args:
         kernel: new size of all larger convolution kernels.
         filters: ratio of a convolution's filters that stay.
         features: ratio of the hidden features of Linear and recurrent layers that stay.
+        embeddings: ratio of an embedding's features that stay, with all that is added to them (the stream of a transformer).
+        blocks: ratio of the blocks of each stack (ModuleList or Sequential) that stay; the last ones go.
         width: absolute width instead of a ratio; needs `only`.
         hidden: number of hidden Linear layers that stay in the chain before the output; the first ones do.
         only: layers to act on (kernels and widths): globs of names, comma-separated.
@@ -74,18 +109,22 @@ class Shrink(Method):
         "kernel": (3,),
         "filters": (1.0, 0.75, 0.67, 0.5),
         "features": (0.67, 0.5, 0.4, 0.25),
+        "embeddings": (1.0, 0.75, 0.5),
+        "blocks": (1.0, 0.75, 0.5),
     }
 
     kernel: int | None = None
     filters: float = 1.0
     features: float = 1.0
+    embeddings: float = 1.0
+    blocks: float = 1.0
     width: int | None = None
     hidden: int | None = None
     only: str = "*"
     round_to: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("filters", "features"):
+        for name in ("filters", "features", "embeddings", "blocks"):
             if not 0 < getattr(self, name) <= 1:
                 raise BadInput(f"shrink.{name} is {getattr(self, name)!r}", "it is the ratio that stays, above 0 and at most 1")
         for name, least in (("kernel", 1), ("width", 1), ("hidden", 0), ("round_to", 1)):
@@ -98,7 +137,9 @@ class Shrink(Method):
         model, example = setup.model, setup.context.example
         stages = self._stages()
         if not stages:
-            raise NotApplicable("shrink was given nothing to change", "give kernel, filters, features, width or hidden")
+            raise NotApplicable(
+                "shrink was given nothing to change", "give kernel, filters, features, embeddings, blocks, width or hidden"
+            )
         reasons = []
         for stage in stages:
             graph = AxisGraph.trace(model, example)  # every stage sees the model as it is by then
@@ -112,11 +153,13 @@ class Shrink(Method):
             log.info("shrink passes over: %s", reason)
         return replace(setup, model=model)
 
-    def _stages(self) -> list[Callable[[AxisGraph], Patch]]:
-        stages: list[Callable[[AxisGraph], Patch]] = []
+    def _stages(self) -> list[Callable[[AxisGraph], object]]:
+        stages: list[Callable[[AxisGraph], object]] = []
         if self.kernel is not None:
             kernel = self.kernel
             stages.append(lambda graph: smaller_kernels(graph, kernel, self.only))
+        if self.blocks < 1:
+            stages.append(lambda graph: fewer_blocks(graph, self.blocks, self.only))
         if self.hidden is not None:
             hidden = self.hidden
             stages.append(lambda graph: fewer_hidden(graph, hidden))
@@ -124,6 +167,8 @@ class Shrink(Method):
             stages.append(lambda graph: self._narrow(graph, FILTERS, "filters", self.filters))
         if self.features < 1:
             stages.append(lambda graph: self._narrow(graph, FEATURES, "features", self.features))
+        if self.embeddings < 1:
+            stages.append(lambda graph: self._narrow(graph, ("embedding",), "embeddings", self.embeddings))
         if self.width is not None:
             stages.append(lambda graph: self._narrow(graph, FILTERS + FEATURES, "width", None))
         return stages
