@@ -46,7 +46,7 @@ def cases():
             yield pytest.param(model, name, marks=() if (number - place) % 3 == 0 else pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("model", "name"), cases())
+@pytest.mark.parametrize(("model", "name"), list(cases()))
 def test_a_structure_method_on_a_model_of_transformers(model, name):
     """The same interface, finite outputs, a training step, an export and fewer parameters; or a refusal that names a layer."""
     combine = combiner(model)
