@@ -135,6 +135,12 @@ class Bare(nn.Module):
         return self.inner(hidden).tanh() @ self.inner.weight
 
 
+def transposed():
+    """A transposed convolution in groups."""
+    up = nn.ConvTranspose2d(8, 12, 2, stride=2, groups=2)
+    return nn.Sequential(nn.Conv2d(2, 8, 3), nn.ReLU(), up, nn.ReLU(), nn.Conv2d(12, 2, 1))
+
+
 NETS = {
     "lenet": (LeNet, lambda: torch.randn(2, 1, 32, 32)),
     "resnet": (resnet, lambda: torch.randn(2, 1, 8, 8)),
@@ -146,6 +152,7 @@ NETS = {
     "grouped": (grouped, lambda: torch.randn(2, 2, 9, 9)),
     "squeeze": (Squeeze, lambda: torch.randn(2, 1, 6, 6)),
     "bare": (Bare, lambda: torch.randn(2, 4)),
+    "transposed": (transposed, lambda: torch.randn(2, 2, 6, 6)),
 }
 
 
@@ -171,9 +178,9 @@ def traced(name):
 
 
 def silence(group, gone):
-    """Zero what reads the units: the input side of every layer behind them."""
+    """Zero the matrices that hold the units: what reads them reads nothing. A tied matrix makes and reads them along one axis."""
     for member in group.members:
-        if not member.producer and len(member.units) and member.tensor.dim() > 1:
+        if len(member.units) and member.tensor.dim() > 1:
             rows = torch.isin(member.units, gone)
             member.tensor.data.index_fill_(member.dim, rows.nonzero().flatten(), 0)
 
@@ -379,6 +386,14 @@ def test_heads_are_whole_or_refused():
     with pytest.raises(NotApplicable, match="cannot lose whole parts"):
         refused.cut("q", torch.tensor([0, 2, 3]))
     assert refused.model.q.out_features == 16
+
+
+def test_a_transposed_convolution_loses_the_same_positions_in_every_group():
+    net, x = make("transposed")
+    graph = AxisGraph.trace(net, x)
+    assert [(g.name, g.size, g.fixed) for g in graph.groups()][:2] == [("0", 4, ""), ("2", 6, "")]
+    graph.cut_all({graph.group("0"): torch.tensor([1, 2, 3]), graph.group("2"): torch.tensor([0, 5])})
+    assert (net[2].in_channels, net[2].out_channels, tuple(net[2].weight.shape)) == (6, 4, (6, 2, 2, 2))
 
 
 def test_group_norm_loses_the_same_positions_in_every_group():

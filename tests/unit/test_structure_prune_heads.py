@@ -57,6 +57,19 @@ class Interleaved(nn.Module):
         return self.out(mixed.transpose(1, 2).reshape(x.shape[0], x.shape[1], self.wide))
 
 
+class Repeated(nn.Module):
+    """Grouped queries by `repeat_interleave`, one key-value head for two query heads."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(12, 16), nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(16, 12)
+
+    def forward(self, x):
+        q, k, v = (p(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for p in (self.q, self.k, self.v))
+        mixed = nn.functional.scaled_dot_product_attention(q, *(t.repeat_interleave(2, dim=1) for t in (k, v)))
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
 class Literal(Interleaved):
     """The number of heads stands in the code."""
 
@@ -81,6 +94,7 @@ NETWORKS = {
     **ZOO,
     "tiny": tiny_transformer,
     "shakespeare": lambda: workload_of(GPT(2, 16, 4, 8), torch.randint(256, (64, 8)), metric="bits_per_byte"),
+    "repeated": lambda: workload_of(Repeated()),
     "interleaved": lambda: workload_of(Interleaved()),
 }
 

@@ -104,10 +104,14 @@ def convolution(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 def conv_transpose(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """weight[in, out / groups, kernel…]; in groups it is fixed."""
-    if a["groups"] != 1:
-        return None
+    """weight[in, out / groups, kernel…]. In groups, the same position is cut in every group; depthwise it is fixed."""
     axes, (inside, out, *kernel) = walk.axes(a["input"]), walk.axes(a["weight"])
+    groups = a["groups"]
+    if not isinstance(inside, Tensor) or not isinstance(out, Tensor) or (groups > 1 and 1 in (len(out), len(inside) // groups)):
+        return None
+    if groups > 1:
+        walk.units.unite(inside.view(groups, -1)[0].repeat(groups), inside)
+        out = out.repeat(groups)
     for extent in kernel:
         walk.units.pin(extent, "it is a kernel's extent")
     walk.units.join(axes[-len(kernel) - 1], inside, "it reads a fixed size")

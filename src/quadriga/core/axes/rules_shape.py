@@ -106,6 +106,18 @@ def repeat(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
     return front + body
 
 
+@rule("repeat_interleave")
+def repeat_interleave(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+    """Every position of one axis repeated in place, the same number of times."""
+    axes = walk.axes(a["self"])
+    if not isinstance(a.get("repeats"), int) or a.get("dim") is None:
+        return None
+    dim = a["dim"] % len(axes)
+    along = axes[dim]
+    axes[dim] = along.repeat_interleave(a["repeats"]) if isinstance(along, Tensor) else along
+    return axes
+
+
 @rule("cat", "concat", "concatenate")
 def cat(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
     """One axis after the other; the remaining axes are joined."""
