@@ -178,7 +178,7 @@ def traced(name):
 
 
 def silence(group, gone):
-    """Zero the matrices that hold the units: what reads them reads nothing. A tied matrix makes and reads them along one axis."""
+    """Zero the matrices that hold the units: what reads them reads nothing. A tied matrix makes and reads along one axis."""
     for member in group.members:
         if len(member.units) and member.tensor.dim() > 1:
             rows = torch.isin(member.units, gone)
