@@ -14,7 +14,7 @@ from quadriga.search.propose import Proposer
 from quadriga.search.space import Space, at_rung, trained_epochs
 
 
-def card(family: str, requires=(), adds=(), removes=(), writes=(), search=None, fields=None):
+def card(family: str, requires=(), adds=(), removes=(), writes=(), shapes=True, search=None, fields=None):
     return {
         "family": family,
         "numerics": "changed",
@@ -22,6 +22,7 @@ def card(family: str, requires=(), adds=(), removes=(), writes=(), search=None, 
         "adds": list(adds),
         "removes": list(removes),
         "writes": list(writes),
+        "shapes": shapes,
         "search": search or {},
         "fields": fields or {},
     }
@@ -29,7 +30,8 @@ def card(family: str, requires=(), adds=(), removes=(), writes=(), search=None, 
 
 CARDS = {
     "shrink": card("structure", search={"filters": (0.5, 0.75, 1.0)}, fields={"filters": 1.0}),
-    "distil": card("structure", requires=("TEACHER",), writes=("training",)),
+    "distil": card("structure", requires=("TEACHER",), writes=("training",), shapes=False),
+    "fade": card("structure", writes=("training",)),
     "optimizer": card("optimizer", search={"lr": (0.001, 0.003, 0.01)}, fields={"lr": 0.001}),
     "schedule": card("training", search={"kind": ("wsd", "cosine")}, fields={"kind": "wsd"}),
     "quantize": card("hardware", requires=("TRAINED", "FLOAT_WEIGHTS"), removes=("FLOAT_WEIGHTS",)),
@@ -70,6 +72,11 @@ def test_cost_probes_are_shared_by_recipes_that_differ_in_training_only():
     other = Recipe((step("shrink", filters=0.5), step("distil"), step("train", epochs=9), step("onnx")))
     third = Recipe((step("shrink", filters=0.75), step("train", epochs=1), step("onnx")))
     assert space().cost_part(one) == space().cost_part(other) != space().cost_part(third)
+
+
+def test_what_may_cut_in_the_course_of_training_is_costed_with_a_train_step_behind_it():
+    one = Recipe((step("fade"), step("optimizer", lr=0.1), step("train", epochs=3), step("distil"), step("onnx")))
+    assert [s.method for s in space().cost_part(one).steps] == ["fade", "train", "onnx"]
 
 
 def test_every_edit_is_one_step_away_and_new():

@@ -85,7 +85,7 @@ def test_global_takes_more_where_less_is_lost():
 
 
 def test_without_feed_forward_layers_it_refuses_and_says_what_is_there():
-    with pytest.raises(NotApplicable, match="lstm: recurrent"):
+    with pytest.raises(NotApplicable, match="lstm: 12 recurrent"):
         PruneHidden()(Setup.of(tiny_lstm()))
 
 

@@ -215,7 +215,7 @@ def test_download_goes_into_the_cache_verified(bare, tiny, monkeypatch):
     assert len(list((bare / "cache" / "fashion-mnist").iterdir())) == 4
 
 
-@pytest.mark.parametrize("packed", [b"<html>", gzip.compress(b"other")])
+@pytest.mark.parametrize("packed", [b"<html>", gzip.compress(b"other")], ids=["a page", "other bytes"])
 def test_a_wrong_download_never_reaches_the_cache(bare, tiny, packed):
     put(bare / "server", {name: packed for name in tiny})
     with pytest.raises(BadInput, match="is damaged"):

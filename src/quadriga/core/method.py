@@ -52,6 +52,7 @@ class Method(ABC):
         source: the paper or page that it follows.
         search: for each searched field, the choices; the first is where a search starts.
         writes: further slots that it writes.
+        shapes: whether a structure method can change the network's shape, and not only its weights or its training.
         requires, adds, removes: traits, open strings that state facts about the setup.
         name: how recipes call it; from the class name unless given.
     """
@@ -61,6 +62,7 @@ class Method(ABC):
     source: ClassVar[str]
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     writes: ClassVar[frozenset[str]] = frozenset()
+    shapes: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset()
     adds: ClassVar[frozenset[str]] = frozenset()
     removes: ClassVar[frozenset[str]] = frozenset()

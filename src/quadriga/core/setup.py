@@ -65,7 +65,8 @@ class Training:
     """The training slot: how a batch becomes a step.
 
     `transforms` act in order on each training batch; `make_hooks` are called at the start of a train step,
-    with the model, so that hooks have state per run.
+    with the model, so that hooks have state per run. `finish` is called once a train step is over, in every process that
+    rebuilds the network: model → the model that later steps see, such as one without the units that faded out.
     """
 
     loss: Loss
@@ -73,6 +74,7 @@ class Training:
     transforms: tuple[Transform, ...] = ()
     schedules: tuple[Schedule, ...] = ()
     make_hooks: tuple[Callable[[nn.Module], Hook], ...] = ()
+    finish: tuple[Callable[[nn.Module], nn.Module], ...] = ()
 
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -221,9 +223,17 @@ class Setup:
         )
 
     def reset_training(self, workload: Workload) -> Setup:
-        """After a `train` step: TRAINED is known, the training and optimizer slots are the workload's again."""
+        """After a `train` step: the model is finished, TRAINED is known, training and optimizer slots are the workload's again.
+
+        Raises:
+            NotApplicable: what was to be done at the end cannot be done.
+        """
+        model = self.model
+        for finish in self.training.finish:
+            model = finish(model)
         return replace(
             self,
+            model=model,
             training=plain_training(workload),
             optimizer=OptimizerSlot(plain_sgd),
             traits=self.traits | {"TRAINED"},

@@ -83,7 +83,7 @@ def walk(
         if method is None:
             walker.train(index)
         else:
-            walker.apply(method)
+            walker.apply(method, index)
     return Walked(walker.setup, walker.samples, walker.seconds, walker.last, tuple(decide.plain()))
 
 
@@ -103,7 +103,8 @@ class _Walker:
     last: Path | None = None
     changed: str = ""
 
-    def apply(self, method: Method) -> None:
+    def apply(self, method: Method, index: int) -> None:
+        pending = len(self.setup.training.finish)
         try:
             self.setup = _apply(method, self.setup)
         except NotApplicable as refusal:
@@ -111,6 +112,8 @@ class _Walker:
             raise
         if method.family is Family.STRUCTURE:
             self.changed = method.name
+        if len(self.setup.training.finish) > pending and not any(s.is_train for s in self.recipe.steps[index + 1 :]):
+            raise NotApplicable(f"{method.name} acts in the course of training, and no train step follows", "add one behind it")
 
     def train(self, index: int) -> None:
         fields = self.recipe.steps[index].fields
@@ -121,6 +124,8 @@ class _Walker:
             raise NotApplicable(f"{self.changed} stands between a train step and its continuation", "put it before both")
         if going_on and self.last is None and self.store is not None:
             raise NotApplicable("train has nothing to continue", "put a train step without continue before it")
+        if _continues(self.recipe, index) and self.setup.training.finish:
+            raise NotApplicable("a train step that cuts the network at its end cannot be continued", "make it one train step")
         if self.store is not None:
             name = prefix_key(self.workload, self.recipe, index, self.seed, self.decisions.mark)
             self._fit(self.store / name, fields.get("epochs", 10), going_on)
@@ -158,7 +163,7 @@ def shaping(recipe: Recipe, methods: Sequence[Method | None], index: int) -> Rec
     """
 
     def shapes(method: Method | None) -> bool:
-        return method is not None and method.family in (Family.STRUCTURE, Family.HARDWARE) and "training" not in method.writes
+        return method is not None and method.family in (Family.STRUCTURE, Family.HARDWARE) and method.shapes
 
     return Recipe(tuple(s for k, s in enumerate(recipe.steps[: index + 1]) if k == index or shapes(methods[k])))
 

@@ -99,6 +99,7 @@ def card(method: type[Method]) -> dict[str, Any]:
         "about": inspect.cleandoc(method.__doc__ or "").partition("\n\n")[0].replace("\n", " "),
         "fields": fields(method),
         "search": {k: [_plain(v) for v in choices] for k, choices in method.search.items()},
+        "shapes": method.shapes,
         **{k: sorted(getattr(method, k)) for k in ("requires", "adds", "removes", "writes")},
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from quadriga.core.recipe import Recipe, Step, step
 
-Card = Mapping[str, Any]  # a method's plain facts: name, family, numerics, search, requires, adds, removes, writes
+Card = Mapping[str, Any]  # a method's plain facts: name, family, numerics, search, shapes, requires, adds, removes, writes
 
 
 @dataclass(frozen=True)
@@ -75,17 +75,22 @@ class Space:
     def cost_part(self, recipe: Recipe) -> Recipe:
         """The steps that decide latency and bytes; recipes that share them share one cost probe.
 
-        A train step is kept as a mark where a later step needs TRAINED.
+        A train step is kept as a mark where a step needs TRAINED or may cut in the course of training.
         """
         kept = [s for s in recipe.steps if s.is_train or self._costs(s)]
         plain = [step("train") if s.is_train else s for s in kept]
         single = [s for i, s in enumerate(plain) if not (s.is_train and i and plain[i - 1].is_train)]
-        needed = any("TRAINED" in self.cards.get(s.method, {}).get("requires", ()) for s in single)
+        needed = any(self._waits(self.cards.get(s.method, {})) for s in single)
         return Recipe(tuple(s for s in single if needed or not s.is_train))
 
     def _costs(self, one: Step) -> bool:
         card = self.cards.get(one.method, {})
-        return card.get("family") in ("structure", "hardware") and "training" not in card.get("writes", ())
+        return card.get("family") in ("structure", "hardware") and card.get("shapes", True)
+
+    @staticmethod
+    def _waits(card: Card) -> bool:
+        """Whether a method that decides costs needs a train step before it, or may act in the course of the one behind it."""
+        return "TRAINED" in card.get("requires", ()) or "training" in card.get("writes", ())
 
     def edits(self, recipe: Recipe) -> Iterator[Recipe]:
         """All recipes one step away: a field changed to a neighbouring choice, a step dropped, a method added."""

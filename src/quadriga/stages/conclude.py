@@ -263,9 +263,7 @@ class Judge:
             return "" if one.is_train else str(space.cards[one.method]["family"])
 
         training = tuple(s for s in own[: last + 1] if family(s) in ("", "training", "optimizer"))
-        structure = tuple(
-            s for s in own[: last + 1] if family(s) == "structure" and "training" not in space.cards[s.method]["writes"]
-        )
+        structure = tuple(s for s in own[: last + 1] if family(s) == "structure" and space.cards[s.method]["shapes"])
         found = {"same_training": Recipe((*recipe.steps[:fixed], *training), "original network, winner's training")}
         if fixed and structure and not any("TRAINED" in space.cards[s.method]["requires"] for s in structure):
             found["from_scratch"] = Recipe((*structure, *training, *own[last + 1 :]), "winner's network from fresh weights")

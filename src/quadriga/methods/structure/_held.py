@@ -15,7 +15,7 @@ Keep = Callable[[Tensor], Tensor]  # a weight after a step → the weight in its
 
 
 def weights(model: nn.Module, only: str = "*", embeddings: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """Matrices, kernels and tables, each once, by the name of its first use; biases and norms are left.
+    """Matrices, kernels and tables, each once, by the name of its first use; biases, norms and parametrized layers are left.
 
     Args:
         only: layers: globs of names, comma-separated.
@@ -24,7 +24,7 @@ def weights(model: nn.Module, only: str = "*", embeddings: bool = True) -> Itera
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     for name, p in model.named_parameters():
         layer = name.rpartition(".")[0]
-        if p.dim() < 2 or not p.is_floating_point() or (id(p) in tables and not embeddings):
+        if p.dim() < 2 or not p.is_floating_point() or (id(p) in tables and not embeddings) or ".parametrizations." in name:
             continue
         if any(fnmatchcase(layer, glob.strip()) for glob in only.split(",")):
             yield name, p

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from quadriga.core.axes import Patch, Reference, check_interface
 from quadriga.core.batch import Tree
@@ -13,6 +14,12 @@ from quadriga.core.errors import NotApplicable
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 Make = Callable[[str, Layer], nn.Module]
+
+
+def computed(model: nn.Module) -> str:
+    """The end of a refusal, where a layer's weight is computed by a parametrization: ", and conv1 is parametrized"."""
+    names = [name for name, module in model.named_modules() if is_parametrized(module)]
+    return f", and {names[0]} is parametrized" if names else ""
 
 
 def plain_layers(model: nn.Module, only: str = "*") -> Iterator[tuple[str, Layer]]:

@@ -47,15 +47,15 @@ def take_out(block: Block, check: Callable[[], None]) -> None:
     if not rest:
         raise NotApplicable("it is the last of its stack")
     numbered = all(name.isdecimal() for name in was)
-    _fill(stack, {str(i): m for i, m in enumerate(rest.values())} if numbered else rest)
+    fill(stack, {str(i): m for i, m in enumerate(rest.values())} if numbered else rest)
     try:
         check()
     except NotApplicable:
-        _fill(stack, was)
+        fill(stack, was)
         raise
 
 
-def _fill(stack: nn.Module, modules: dict[str, nn.Module | None]) -> None:
+def fill(stack: nn.Module, modules: dict[str, nn.Module | None]) -> None:
     """Give a stack these modules; attentions of `transformers`, which know their place for their caches, learn it anew."""
     stack._modules = modules
     for place, block in enumerate(modules.values()):

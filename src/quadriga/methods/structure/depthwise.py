@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._replace import Layer, plain_layers, replace_each
+from quadriga.methods.structure._replace import Layer, computed, plain_layers, replace_each
 
 
 def separate(conv: nn.Conv1d | nn.Conv2d, rank: int = 1) -> tuple[nn.Module, nn.Module]:
@@ -93,7 +93,7 @@ class Depthwise(Method):
         layers = [(n, m) for n, m in plain_layers(setup.model, self.only) if not isinstance(m, nn.Linear)]
         done, reasons = replace_each(setup.model, setup.context.example, layers, self._make)
         if not done:
-            why = "; ".join(reasons[:4]) or "no dense convolution matches"
+            why = "; ".join(reasons[:4]) or f"no dense convolution matches{computed(setup.model)}"
             raise NotApplicable(f"depthwise replaces no layer: {why}")
         return replace(setup, model=setup.model)
 

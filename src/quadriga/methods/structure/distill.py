@@ -76,6 +76,7 @@ class Distill(Method):
     numerics = Numerics.CHANGED
     source = "arXiv:1503.02531"
     writes = frozenset({"training"})
+    shapes = False
     requires = frozenset({"TEACHER", "LOGITS", "TRAIN_DATA"})
     search: ClassVar = {"temperature": (2.0, 4.0), "alpha": (0.5, 0.9)}
 

@@ -86,6 +86,7 @@ class DistillAttention(Method):
     numerics = Numerics.CHANGED
     source = "arXiv:2002.10957"
     writes = frozenset({"training"})
+    shapes = False
     requires = frozenset({"TEACHER", "TRAIN_DATA"})
     search: ClassVar = {"layers": ("last", "all"), "beta": (1.0, 10.0)}
 

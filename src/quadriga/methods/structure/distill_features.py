@@ -93,6 +93,7 @@ class DistillFeatures(Method):
     numerics = Numerics.CHANGED
     source = "arXiv:1907.09682"
     writes = frozenset({"training"})
+    shapes = False
     requires = frozenset({"TEACHER", "TRAIN_DATA"})
     search: ClassVar = {"kind": ("gram", "mse"), "beta": (1.0, 10.0)}
 

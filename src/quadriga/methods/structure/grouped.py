@@ -12,7 +12,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._moments import Moments, moments
-from quadriga.methods.structure._replace import Layer, plain_layers, replace_each
+from quadriga.methods.structure._replace import Layer, computed, plain_layers, replace_each
 
 Conv = nn.Conv1d | nn.Conv2d
 BATCHES = 8  # of calibration data
@@ -100,6 +100,6 @@ class Grouped(Method):
 
         done, reasons = replace_each(setup.model, setup.context.example, layers.items(), make)
         if not done:
-            why = "; ".join(reasons[:4]) or "no dense convolution matches"
+            why = "; ".join(reasons[:4]) or f"no dense convolution matches{computed(setup.model)}"
             raise NotApplicable(f"grouped replaces no layer: {why}")
         return replace(setup, model=setup.model)

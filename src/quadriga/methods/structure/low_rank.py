@@ -15,7 +15,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Arm, Setup
 from quadriga.methods.structure._moments import moments
-from quadriga.methods.structure._replace import Layer, plain_layers, replace_each
+from quadriga.methods.structure._replace import Layer, computed, plain_layers, replace_each
 
 BATCHES = 8  # of calibration data for covariances
 
@@ -143,7 +143,7 @@ class LowRank(Method):
 
         done, reasons = replace_each(model, example, layers.items(), make)
         if not done:
-            why = "; ".join(reasons[:4]) or "no untied Linear or convolution matches"
+            why = "; ".join(reasons[:4]) or f"no untied Linear or convolution matches{computed(setup.model)}"
             raise NotApplicable(f"low rank pays in no layer: {why}")
         return replace(setup, model=model)
 

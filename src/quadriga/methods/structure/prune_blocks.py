@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quadriga.core.axes import Reference, check_interface
-from quadriga.core.batch import Batch, call, device_of, evaluating, tensors
+from quadriga.core.batch import Batch, Tree, call, device_of, evaluating, tensors
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._stacks import Block, blocks_of, take_out
+from quadriga.methods.structure._gradual import BlockFade, check_gradual
+from quadriga.methods.structure._stacks import Block, blocks_of, fill, take_out
 
 log = logging.getLogger(__name__)
 BATCHES = 4  # of calibration data: the order of blocks settles soon
@@ -68,6 +70,8 @@ class PruneBlocks(Method):
 
     Args:
         ratio: share of such blocks that go, in (0, 1); at least one.
+        gradual: part of the train step that follows in which the blocks fade, from 0 (they are taken out at once) to 1. A block
+            then gives x + gate · (block(x) − x) with a gate that falls from 1 to 0; at the end it is taken out.
         only: blocks to act on: globs of names, comma-separated.
 
     Example:
@@ -82,14 +86,21 @@ class PruneBlocks(Method):
     numerics = Numerics.CHANGED
     source = "arXiv:2403.03853"
     requires = frozenset({"FLOAT_WEIGHTS"})
-    search: ClassVar = {"ratio": (0.25, 0.5)}
+    writes = frozenset({"training"})
+    search: ClassVar = {"ratio": (0.25, 0.5), "gradual": (0.0, 0.7)}
 
     ratio: float = 0.25
+    gradual: float = 0.0
     only: str = "*"
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise BadInput(f"prune_blocks.ratio is {self.ratio!r}", "it is the share that goes, between 0 and 1")
+        check_gradual(self.name, self.gradual)
+
+    def needs(self) -> frozenset[str]:
+        """Gradual pruning takes place in training."""
+        return self.requires | ({"TRAIN_DATA"} if self.gradual else set())
 
     def apply(self, setup: Setup) -> Setup:
         blocks = [b for b in blocks_of(setup.model) if any(fnmatchcase(b.name, g.strip()) for g in self.only.split(","))]
@@ -98,20 +109,40 @@ class PruneBlocks(Method):
         found = influences(setup.model, blocks, setup.context.calibration[:BATCHES])
         if not found:
             raise NotApplicable(f"no block returns the shape that it takes ({blocks[0].name} does not)")
-        self._remove(setup, sorted(found, key=found.__getitem__))
-        return replace(setup, model=setup.model)
+        order = sorted(found, key=found.__getitem__)
+        if not self.gradual:
+            self._remove(setup.model, setup.context.example, order)
+            return replace(setup, model=setup.model)
+        before = {b.stack: dict(b.stack._modules) for b in order}
+        names = [b.name for b in self._remove(setup.model, setup.context.example, order)]
+        for stack, modules in before.items():
+            fill(stack, modules)
+        training = replace(
+            setup.training,
+            make_hooks=(*setup.training.make_hooks, lambda model: BlockFade(model, names, self.gradual)),
+            finish=(*setup.training.finish, partial(without, names)),
+        )
+        return replace(setup, training=training)
 
-    def _remove(self, setup: Setup, order: Sequence[Block]) -> None:
-        wanted, gone, reasons = max(1, round(len(order) * self.ratio)), 0, list[str]()
-        reference = Reference.of(setup.model, setup.context.example)
+    def _remove(self, model: nn.Module, example: Tree, order: Sequence[Block]) -> list[Block]:
+        wanted, gone, reasons = max(1, round(len(order) * self.ratio)), list[Block](), list[str]()
+        reference = Reference.of(model, example)
         for block in order:
-            if gone == wanted:
+            if len(gone) == wanted:
                 break
             try:
-                take_out(block, lambda: check_interface(setup.model, setup.context.example, reference))
-                gone += 1
+                take_out(block, lambda: check_interface(model, example, reference))
+                gone.append(block)
             except NotApplicable as error:
                 reasons.append(f"{block.name}: {error.reason}")
                 log.info("prune_blocks leaves %s", reasons[-1])
         if not gone:
             raise NotApplicable(f"no block can be taken out ({'; '.join(reasons[:3])})")
+        return gone
+
+
+def without(names: Sequence[str], model: nn.Module) -> nn.Module:
+    """The model with these blocks taken out, which an earlier trial has shown it to stand."""
+    for block in [b for b in blocks_of(model) if b.name in names]:
+        take_out(block, lambda: None)
+    return model

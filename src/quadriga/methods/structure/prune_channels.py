@@ -1,19 +1,22 @@
-"""Channel pruning: take out the least important channels of all coupled layers, in one shot."""
+"""Channel pruning: take out the least important channels of all coupled layers, at once or in the course of training."""
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from quadriga.core.axes import AxisGraph, select
-from quadriga.core.axes.importance import best
+from torch import Tensor
+
+from quadriga.core.axes import AxisGraph, Group, select
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._scores import Importance, score_of, widths
+from quadriga.methods.structure._gradual import check_gradual
+from quadriga.methods.structure._replace import computed
+from quadriga.methods.structure._scores import Importance, widths
+from quadriga.methods.structure._units import prune, why_not
 
-log = logging.getLogger(__name__)
 KINDS = ("conv", "linear", "recurrent")
 
 
@@ -30,27 +33,32 @@ class PruneChannels(Method):
             layers without one stay).
         scope: "global" ranks the channels of all layers together, "layer" takes the same share of each.
         round_to: widths are rounded to the nearest multiple.
+        gradual: part of the train step that follows in which ever more channels are set to zero, from 0 (cut at once) to 1;
+            at the end they are cut. "taylor" and "hessian" then go by the gradients of that training.
         only: layers to act on: globs of names, comma-separated.
 
     Source: Fang et al. 2023, DepGraph, arXiv:2301.12900; Molchanov et al. 2019, arXiv:1906.10771 (taylor);
     Liu et al. 2017, arXiv:1708.06519 (bn_scale);
-    LeCun et al. 1990, Optimal Brain Damage (hessian).
+    LeCun et al. 1990, Optimal Brain Damage (hessian); Zhu & Gupta 2017, arXiv:1710.01878 (gradual).
     """
 
     family = Family.STRUCTURE
     numerics = Numerics.CHANGED
     source = "arXiv:2301.12900"
     requires = frozenset({"FLOAT_WEIGHTS"})
+    writes = frozenset({"training"})
     search: ClassVar = {
         "ratio": (0.5, 0.3, 0.7),
         "importance": ("magnitude", "taylor", "hessian", "bn_scale"),
         "scope": ("global", "layer"),
+        "gradual": (0.0, 0.7),
     }
 
     ratio: float = 0.5
     importance: Importance = "magnitude"
     scope: Literal["global", "layer"] = "global"
     round_to: int = 1
+    gradual: float = 0.0
     only: str = "*"
 
     def __post_init__(self) -> None:
@@ -58,19 +66,23 @@ class PruneChannels(Method):
             raise BadInput(f"prune_channels.ratio is {self.ratio!r}", "it is the share that goes, between 0 and 1")
         if self.round_to < 1:
             raise BadInput(f"prune_channels.round_to is {self.round_to!r}", "give at least 1")
+        check_gradual(self.name, self.gradual)
+
+    def needs(self) -> frozenset[str]:
+        """Gradual pruning takes place in training."""
+        return self.requires | ({"TRAIN_DATA"} if self.gradual else set())
+
+    def groups(self, graph: AxisGraph) -> list[Group]:
+        """Widths of convolutions, Linear and recurrent layers that may be cut."""
+        found = select(graph.groups(), self.only, KINDS)
+        if not found:
+            matching = [g for g in graph.groups() if g.matches(self.only)]
+            raise NotApplicable(f"no channels can be pruned ({why_not(matching) or 'no layer matches'}){computed(graph.model)}")
+        return found
+
+    def kept(self, scores: Mapping[Group, Tensor], ratio: float) -> dict[Group, int]:
+        """How many channels of each width stay."""
+        return widths(scores, ratio, self.scope, self.round_to)
 
     def apply(self, setup: Setup) -> Setup:
-        graph = AxisGraph.trace(setup.model, setup.context.example)
-        score = score_of(self.importance, graph, setup)
-        scores = {g: s for g in select(graph.groups(), self.only, KINDS) if (s := score(g)) is not None}
-        if not scores:
-            reasons = [f"{g.name}: {g.fixed or g.split or g.kind}" for g in graph.groups() if g.matches(self.only)]
-            detail = "no width has a batch normalization" if self.importance == "bn_scale" else "; ".join(reasons[:3])
-            raise NotApplicable(f"no channels can be pruned ({detail or 'no layer matches'})")
-        kept = widths(scores, self.ratio, self.scope, self.round_to)
-        choices = {g: best(s, kept[g]) for g, s in scores.items() if kept[g] < g.size}
-        if not choices:
-            raise NotApplicable(f"at ratio {self.ratio} and round_to {self.round_to} no width changes")
-        for reason in graph.cut_each(choices)[1]:
-            log.info("prune_channels leaves %s", reason)
-        return replace(setup, model=graph.model)
+        return prune(self, setup)

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from quadriga.core.axes import AxisGraph, Group
-from quadriga.core.axes.importance import Score, best
+from quadriga.core.axes.importance import best
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._scores import score_of
-
-log = logging.getLogger(__name__)
+from quadriga.methods.structure._gradual import check_gradual
+from quadriga.methods.structure._replace import computed
+from quadriga.methods.structure._units import prune, why_not
 
 
 def heads_kept(importance: Tensor, ratio: float) -> Tensor:
@@ -44,6 +44,8 @@ class PruneHeads(Method):
         ratio: share of the heads of each attention that go, in (0, 1); at least one stays.
         importance: "magnitude" (L2 norm over all weights of the head), "taylor" (squared gradient times weight) or "hessian"
             (curvature times squared weight), both from calibration data.
+        gradual: part of the train step that follows in which ever more heads are set to zero, from 0 (cut at once) to 1;
+            at the end they are cut. "taylor" and "hessian" then go by the gradients of that training.
         only: layers to act on: globs of names, comma-separated.
 
     Example:
@@ -54,39 +56,42 @@ class PruneHeads(Method):
         (8, 4, 8)
 
     Source: Michel et al. 2019, Are sixteen heads really better than one?, arXiv:1905.10650; Molchanov et al. 2019,
-    arXiv:1906.10771 (taylor).
+    arXiv:1906.10771 (taylor); Zhu & Gupta 2017, arXiv:1710.01878 (gradual).
     """
 
     family = Family.STRUCTURE
     numerics = Numerics.CHANGED
     source = "arXiv:1905.10650"
     requires = frozenset({"FLOAT_WEIGHTS"})
-    search: ClassVar = {"ratio": (0.5, 0.25), "importance": ("magnitude", "taylor", "hessian")}
+    writes = frozenset({"training"})
+    search: ClassVar = {"ratio": (0.5, 0.25), "importance": ("magnitude", "taylor", "hessian"), "gradual": (0.0, 0.7)}
 
     ratio: float = 0.5
     importance: Literal["magnitude", "taylor", "hessian"] = "magnitude"
+    gradual: float = 0.0
     only: str = "*"
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise BadInput(f"prune_heads.ratio is {self.ratio!r}", "it is the share that goes, between 0 and 1")
+        check_gradual(self.name, self.gradual)
 
-    def apply(self, setup: Setup) -> Setup:
-        graph = AxisGraph.trace(setup.model, setup.context.example)
-        choices = self._choices(graph, score_of(self.importance, graph, setup))
-        for reason in graph.cut_each(choices)[1]:
-            log.info("prune_heads leaves %s", reason)
-        return replace(setup, model=graph.model)
+    def needs(self) -> frozenset[str]:
+        """Gradual pruning takes place in training."""
+        return self.requires | ({"TRAIN_DATA"} if self.gradual else set())
 
-    def _choices(self, graph: AxisGraph, score: Score) -> dict[Group, Tensor]:
+    def groups(self, graph: AxisGraph) -> list[Group]:
+        """Attentions whose heads can be told apart and may go."""
         heads = [g for g in graph.groups() if g.split and g.matches(self.only)]
         if not heads:
-            raise NotApplicable("no layer that matches is cut into heads that can be told apart")
-        scores = {g: s for g in heads if not g.fixed and (s := score(g)) is not None}
-        detail = "; ".join(f"{g.name}: {g.fixed or f'{g.size} heads'}" for g in heads[:3])
-        if not scores:
-            raise NotApplicable(f"no head can be taken out ({detail})")
-        choices = {g: keep for g, s in scores.items() if len(keep := heads_kept(s, self.ratio)) < g.size}
-        if not choices:
-            raise NotApplicable(f"at ratio {self.ratio} no attention loses a head ({detail})", "raise ratio")
-        return choices
+            raise NotApplicable(f"no layer that matches is cut into heads that can be told apart{computed(graph.model)}")
+        if all(g.fixed for g in heads):
+            raise NotApplicable(f"no head can be taken out ({why_not(heads)})")
+        return [g for g in heads if not g.fixed]
+
+    def kept(self, scores: Mapping[Group, Tensor], ratio: float) -> dict[Group, int]:
+        """How many heads of each attention stay."""
+        return {g: len(heads_kept(s, ratio)) for g, s in scores.items()}
+
+    def apply(self, setup: Setup) -> Setup:
+        return prune(self, setup)

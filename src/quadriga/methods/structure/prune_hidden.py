@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from quadriga.core.axes import AxisGraph, Group
-from quadriga.core.axes.importance import best
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._scores import score_of, widths
-
-log = logging.getLogger(__name__)
+from quadriga.methods.structure._gradual import check_gradual
+from quadriga.methods.structure._replace import computed
+from quadriga.methods.structure._scores import widths
+from quadriga.methods.structure._units import prune, why_not
 
 
 def hidden_groups(graph: AxisGraph, only: str = "*") -> list[Group]:
@@ -53,25 +52,31 @@ class PruneHidden(Method):
             (curvature times squared weight), both from calibration data.
         scope: "layer" takes the same share of each block, "global" ranks the units of all blocks together.
         round_to: widths are rounded to the nearest multiple.
+        gradual: part of the train step that follows in which ever more units are set to zero, from 0 (cut at once) to 1;
+            at the end they are cut. "taylor" and "hessian" then go by the gradients of that training.
         only: layers to act on: globs of names, comma-separated.
 
-    Source: Xia et al. 2022, CoFi, arXiv:2204.00408 (intermediate dimensions); Molchanov et al. 2019, arXiv:1906.10771 (taylor).
+    Source: Xia et al. 2022, CoFi, arXiv:2204.00408 (intermediate dimensions); Molchanov et al. 2019, arXiv:1906.10771 (taylor);
+    Zhu & Gupta 2017, arXiv:1710.01878 (gradual).
     """
 
     family = Family.STRUCTURE
     numerics = Numerics.CHANGED
     source = "arXiv:2204.00408"
     requires = frozenset({"FLOAT_WEIGHTS"})
+    writes = frozenset({"training"})
     search: ClassVar = {
         "ratio": (0.5, 0.25, 0.7),
         "importance": ("magnitude", "taylor", "hessian"),
         "scope": ("layer", "global"),
+        "gradual": (0.0, 0.7),
     }
 
     ratio: float = 0.5
     importance: Literal["magnitude", "taylor", "hessian"] = "magnitude"
     scope: Literal["layer", "global"] = "layer"
     round_to: int = 1
+    gradual: float = 0.0
     only: str = "*"
 
     def __post_init__(self) -> None:
@@ -79,22 +84,23 @@ class PruneHidden(Method):
             raise BadInput(f"prune_hidden.ratio is {self.ratio!r}", "it is the share that goes, between 0 and 1")
         if self.round_to < 1:
             raise BadInput(f"prune_hidden.round_to is {self.round_to!r}", "give at least 1")
+        check_gradual(self.name, self.gradual)
+
+    def needs(self) -> frozenset[str]:
+        """Gradual pruning takes place in training."""
+        return self.requires | ({"TRAIN_DATA"} if self.gradual else set())
+
+    def groups(self, graph: AxisGraph) -> list[Group]:
+        """Widths between Linear layers."""
+        found = hidden_groups(graph, self.only)
+        if not found:
+            detail = why_not(graph.groups()) or "no layer matches"
+            raise NotApplicable(f"no width lies between Linear layers ({detail}){computed(graph.model)}")
+        return found
+
+    def kept(self, scores: Mapping[Group, Tensor], ratio: float) -> dict[Group, int]:
+        """How many units of each width stay."""
+        return widths(scores, ratio, self.scope, self.round_to)
 
     def apply(self, setup: Setup) -> Setup:
-        graph = AxisGraph.trace(setup.model, setup.context.example)
-        groups = hidden_groups(graph, self.only)
-        if not groups:
-            raise NotApplicable(f"no width lies between Linear layers ({_reasons(graph.groups()) or 'no layer matches'})")
-        score = score_of(self.importance, graph, setup)
-        scores: dict[Group, Tensor] = {g: s for g in groups if (s := score(g)) is not None}
-        kept = widths(scores, self.ratio, self.scope, self.round_to)
-        choices = {g: best(s, kept[g]) for g, s in scores.items() if kept[g] < g.size}
-        if not choices:
-            raise NotApplicable(f"at ratio {self.ratio} and round_to {self.round_to} no width changes")
-        for reason in graph.cut_each(choices)[1]:
-            log.info("prune_hidden leaves %s", reason)
-        return replace(setup, model=graph.model)
-
-
-def _reasons(groups: Iterable[Group]) -> str:
-    return "; ".join([f"{g.name}: {g.fixed or g.split or g.kind}" for g in groups][:3])
+        return prune(self, setup)

@@ -12,7 +12,7 @@ from torch.nn import functional
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._replace import Layer, plain_layers, replace_each
+from quadriga.methods.structure._replace import Layer, computed, plain_layers, replace_each
 
 
 class SharedKernels(nn.Module):
@@ -101,7 +101,7 @@ class ShareKernels(Method):
         layers = [(n, m) for n, m in plain_layers(setup.model, self.only) if isinstance(m, nn.Conv2d)]
         done, reasons = replace_each(setup.model, setup.context.example, layers, self._make)
         if not done:
-            why = "; ".join(reasons[:4]) or "no dense 2-D convolution matches"
+            why = "; ".join(reasons[:4]) or f"no dense 2-D convolution matches{computed(setup.model)}"
             raise NotApplicable(f"share_kernels replaces no layer: {why}")
         return replace(setup, model=setup.model)
 

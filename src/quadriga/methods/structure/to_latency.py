@@ -22,6 +22,7 @@ from quadriga.core.setup import Setup
 from quadriga.methods.structure._latency_pieces import pieces
 from quadriga.methods.structure._latency_solve import Choice, Round, approach, solve
 from quadriga.methods.structure._latency_table import Array, Meter, Time, candidates, measure
+from quadriga.methods.structure._replace import computed
 from quadriga.methods.structure._scores import Importance, score_of
 
 log = logging.getLogger(__name__)
@@ -122,7 +123,7 @@ class ToLatency(Method):
         if not found:
             reasons = [f"{g.name}: {g.fixed or g.kind}" for g in graph.groups() if g.matches(self.only)]
             detail = "no width has a batch normalization" if free else "; ".join(reasons[:3])
-            raise NotApplicable(f"no width can be cut ({detail or 'no layer matches'})")
+            raise NotApplicable(f"no width can be cut ({detail or 'no layer matches'}){computed(setup.model)}")
         return found
 
     def _decide(self, setup: Setup, graph: AxisGraph, scores: Mapping[Group, Tensor]) -> dict[str, int]:

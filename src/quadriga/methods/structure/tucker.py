@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._replace import Layer, plain_layers, replace_each
+from quadriga.methods.structure._replace import Layer, computed, plain_layers, replace_each
 
 Conv = nn.Conv1d | nn.Conv2d
 
@@ -111,7 +111,7 @@ class Tucker(Method):
         layers = [(n, m) for n, m in plain_layers(setup.model, self.only) if not isinstance(m, nn.Linear)]
         done, reasons = replace_each(setup.model, setup.context.example, layers, self._make)
         if not done:
-            why = "; ".join(reasons[:4]) or "no dense convolution matches"
+            why = "; ".join(reasons[:4]) or f"no dense convolution matches{computed(setup.model)}"
             raise NotApplicable(f"tucker pays in no layer: {why}")
         return replace(setup, model=setup.model)
 
