@@ -203,3 +203,24 @@ def test_an_output_map_that_would_grow_is_refused_whole():
     with pytest.raises(NotApplicable, match="returns"):
         smaller_kernels(AxisGraph.trace(net, torch.randn(2, 1, 12, 12)), 3)
     assert net[0].kernel_size == (5, 5) and net[0].weight.shape == (4, 1, 5, 5)
+
+
+class Peeking(nn.Module):
+    """Reads a weight in training mode alone, as Mamba does."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.fc = nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.norm(x)
+        return x @ self.fc.weight.T if self.training else self.fc(x)
+
+
+def test_a_network_that_would_fail_in_training_only_is_noticed():
+    net, x = Peeking(), torch.randn(2, 4)
+    reference, before = Reference.of(net, x), {k: v.clone() for k, v in net.state_dict().items()}
+    net.fc = nn.Sequential(nn.Linear(4, 1), nn.Linear(1, 3))
+    with pytest.raises(NotApplicable, match="in training mode: 'Sequential' object has no attribute 'weight'"):
+        check_interface(net, x, reference)
+    assert net.training and all(torch.equal(v, before[k]) for k, v in net.state_dict().items() if k in before)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import resumable
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -22,9 +23,6 @@ from quadriga.train.checkpoint import load_model, load_state, read_state, save_s
 from quadriga.train.config import describe
 from quadriga.train.loop import fit
 from quadriga.train.pack import pack, unpack
-
-sys.path.insert(0, str(Path(__file__).parent))
-import resumable
 
 torch.set_num_threads(1)
 HERE = Path(__file__).parent

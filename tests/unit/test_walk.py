@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from quadriga.core.errors import NotApplicable
+from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.recipe import Recipe, Step, step
 from quadriga.core.setup import RuntimeSpec
@@ -59,6 +59,17 @@ def test_a_finished_recipe_is_loaded_not_trained(tmp_path):
     again = walk(workload(), TEMPLATE, seed=0, store=tmp_path, progress=seen.append)
     assert torch.equal(weights(first), weights(again)) and again.samples == first.samples
     assert 0 < again.seconds <= first.seconds  # kept with the checkpoint, before that was written
+
+
+def test_a_recipe_may_begin_with_the_workloads_own_training(tmp_path):
+    one = workload(baseline=Recipe((step("optimizer", kind="adamw", lr=0.01), step("train", epochs=2))))
+    begun = Recipe((step("train", baseline=True), step("l2"), step("train", epochs=1)))
+    written = Recipe((*one.baseline.steps, *begun.steps[1:]))
+    first = walk(one, begun, seed=0, store=tmp_path)
+    assert torch.equal(weights(first), weights(walk(one, written, seed=0, store=tmp_path)))
+    assert len(list(tmp_path.iterdir())) == 2
+    with pytest.raises(BadInput, match="stands alone, in the first step"):
+        Recipe.from_plain([{"method": "l2"}, {"method": "train", "baseline": True}])
 
 
 def test_a_cost_probe_trains_nothing_and_passes_what_needs_training():

@@ -52,7 +52,7 @@ class Method(ABC):
         source: the paper or page that it follows.
         search: for each searched field, the choices; the first is where a search starts.
         writes: further slots that it writes.
-        shapes: whether a structure method can change the network's shape, and not only its weights or its training.
+        shapes: whether a structure method changes the network, its shape or its weights, and not its training alone.
         requires, adds, removes: traits, open strings that state facts about the setup.
         name: how recipes call it; from the class name unless given.
     """

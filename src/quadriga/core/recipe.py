@@ -13,12 +13,12 @@ from typing import Any
 from quadriga.core.errors import BadInput
 
 TRAIN = "train"
-TRAIN_FIELDS = {"epochs": float, "continue": bool}
+TRAIN_FIELDS = {"epochs": float, "continue": bool, "baseline": bool}
 
 
 @dataclass(frozen=True)
 class Step:
-    """One line of a recipe: a method's name and its fields, or `train` with `epochs` and `continue`.
+    """One line of a recipe: a method's name and its fields, or `train` with `epochs` and `continue`, or with `baseline` alone.
 
     A field that is None is left out, since the files cannot say it: it means the method's default.
     """
@@ -65,6 +65,20 @@ class Recipe:
 
     steps: tuple[Step, ...] = ()
     name: str = field(default="", compare=False)
+
+    def on(self, baseline: Recipe) -> Recipe:
+        """The recipe with a workload's own training written out, where it begins with `train(baseline=True)`.
+
+        Args:
+            baseline: empty for a model that comes trained.
+
+        Example:
+            >>> begun = Recipe((step("train", baseline=True), step("low_rank")))
+            >>> str(begun.on(Recipe((step("train", epochs=3),)))), str(begun.on(Recipe()))
+            ('train(epochs=3) → low_rank()', 'low_rank()')
+        """
+        begins = bool(self.steps) and bool(self.steps[0].is_train and self.steps[0].fields.get("baseline", False))
+        return Recipe((*baseline.steps, *self.steps[1:]), self.name) if begins else self
 
     @property
     def hash(self) -> str:
@@ -144,7 +158,9 @@ class Recipe:
 
 def _check_train(number: int, fields: Mapping[str, Any]) -> None:
     if unknown := set(fields) - set(TRAIN_FIELDS):
-        raise BadInput(f'step {number}: train has no field "{sorted(unknown)[0]}"', "it takes epochs and continue")
+        raise BadInput(f'step {number}: train has no field "{sorted(unknown)[0]}"', "it takes epochs, continue and baseline")
+    if "baseline" in fields and (number != 1 or fields != {"baseline": True}):
+        raise BadInput(f"step {number}: train has {fields!r}", "baseline = true stands alone, in the first step")
     epochs = fields.get("epochs")
     if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < 1e6):
         raise BadInput(f"step {number}: epochs is {epochs!r}", "give a positive number")

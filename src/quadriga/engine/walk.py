@@ -72,6 +72,8 @@ def walk(
     Raises:
         NotApplicable: a method refuses; Diverged: the loss is not finite.
     """
+    assert workload.baseline is not None, "a workload fills in its baseline"
+    recipe = recipe.on(workload.baseline)
     methods: list[Method | None] = [None if s.is_train else build(s) for s in recipe.steps]
     start = _start(workload, seed, methods, teacher, dict(services or {}), probe=store is None)
     runtime = final_runtime(start, methods)

@@ -37,7 +37,7 @@ def flops(model: nn.Module, inputs: Tree, batch: int | None = 1) -> int:
     """
     inputs = inputs if batch is None else resize(inputs, batch)
     counter = FlopCounterMode(display=False, custom_mapping=formulas())
-    with evaluating(model), _without_fast_path(), torch.no_grad(), counter:
+    with evaluating(model), _without_fast_path(), _frozen(model), torch.no_grad(), counter:
         call(model, inputs)
     return int(counter.get_total_flops())
 
@@ -58,6 +58,19 @@ def _attention(query: Shape, key: Shape, value: Shape, *args: Any, **kwargs: Any
     """query [batch, heads, positions, width]; both products, whole even where a causal mask halves them."""
     b, h, s, d = query
     return 2 * b * h * s * key[-2] * (d + value[-1])
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """The counter asks for the gradient function of what a layer reads, and fails where that is a parameter (DeBERTa's)."""
+    learned = [p for p in model.parameters() if p.requires_grad]
+    try:
+        for parameter in learned:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in learned:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

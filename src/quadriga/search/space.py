@@ -59,7 +59,8 @@ class Space:
         return Recipe(tuple(kept), recipe.name)
 
     def complete(self, recipe: Recipe) -> Recipe:
-        """Put the baseline's training in front of a recipe that starts from a trained model."""
+        """Put the baseline's training in front of a recipe that starts from a trained model, or says that it does."""
+        recipe = recipe.on(self.baseline)
         if "TRAINED" in self.traits or not self.baseline.steps or self.fixed(recipe):
             return recipe
         before = []
@@ -93,8 +94,9 @@ class Space:
         return "TRAINED" in card.get("requires", ()) or "training" in card.get("writes", ())
 
     def edits(self, recipe: Recipe) -> Iterator[Recipe]:
-        """All recipes one step away: a field changed to a neighbouring choice, a step dropped, a method added."""
+        """All recipes one step away: a field at a neighbouring choice, a step dropped, a method added, the other start."""
         first = self.fixed(recipe)
+        yield from self._starts(recipe, first)
         for index, one in enumerate(recipe.steps[first:], first):
             if one.is_train:
                 continue
@@ -105,6 +107,16 @@ class Space:
         for name in self._in_turn(set(self.cards) - present):
             for fields in _starts(self.cards[name]):
                 yield self._insert(recipe, Step(name, fields), self.cards[name], first)
+
+    def _starts(self, recipe: Recipe, first: int) -> Iterator[Recipe]:
+        """A recipe that changes the network and trains it: from fresh weights where it starts from trained ones, or else so."""
+        rest = recipe.steps[first:]
+        cards = [self.cards[s.method] for s in rest if not s.is_train]
+        if any(s.is_train for s in rest) and any(c["family"] == "structure" and c.get("shapes", True) for c in cards):
+            if first:
+                yield self._named(Recipe(rest, recipe.name), "from fresh weights")
+            elif self.baseline.steps and "TRAINED" not in self.traits:
+                yield self._named(Recipe((*self.baseline.steps, *rest), recipe.name), "from the trained baseline")
 
     def _in_turn(self, names: Iterable[str]) -> list[str]:
         """Methods of the searched families, one of each family in turn, so that a large family does not hide a small one."""

@@ -123,7 +123,8 @@ class Side:
             return _in_folder(Path(self.text), self.text)
         if self.kind == "onnx":
             return self._onnx(desk)
-        recipe = Recipe.load(self.text) if self.kind == "recipe" else desk.workload.baseline or Recipe()
+        baseline = desk.workload.baseline or Recipe()
+        recipe = Recipe.load(self.text).on(baseline) if self.kind == "recipe" else baseline
         args = {"recipe": recipe.plain(), "name": f"compare-{recipe.hash}", "batches": (1, desk.workload.batch_size)}
         made = done(desk.do("realize", args), self.text)
         folder = desk.folder / "built" / args["name"]

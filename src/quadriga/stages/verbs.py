@@ -35,7 +35,8 @@ def train(
         BadInput: the recipe does not apply to this workload, or the training diverged.
     """
     check(workload)
-    recipe = recipe if recipe is not None else workload.baseline or Recipe()
+    baseline = workload.baseline or Recipe()
+    recipe = baseline if recipe is None else recipe.on(baseline)
     say = progress or (lambda event: None)
     folder = folder_for(out)
     desk = Desk(workload, folder, seed, lambda part: say({"stage": "train", "text": f"{part:.0%} of this train step"}))

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-from quadriga.core.batch import call, evaluating
 from quadriga.core.setup import Arm, OptimizerSlot, RuntimeSpec, Setup
 from quadriga.core.workload import Workload
+from quadriga.measure.flops import flops
 from quadriga.testing.workloads import TINY
 from quadriga.train.gradients import fisher_diagonal, mean_gradients
 
@@ -67,13 +66,7 @@ def trained_setup(build: Callable[..., Workload]) -> Setup:
 
 def fake_time(arms: Sequence[Arm], spec: RuntimeSpec) -> list[float]:
     """Seconds that nothing was timed for, in place of `Context.time`: 10 ns, 0.1 ns a FLOP, 2 ns a parameter."""
-    return [1e-8 + 1e-10 * (_products(model, inputs) + 20 * _count(model)) for model, inputs in arms]
-
-
-def _products(model: nn.Module, inputs: Any) -> int:
-    with evaluating(model), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        call(model, inputs)
-    return counter.get_total_flops()
+    return [1e-8 + 1e-10 * (flops(model, inputs, None) + 20 * _count(model)) for model, inputs in arms]
 
 
 def _count(model: nn.Module) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from quadriga.core.axes.fields import refresh
 from quadriga.core.axes.graph import AxisGraph
@@ -35,7 +35,7 @@ def linear_chain(graph: AxisGraph) -> Chain:
     node, layers, between = flat(output.args)[0], [], [[]]  # type: ignore[var-annotated]
     while node.op == "call_function" and (len(node.users) == 1 or not layers):
         sources = [n for n in flat([node.args, node.kwargs]) if n.name not in graph.traced.states]
-        if len(sources) != 1:
+        if len(sources) != 1 or not isinstance(sources[0].meta["val"], Tensor):  # a recurrent cell returns a tuple
             break
         if op_name(node) == "linear" and _plain(graph, node):
             layers.insert(0, graph.traced.layer(node))

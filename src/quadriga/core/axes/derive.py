@@ -88,7 +88,7 @@ class _Run:
         elif name.startswith("conv") and "transpose" not in name:
             args, kwargs = (), self._conv(node)
         elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
-            args = (args[0], _resized(args[1], args[2][1].shape[1]), *args[2:])
+            args = (args[0], _resized(args[1], args[2]), *args[2:])
         elif name == "layer_norm" and bind(node).get("weight") is not None:
             args = (args[0], list(self.env[bind(node)["weight"]].shape), *args[2:])
         value = node.target(*args, **kwargs)  # type: ignore[operator]
@@ -181,11 +181,12 @@ class _Run:
                 return
 
 
-def _resized(states: Any, width: int) -> Any:
-    """Recurrent start states of another width; the traced zeros have the old one."""
-    if isinstance(states, list | tuple):
-        return [_resized(s, width) for s in states]
-    return states.new_empty((*states.shape[:-1], width))
+def _resized(states: Any, params: Sequence[Tensor]) -> Any:
+    """Recurrent start states of the width that the weights have now: what a layer hands on, and for an LSTM its cells."""
+    if isinstance(states, Tensor):
+        return states.new_empty((*states.shape[:-1], params[1].shape[1]))
+    widths = (params[1].shape[1], params[0].shape[0] // 4)
+    return [s.new_empty((*s.shape[:-1], n)) for s, n in zip(states, widths, strict=True)]
 
 
 def derive(traced: Traced, walk: Walk) -> Derived:

@@ -35,7 +35,11 @@ def fields(module: nn.Module, old: Callable[[Any], Shape]) -> dict[str, Any]:
     """What a module's fields should be, from the shapes of its tensors; `old` gives a tensor's former shape."""
     if isinstance(module, nn.RNNBase):
         sizes = {name: tuple(tensor.shape) for name, tensor in module.named_parameters()}
-        return {"hidden_size": sizes["weight_hh_l0"][1], "input_size": sizes["weight_ih_l0"][1]}
+        projected = {"proj_size": sizes["weight_hr_l0"][0]} if module.proj_size else {}
+        hidden = sizes["weight_hr_l0"][1] if projected else sizes["weight_hh_l0"][1]
+        return {"hidden_size": hidden, "input_size": sizes["weight_ih_l0"][1], **projected}
+    if isinstance(module, nn.RNNCellBase):
+        return {"hidden_size": module.weight_hh.shape[1], "input_size": module.weight_ih.shape[1]}
     if isinstance(module, _NormBase):
         state = module.weight if module.weight is not None else module.running_mean
         return {"num_features": state.shape[0]} if isinstance(state, Tensor) else {}

@@ -59,15 +59,15 @@ class AxisGraph:
         return list(self._groups)
 
     def group(self, name: str) -> Group:
-        """The group that a layer produces.
+        """The group of that name, or else the first that a layer of that name produces.
 
         Raises:
-            KeyError: no group has that layer.
+            KeyError: there is none.
         """
-        for group in self._groups:
-            if name in group.layers or name == group.name:
-                return group
-        raise KeyError(name)
+        found = [g for g in self._groups if g.name == name] or [g for g in self._groups if name in g.layers]
+        if not found:
+            raise KeyError(name)
+        return found[0]
 
     def cut(self, group: Group | str, keep: Tensor) -> Patch:
         """Keep only these units of a group; see `cut_all`."""

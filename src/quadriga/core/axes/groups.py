@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -37,7 +37,7 @@ class Group:
     """A width: units that are cut in all members at once.
 
     Args:
-        name: the first layer that produces it, such as "conv1".
+        name: the first layer that produces it, such as "conv1"; the weight, for further widths of a layer.
         kind: "conv", "linear", "recurrent", "embedding", or "other"; embedding and conv win where layers are joined.
         size: number of units.
         members: where the units are.
@@ -75,7 +75,20 @@ def find_groups(walk: Walk, traced: Traced) -> list[Group]:
     order = {producer: k for k, producer in enumerate(producers)}
     sets.sort(key=lambda s: min(order[p] for p in s[1]))
     members = _members(walk, traced, [s[0] for s in sets], {p[:2] for p in producers})
-    return [_group(walk, traced, roots, made, found) for (roots, made), found in zip(sets, members, strict=True)]
+    return _named_apart([_group(walk, traced, roots, made, found) for (roots, made), found in zip(sets, members, strict=True)])
+
+
+def _named_apart(groups: list[Group]) -> list[Group]:
+    """Widths of one layer that share its name get those of the weights that decide them, with the dimension where need be."""
+    taken: set[str] = set()
+    found = []
+    for group in groups:
+        made = next((m for m in group.members if m.producer), None)
+        weight = made.names[0] if made else group.name
+        name = next(n for n in (group.name, weight, f"{weight}[{made.dim if made else 0}]") if n not in taken or made is None)
+        taken.add(name)
+        found.append(replace(group, name=name))
+    return found
 
 
 def _roots(walk: Walk, state: int, dim: int) -> set[int]:

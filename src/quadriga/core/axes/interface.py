@@ -1,4 +1,4 @@
-"""The interface of a model: the shapes of its outputs at batch 1, 2 and 25, which no structure method may change."""
+"""The interface of a model: shapes of its outputs at batch 1, 2 and 25, and that it trains; no structure method changes it."""
 
 from __future__ import annotations
 
@@ -27,10 +27,12 @@ class Reference:
     Args:
         shapes: batch size → shapes of all output tensors.
         rowwise: an example's output does not depend on the others in its batch.
+        trains: it runs in training mode, where some networks take another path.
     """
 
     shapes: dict[int, list[torch.Size]]
     rowwise: bool
+    trains: bool = False
 
     @classmethod
     def of(cls, model: nn.Module, example: Tree) -> Reference:
@@ -40,7 +42,7 @@ class Reference:
             NotApplicable: it does not run at one of them.
         """
         found = dict(_runs(model, example, "the model"))
-        return cls({b: [t.shape for t in out] for b, out in found.items()}, _rowwise(found))
+        return cls({b: [t.shape for t in out] for b, out in found.items()}, _rowwise(found), not _untrainable(model, example))
 
 
 def check_interface(model: nn.Module, example: Tree, reference: Reference) -> None:
@@ -60,6 +62,26 @@ def check_interface(model: nn.Module, example: Tree, reference: Reference) -> No
             raise NotApplicable(f"at batch {batch} the changed model returns {now} where it returned {was}")
     if reference.rowwise and not _rowwise(found):
         raise NotApplicable("the changed model mixes the examples of a batch, which it did not before")
+    if reference.trains and (problem := _untrainable(model, example)):
+        raise NotApplicable(f"the changed model does not run in training mode: {problem}")
+
+
+def _untrainable(model: nn.Module, example: Tree) -> str:
+    """Why a forward pass in training mode fails, or "". Buffers and random numbers are given back."""
+    kept, modes = [(b, b.detach().clone()) for b in model.buffers()], [(m, m.training) for m in model.modules()]
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            call(model.train(), to_device(resize(example, BATCHES[1]), device_of(model)))
+        return ""
+    except Exception as error:  # whatever the user's forward raises
+        return _first(error)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        with torch.no_grad():
+            for buffer, value in kept:
+                if buffer.shape == value.shape:
+                    buffer.copy_(value)
 
 
 def _runs(model: nn.Module, example: Tree, who: str) -> Iterator[tuple[int, list[Tensor]]]:

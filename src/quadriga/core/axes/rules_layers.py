@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, fx
 
 from quadriga.core.axes.units import Axes, Dim
-from quadriga.core.axes.walk import Walk, rule
+from quadriga.core.axes.walk import Walk, op_name, rule
 
 
 @rule("linear")
@@ -185,34 +186,59 @@ GATES = {"lstm": 4, "gru": 3, "rnn_tanh": 1, "rnn_relu": 1}
 
 @rule(*GATES)
 def recurrent(walk: Walk, node: fx.Node, a: dict[str, Any]) -> list[Axes] | None:
-    """One set of hidden units over the gates, every layer and direction, and the next layer's input."""
-    name = node.target._schema.name.split("::")[-1]  # type: ignore[union-attr]
-    if "data" in a or not isinstance(a["input"], fx.Node):
-        return None  # packed sequences
-    params, step = a["params"], 4 if a["has_biases"] else 2
-    hidden_size = walk.shape(params[1])[1]
-    directions = 2 if a["bidirectional"] else 1
-    if len(params) != step * a["num_layers"] * directions or walk.shape(params[1])[0] != GATES[name] * hidden_size:
-        return None  # a projected LSTM
-    hidden = walk.axes(params[1])[1]
-    if not isinstance(hidden, Tensor):
+    """One set of cells over gates, layers and directions, and the next layer's input, unless a projection lies between."""
+    gates, params = GATES[op_name(node)], a["params"]
+    directions, step = 2 if a["bidirectional"] else 1, 4 if a["has_biases"] else 2
+    stacks = a["num_layers"] * directions
+    projected = len(params) == (step + 1) * stacks
+    step += projected
+    first = walk.axes(params[0])[0]
+    if len(params) != step * stacks or not isinstance(first, Tensor):
         return None
+    cells = first[: len(first) // gates]
+    given = walk.axes(params[step - 1])[0] if projected else cells  # what the layer hands on, and reads of itself
+    assert isinstance(given, Tensor)
     below: Dim = walk.axes(a["input"])[-1]
-    for layer in range(a["num_layers"]):
-        for direction in range(directions):
-            start = (layer * directions + direction) * step
-            w_ih, w_hh, *biases = params[start : start + step]
-            walk.units.join(below, walk.axes(w_ih)[1], "it reads a fixed size")
-            walk.units.join(hidden, walk.axes(w_hh)[1])
-            for gates in (w_ih, w_hh, *biases):
-                walk.units.join(hidden.repeat(GATES[name]), walk.axes(gates)[0])
-            walk.produce(w_ih, 0, "recurrent")
-        below = hidden.repeat(directions)
+    for start in range(0, len(params), step):
+        w_ih, w_hh, *rest = params[start : start + step]
+        walk.units.join(below, walk.axes(w_ih)[1], "it reads a fixed size")
+        if projected:
+            walk.units.join(given, walk.axes(rest[-1])[0])
+            walk.units.join(cells, walk.axes(rest[-1])[1])
+        _cell(walk, gates, cells, given, [w_ih, w_hh, *rest[: len(rest) - projected]])
+        if projected:
+            walk.produce(rest[-1], 0, "recurrent")
+        if (start // step + 1) % directions == 0:
+            below = given.repeat(directions)
+    states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
+    for state, width in zip(states, (given, cells), strict=False):
+        walk.units.join(walk.axes(state)[-1], width)
+    ends: list[Axes] = [[None, None, width] for _, width in zip(states, (given, cells), strict=False)]
+    return [[*walk.axes(a["input"])[:-1], below], *ends]
+
+
+def _cell(walk: Walk, gates: int, cells: Tensor, given: Dim, weights: Sequence[fx.Node]) -> None:
+    """One set of cells over all gates: w_ih [gates · cells, in], w_hh [gates · cells, given], biases [gates · cells]."""
+    walk.units.join(given, walk.axes(weights[1])[1])
+    for weight in weights:
+        walk.units.join(cells.repeat(gates), walk.axes(weight)[0])
+    walk.produce(weights[0], 0, "recurrent")
+
+
+@rule("lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell")
+def cell(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
+    """One step of a recurrent layer; its states have the width of its cells."""
+    gates, rows = GATES[op_name(node).removesuffix("_cell")], walk.axes(a["w_ih"])[0]
+    if not isinstance(rows, Tensor):
+        return None
+    cells = rows[: len(rows) // gates]
+    walk.units.join(walk.axes(a["input"])[-1], walk.axes(a["w_ih"])[1], "it reads a fixed size")
+    _cell(walk, gates, cells, cells, [a[k] for k in ("w_ih", "w_hh", "b_ih", "b_hh") if isinstance(a.get(k), fx.Node)])
     states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
     for state in states:
-        walk.units.join(walk.axes(state)[-1], hidden)
-    ends: list[Axes] = [[None, None, hidden] for _ in states]
-    return [[*walk.axes(a["input"])[:-1], below], *ends]
+        walk.units.join(walk.axes(state)[-1], cells)
+    axes: Axes = [*walk.axes(a["input"])[:-1], cells]
+    return [list(axes) for _ in states] if isinstance(node.meta["val"], tuple | list) else axes
 
 
 @rule("scaled_dot_product_attention")

@@ -252,10 +252,11 @@ class _Assembly:
         dim, _ = self.shapes.batch(source) or (0, 1)
         many = isinstance(bound["hx"], tuple | list)
         layers = (bound["hx"][0] if many else bound["hx"]).meta["val"].shape[0]
-        hidden = self.shapes.at(bound["params"][1], self.kept)[1]
+        given, cells = self.shapes.at(bound["params"][1], self.kept)[1], self.shapes.at(bound["params"][0], self.kept)[0] // 4
         x = self.env[source]
         size = self.graph.call_method("size", (x, dim))
-        made = [self.graph.call_method("new_zeros", (x, (layers, size, hidden))) for _ in range(2 if many else 1)]
+        widths = (given, cells) if many else (given,)  # an LSTM has both; they differ where it is projected
+        made = [self.graph.call_method("new_zeros", (x, (layers, size, width))) for width in widths]
         return made if many else made[0]
 
 

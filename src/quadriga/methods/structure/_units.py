@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.axes import AxisGraph, Group, Patch
+from quadriga.core.axes import AxisGraph, Group, Patch, opened
 from quadriga.core.axes.importance import Score, best, bn_scale, hessian, magnitude, taylor
 from quadriga.core.batch import Tree
 from quadriga.core.errors import NotApplicable
@@ -47,13 +47,14 @@ def prune(pruner: Pruner, setup: Setup) -> Setup:
     Raises:
         NotApplicable: nothing can be cut, now or, as a trial shows, then.
     """
-    graph, example = AxisGraph.trace(setup.model, setup.context.example), setup.context.example
-    if not pruner.gradual:
-        cut(pruner, graph, score_of(pruner.importance, graph, setup))
-        return replace(setup, model=graph.model)
-    trial = (bn_scale if pruner.importance == "bn_scale" else magnitude)(graph)
-    patch, names = cut(pruner, graph, trial)
-    patch.undo()
+    example = setup.context.example
+    with opened(setup.model):
+        graph = AxisGraph.trace(setup.model, example)
+        if not pruner.gradual:
+            cut(pruner, graph, score_of(pruner.importance, graph, setup))
+            return replace(setup, model=graph.model)
+        patch, names = cut(pruner, graph, (bn_scale if pruner.importance == "bn_scale" else magnitude)(graph))
+        patch.undo()
     training = replace(
         setup.training,
         make_hooks=(*setup.training.make_hooks, lambda model: UnitFade(model, pruner, names, example)),

@@ -107,7 +107,6 @@ class ClusterWeights(Method):
     requires = frozenset({"FLOAT_WEIGHTS"})
     removes = frozenset({"FLOAT_WEIGHTS"})
     writes = frozenset({"training"})
-    shapes = False
     search: ClassVar = {"bits": (4, 5, 3)}
 
     bits: int = 4

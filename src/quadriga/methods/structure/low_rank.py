@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from quadriga.core.axes import opened
 from quadriga.core.batch import Tree, call, evaluating, resize
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
@@ -128,6 +129,10 @@ class LowRank(Method):
             raise BadInput("low_rank has both ratio and latency", "give one of them")
 
     def apply(self, setup: Setup) -> Setup:
+        with opened(setup.model):
+            return self._factorize(setup)
+
+    def _factorize(self, setup: Setup) -> Setup:
         model, example = setup.model, setup.context.example
         layers = dict(plain_layers(model, self.only))
         roots = self._roots(setup, layers)

@@ -95,7 +95,6 @@ class PruneWeights(Method):
     source = "arXiv:1506.02626"
     requires = frozenset({"FLOAT_WEIGHTS"})
     writes = frozenset({"training"})
-    shapes = False
     search: ClassVar = {"ratio": (0.8, 0.9, 0.6), "scope": ("global", "layer"), "gradual": (0.0, 0.7)}
 
     ratio: float = 0.8

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
-from quadriga.core.axes import AxisGraph, Group, Patch, select
+from torch import nn
+
+from quadriga.core.axes import AxisGraph, Group, Patch, opened, select
 from quadriga.core.axes.chain import fewer_hidden
 from quadriga.core.axes.importance import best, magnitude, rounded
 from quadriga.core.axes.kernels import smaller_kernels
+from quadriga.core.batch import Tree
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
@@ -134,12 +137,17 @@ class Shrink(Method):
             raise BadInput(f"shrink.width is {self.width} for every layer", 'name the layers with only = "..."')
 
     def apply(self, setup: Setup) -> Setup:
-        model, example = setup.model, setup.context.example
         stages = self._stages()
         if not stages:
             raise NotApplicable(
                 "shrink was given nothing to change", "give kernel, filters, features, embeddings, blocks, width or hidden"
             )
+        with opened(setup.model):
+            self._shrink(setup.model, setup.context.example, stages)
+        return replace(setup, model=setup.model)
+
+    @staticmethod
+    def _shrink(model: nn.Module, example: Tree, stages: Sequence[Callable[[AxisGraph], object]]) -> None:
         reasons = []
         for stage in stages:
             graph = AxisGraph.trace(model, example)  # every stage sees the model as it is by then
@@ -151,7 +159,6 @@ class Shrink(Method):
             raise NotApplicable("; ".join(reasons))
         for reason in reasons:
             log.info("shrink passes over: %s", reason)
-        return replace(setup, model=model)
 
     def _stages(self) -> list[Callable[[AxisGraph], object]]:
         stages: list[Callable[[AxisGraph], object]] = []

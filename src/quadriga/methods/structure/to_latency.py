@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.axes import AxisGraph, Group
+from quadriga.core.axes import AxisGraph, Group, opened
 from quadriga.core.axes.importance import best
 from quadriga.core.batch import resize
 from quadriga.core.errors import BadInput, NotApplicable
@@ -105,7 +105,10 @@ class ToLatency(Method):
                 raise BadInput(f"to_latency.widths has {layer} = {width!r}", "give the number of units that stay")
 
     def apply(self, setup: Setup) -> Setup:
-        graph = AxisGraph.trace(setup.model, setup.context.example)
+        with opened(setup.model):
+            return self._cut(setup, AxisGraph.trace(setup.model, setup.context.example))
+
+    def _cut(self, setup: Setup, graph: AxisGraph) -> Setup:
         scores = self._scores(graph, setup)
         widths = dict(self.widths) if self.widths is not None else self._decide(setup, graph, scores)
         choices = named(graph, scores, widths)
@@ -149,7 +152,8 @@ def named(graph: AxisGraph, scores: Mapping[Group, Tensor], widths: Mapping[str,
     """
     choices = {}
     for layer, width in widths.items():
-        group = next((g for g in scores if layer in g.layers), None)
+        known = [g for g in scores if g.name == layer] or [g for g in scores if layer in g.layers]
+        group = known[0] if known else None
         if group is None or width > group.size:
             size = f" has {group.size} units, not {width}" if group else " has no width that can be cut"
             raise NotApplicable(f"{layer}{size}", "give widths of this very network")
