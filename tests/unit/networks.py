@@ -154,3 +154,30 @@ class Cells(nn.Module):
             states = self.lstm(part, states)
             hidden = self.gru(states[0], hidden)
         return self.fc(hidden)
+
+
+class Turned(nn.Module):
+    """Two layers whose weights are used transposed, `x @ weight.T`, as Falcon's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 7, bias=False), nn.Linear(7, 3, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x @ self.up.weight.T) @ self.down.weight.t()
+
+
+class Windows(nn.Module):
+    """Attention with a table of relative positions, one bias a head, as in Swin."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(8, 8) for _ in range(4))
+        self.table = nn.Parameter(torch.randn(9, 4))
+        self.register_buffer("places", (torch.arange(5)[:, None] - torch.arange(5) + 4).flatten())
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        bias = self.table[self.places].view(5, 5, -1).permute(2, 0, 1)
+        mixed = (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
+        return self.out(mixed.transpose(1, 2).flatten(2))

@@ -6,7 +6,23 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import Apart, Bare, Block, Cells, Concat, Last, LeNet, Projected, Recurrent, Squeeze, grouped, resnet, transposed
+from networks import (
+    Apart,
+    Bare,
+    Block,
+    Cells,
+    Concat,
+    Last,
+    LeNet,
+    Projected,
+    Recurrent,
+    Squeeze,
+    Turned,
+    Windows,
+    grouped,
+    resnet,
+    transposed,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -30,6 +46,8 @@ NETS = {
     "bare": (Bare, lambda: torch.randn(2, 4)),
     "transposed": (transposed, lambda: torch.randn(2, 2, 6, 6)),
     "projected": (Projected, lambda: torch.randn(2, 5, 4)),
+    "turned": (Turned, lambda: torch.randn(2, 4)),
+    "windows": (Windows, lambda: torch.randn(2, 5, 8)),
     "cells": (Cells, lambda: torch.randn(2, 3, 4)),
 }
 

@@ -10,6 +10,10 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 from quadriga import Workload
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
+from quadriga.core.setup import RuntimeSpec, Setup
+from quadriga.engine.timing import timed
+from quadriga.measure.quality import score
+from quadriga.train.loop import fit
 from quadriga.workloads import check
 
 torch.set_num_threads(1)
@@ -298,3 +302,25 @@ def test_metrics(metric, words):
 )
 def test_sound_metrics(metric):
     assert check(made(metric=metric)) == []
+
+
+class Caching(nn.Module):
+    """Keeps a table from its first forward pass, as rotary embeddings and relative positions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.table = nn.Linear(4, 3), None
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = torch.linspace(0.5, 1.5, x.shape[-1])
+        return self.fc(x * self.table)
+
+
+def test_what_a_model_keeps_from_a_first_look_at_it_can_be_learned_from(tmp_path):
+    workload = made(model=Caching(), trained=True)
+    setup = Setup.of(workload)
+    assert isinstance(check(workload), list)
+    assert score(setup.model, workload.val, workload.metric).value >= 0
+    assert timed([(setup.model, X[:2])], RuntimeSpec(), setup.context, tmp_path)[0] > 0
+    assert fit(setup, workload.train, epochs=1, seed=0).samples > 0

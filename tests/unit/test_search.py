@@ -89,6 +89,15 @@ def test_what_may_cut_in_the_course_of_training_is_costed_with_a_train_step_behi
     assert [s.method for s in space().cost_part(one).steps] == ["fade", "train", "onnx"]
 
 
+def test_what_changes_a_trained_network_is_costed_on_its_weights():
+    """The baseline's training stands in front of the probe; where no structure step follows, it does not matter."""
+    changed = Recipe((*BASELINE.steps, step("shrink", filters=0.5), step("optimizer", lr=0.1), step("train", epochs=1)))
+    assert space().cost_part(changed) == Recipe((*BASELINE.steps, step("shrink", filters=0.5), step("train")))
+    plain = Recipe((*BASELINE.steps, step("quantize"), step("onnx")))
+    assert space().cost_part(plain) == Recipe((step("train"), step("quantize"), step("onnx")))
+    assert space().cost_part(Recipe((*BASELINE.steps, step("onnx")))) == Recipe((step("onnx"),))
+
+
 def test_every_edit_is_one_step_away_and_new():
     recipe = Recipe((step("shrink", filters=0.75), step("optimizer", lr=0.003), step("train", epochs=1), step("onnx")))
     edits = [e for e in space().edits(recipe) if "trained baseline" not in e.name]

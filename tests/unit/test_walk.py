@@ -61,6 +61,14 @@ def test_a_finished_recipe_is_loaded_not_trained(tmp_path):
     assert 0 < again.seconds <= first.seconds  # kept with the checkpoint, before that was written
 
 
+def test_a_cost_probe_takes_trained_weights_where_there_are_finished_ones(tmp_path):
+    trained = walk(workload(), TEMPLATE, seed=0, store=tmp_path)
+    probe = walk(workload(), Recipe((*TEMPLATE.steps, step("threads"))), seed=0, store=None, ready=tmp_path)
+    assert torch.equal(weights(probe), weights(trained)) and probe.samples == 0
+    other = walk(workload(), Recipe((step("train", epochs=9),)), seed=0, store=None, ready=tmp_path)
+    assert torch.equal(weights(other), torch.cat([p.flatten() for p in workload().build(0).parameters()]))
+
+
 def test_a_recipe_may_begin_with_the_workloads_own_training(tmp_path):
     one = workload(baseline=Recipe((step("optimizer", kind="adamw", lr=0.01), step("train", epochs=2))))
     begun = Recipe((step("train", baseline=True), step("l2"), step("train", epochs=1)))
@@ -163,13 +171,15 @@ def test_a_decision_is_made_once_and_belongs_to_prefix_seed_key_and_final_runtim
             walk(workload(), recipe, seed=seed, store=None, services=services, decisions=tmp_path).setup.model[0].out_features
         )
 
-    same = (recipe, recipe.replaced(1, step("train", epochs=2)), Recipe((step("train"), step("l2"), *recipe.steps)))
-    assert go(recipe, first) == 4 and [go(other, later) for other in same] == [4, 4, 4]  # training does not shape
+    same = (recipe, recipe.replaced(1, step("train", epochs=2)), Recipe((step("l2"), *recipe.steps)))
+    assert go(recipe, first) == 4 and [go(other, later) for other in same] == [4, 4, 4]  # how it is trained does not shape it
     assert (first.calls, later.calls) == (1, 0)
     others = (recipe.without(2), Recipe((step("threads"), *recipe.steps)), recipe.replaced(0, step("ask", key="other")))
     assert [go(other, later) for other in others] == [5, 5, 5] and go(recipe, later, seed=1) == 5
+    trained = [Recipe((step("l2"), step("train", epochs=e), *recipe.steps)) for e in (1, 2)]  # another start: trained weights
+    assert [go(other, time) for other, time in zip(trained, (ask(6), later), strict=True)] == [6, 6]
     rows = [json.loads(p.read_text()) for p in tmp_path.glob("*.json")]
-    assert len(rows) == 5 and all(row["steps"][-1]["method"] == "ask" for row in rows)
+    assert len(rows) == 6 and all(row["steps"][-1]["method"] == "ask" for row in rows)
 
 
 def test_without_a_folder_a_decision_holds_for_the_walk(ask):

@@ -256,7 +256,7 @@ def class_count(model: nn.Module, workload: Workload) -> int | None:
     target = workload.val.batch(torch.arange(1)).target
     if not isinstance(target, Tensor) or target.is_floating_point() or target.dim() != 1:
         return None
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         logits = primary(call(model, workload.example))
     return logits.shape[-1] if logits.dim() == 2 else None
 
@@ -266,7 +266,7 @@ def has_logits(model: nn.Module, workload: Workload) -> bool:
     batch = workload.val.batch(torch.arange(1))
     if not isinstance(batch.target, Tensor) or batch.target.is_floating_point():
         return False
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         logits = primary(call(model, batch.inputs))
     return logits.is_floating_point() and logits.dim() > 1 and logits.shape[:-1] == batch.target.shape
 
@@ -290,6 +290,6 @@ def first_traits(model: nn.Module, workload: Workload, classes: int | None, cont
 
 def _per_example(model: nn.Module, workload: Workload) -> bool:
     batch = workload.val.batch(torch.arange(min(2, len(workload.val))))
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         loss = plain_training(workload).loss(call(model, batch.inputs), batch)
     return isinstance(loss, Tensor) and loss.shape == batch.index.shape

@@ -181,7 +181,8 @@ class Desk:
 
     def _probe(self, recipe: Recipe, until: int | None = None) -> Walked:
         """A walk that trains nothing. What it decides by measurement, a training of the same recipe takes over."""
-        return walk(self.workload, recipe, seed=self.seed, store=None, until=until, **self._places())
+        ready = self.folder / "checkpoints"
+        return walk(self.workload, recipe, seed=self.seed, store=None, until=until, ready=ready, **self._places())
 
     def _places(self) -> dict[str, Any]:
         """What methods may ask of a model on their way, its quality on val and its latency; and where decisions are kept."""

@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -51,7 +52,7 @@ def timed(arms: Sequence[Arm], spec: RuntimeSpec, context: Context, folder: Path
 def _call(arm: Arm, spec: RuntimeSpec, context: Context, folder: Path) -> Callable[[], Any]:
     model, inputs = arm
     if spec.name == "eager" and spec.quant is None:
-        run = runtime.prepare(model, spec)
+        run = runtime.prepare(deepcopy(model), spec)  # a table that it keeps from its first call must not be of inference mode
     else:
         with torch.inference_mode(False):
             built = runtime.build(model, spec, _seen(inputs, context), folder, batches=(len(tensors(inputs)[0]),))

@@ -16,12 +16,12 @@ from torch import nn
 from quadriga.core.batch import tensors
 from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method
-from quadriga.core.recipe import Recipe
+from quadriga.core.recipe import Recipe, Step
 from quadriga.core.setup import Factors, RuntimeSpec, Schedule, Setup
 from quadriga.core.workload import Workload
 from quadriga.engine.decisions import Decisions
 from quadriga.methods import build
-from quadriga.train.checkpoint import load_model
+from quadriga.train.checkpoint import load_finished, load_model
 from quadriga.train.gradients import fisher_diagonal, mean_gradients
 from quadriga.train.loop import fit
 
@@ -56,6 +56,7 @@ def walk(
     services: Mapping[str, Any] | None = None,
     decisions: Path | None = None,
     until: int | None = None,
+    ready: Path | None = None,
 ) -> Walked:
     """Apply every step of a recipe to a fresh setup.
 
@@ -68,6 +69,7 @@ def walk(
         services: further fields of the context, such as `evaluate` and `time`.
         decisions: folder of what methods decided by measurement; without one it holds for this walk.
         until: only so many steps are carried out; what the later ones say of the runtime is known all the same.
+        ready: where a probe finds checkpoints: a train step that is finished there gives its weights, others are skipped.
 
     Raises:
         NotApplicable: a method refuses; Diverged: the loss is not finite.
@@ -79,7 +81,7 @@ def walk(
     runtime = final_runtime(start, methods)
     decide = Decisions(decisions, lambda: [workload_key(workload), seed], runtime)
     start = replace(start, context=replace(start.context, runtime=runtime, decide=decide))
-    walker = _Walker(workload, recipe, seed, store, progress, start, decide)
+    walker = _Walker(workload, recipe, seed, store, progress, start, decide, ready)
     for index, method in enumerate(methods[:until]):
         decide.prefix = shaping(recipe, methods, index)
         if method is None:
@@ -100,6 +102,7 @@ class _Walker:
     progress: Callable[[float], None] | None
     setup: Setup
     decisions: Decisions
+    ready: Path | None = None
     samples: int = 0
     seconds: float = 0.0
     last: Path | None = None
@@ -128,9 +131,11 @@ class _Walker:
             raise NotApplicable("train has nothing to continue", "put a train step without continue before it")
         if _continues(self.recipe, index) and self.setup.training.finish:
             raise NotApplicable("a train step that cuts the network at its end cannot be continued", "make it one train step")
+        name = prefix_key(self.workload, self.recipe, index, self.seed, self.decisions.mark)
         if self.store is not None:
-            name = prefix_key(self.workload, self.recipe, index, self.seed, self.decisions.mark)
             self._fit(self.store / name, fields.get("epochs", 10), going_on)
+        elif self.ready is not None:
+            load_finished(self.ready / name, self.setup.model)
         self.setup, self.changed = _after_train(self.setup, self.workload, keep=_continues(self.recipe, index)), ""
 
     def _fit(self, folder: Path, epochs: float, going_on: bool) -> None:
@@ -158,7 +163,7 @@ def _start(
 
 
 def shaping(recipe: Recipe, methods: Sequence[Method | None], index: int) -> Recipe:
-    """The steps up to `index` that shape the network or its runtime: a cost probe has all of them, and a training no others.
+    """The steps up to `index` that shape the network or its runtime, and marks of training between them, as in a cost probe.
 
     What is decided by measurement is decided for these, so that the network that was costed is the one that is trained, at
     every length and under every optimizer.
@@ -167,7 +172,9 @@ def shaping(recipe: Recipe, methods: Sequence[Method | None], index: int) -> Rec
     def shapes(method: Method | None) -> bool:
         return method is not None and method.family in (Family.STRUCTURE, Family.HARDWARE) and method.shapes
 
-    return Recipe(tuple(s for k, s in enumerate(recipe.steps[: index + 1]) if k == index or shapes(methods[k])))
+    kept = [s for k, s in enumerate(recipe.steps[: index + 1]) if k == index or s.is_train or shapes(methods[k])]
+    marked = [Step("train") if s.is_train else s for s in kept]
+    return Recipe(tuple(s for k, s in enumerate(marked) if not (s.is_train and k and marked[k - 1].is_train)))
 
 
 def final_runtime(setup: Setup, methods: Iterable[Method | None]) -> RuntimeSpec:

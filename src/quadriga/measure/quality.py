@@ -36,7 +36,7 @@ def score(run: Callable[[Tree], Tree], data: Data, metric: Metric, batch_size: i
     Raises:
         BadInput: the metric raised, or returned NaN, infinity, a string, or another number of values than examples.
     """
-    with torch.inference_mode(), evaluating(run) if isinstance(run, nn.Module) else nullcontext():
+    with torch.no_grad(), evaluating(run) if isinstance(run, nn.Module) else nullcontext():
         batches = _outputs(run, data, batch_size)
         first, output, seconds = next(batches)
         if metric.examples is not None or _per_example(metric, output, first):

@@ -76,13 +76,21 @@ class Space:
     def cost_part(self, recipe: Recipe) -> Recipe:
         """The steps that decide latency and bytes; recipes that share them share one cost probe.
 
-        A train step is kept as a mark where a step needs TRAINED or may cut in the course of training.
+        A train step is kept as a mark where a step needs TRAINED or may cut in the course of training; the baseline's training
+        is kept whole before a change of the network, which may go by the weights.
         """
-        kept = [s for s in recipe.steps if s.is_train or self._costs(s)]
+        first = self.fixed(recipe)
+        kept = [s for s in recipe.steps[first:] if s.is_train or self._costs(s)]
         plain = [step("train") if s.is_train else s for s in kept]
+        if first and any(self.cards.get(s.method, {}).get("family") == "structure" for s in kept):
+            return Recipe((*recipe.steps[:first], *self._marked(plain)))
+        return Recipe(tuple(self._marked([*([step("train")] if first else []), *plain])))
+
+    def _marked(self, plain: list[Step]) -> list[Step]:
+        """Without repeated marks of training, and without any where no step waits for one."""
         single = [s for i, s in enumerate(plain) if not (s.is_train and i and plain[i - 1].is_train)]
         needed = any(self._waits(self.cards.get(s.method, {})) for s in single)
-        return Recipe(tuple(s for s in single if needed or not s.is_train))
+        return [s for s in single if needed or not s.is_train]
 
     def _costs(self, one: Step) -> bool:
         card = self.cards.get(one.method, {})
@@ -90,8 +98,8 @@ class Space:
 
     @staticmethod
     def _waits(card: Card) -> bool:
-        """Whether a method that decides costs needs a train step before it, or may act in the course of the one behind it."""
-        return "TRAINED" in card.get("requires", ()) or "training" in card.get("writes", ())
+        """Whether a method needs a train step before it, may act in the course of the next one, or may go by the weights."""
+        return "TRAINED" in card.get("requires", ()) or card.get("family") == "structure"
 
     def edits(self, recipe: Recipe) -> Iterator[Recipe]:
         """All recipes one step away: a field at a neighbouring choice, a step dropped, a method added, the other start."""

@@ -121,11 +121,11 @@ def _submit_opponents(study: Study) -> None:
 
 
 def _submit_costs(study: Study) -> None:
-    """Cost probes of the portfolio, which need no trained weights, while the baseline trains."""
+    """Cost probes of the portfolio that need no trained weights, while the baseline trains."""
     known = {r.hash for r in (*(t.recipe for t in study.stage("cost")), *study.under_way("cost"))}
     for recipe in study.portfolio:
         part = study.space.cost_part(recipe)
-        if part.hash not in known and study.pool.size > 1:
+        if part.hash not in known and study.pool.size > 1 and not study.space.fixed(part):
             known.add(part.hash)
             study.submit("cost", "cost", part, limit=90)
 

@@ -123,7 +123,8 @@ class Explorer:
             asked = part.hash in self.waiting
             self.waiting.setdefault(part.hash, []).append(recipe)
             if not asked:
-                self.study.submit("cost", "cost", part, limit=min(90.0, max(5.0, self.study.budget.left - self._until())))
+                limit = max(90.0, self.study.options.budget / 10)  # a method may measure on its way
+                self.study.submit("cost", "cost", part, limit=min(limit, max(5.0, self.study.budget.left - self._until())))
                 return True
         return False
 
@@ -238,8 +239,9 @@ class Explorer:
             return
         difference, sd = self.study.paired(trial)
         candidate.scores[trial.info["rung"]] = Score(difference, sd)
-        if reason := over_limit(self.study, {**self.costs[self.study.space.cost_part(recipe).hash].values, **trial.values}):
-            candidate.dead = reason
+        values = {**self.costs[self.study.space.cost_part(recipe).hash].values, **trial.values}  # bytes may go by the weights
+        candidate.gain = gain_of(self.study, values, trained_epochs(recipe))
+        candidate.dead = over_limit(self.study, values)
 
     def finalists(self) -> list[Candidate]:
         """At most two: the best gain that is likely to pass, and one that is likelier to."""

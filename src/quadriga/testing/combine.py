@@ -129,7 +129,7 @@ def _exported(setup: Setup, inputs: Tree) -> Outcome:
 
 def finite(model: nn.Module, inputs: Tree) -> bool:
     """Whether all outputs are, in evaluation mode."""
-    with evaluating(model), torch.inference_mode():
+    with evaluating(model), torch.no_grad():
         return all(bool(t.isfinite().all()) for t in tensors(call(model, inputs)) if t.is_floating_point())
 
 

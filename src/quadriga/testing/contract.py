@@ -142,7 +142,7 @@ def check_interface(method: Method, setups: Mapping[str, MakeSetup]) -> None:
 def shapes(model: nn.Module, example: Tree, batch: int) -> list[tuple[tuple[int, ...], str]]:
     """Shapes and types of a model's outputs, in eval mode."""
     was = model.training
-    with torch.inference_mode():
+    with torch.no_grad():
         output = call(model.eval(), resize(example, batch))
     model.train(was)
     parts = tensors(output if isinstance(output, Tensor | tuple | list | Mapping) else tuple(output.values()))

@@ -196,3 +196,12 @@ def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer | None
 def load_model(folder: str | Path, model: nn.Module) -> None:
     """Load the weights and buffers of the latest state. Raises BadInput like `load_state`."""
     load_state(folder, model)
+
+
+def load_finished(folder: str | Path, model: nn.Module) -> bool:
+    """Load the weights of a train step that is finished; False where there is none. Raises BadInput if it is damaged."""
+    state = read_state(folder)
+    if state is None or not state.extra.get("finished", False):
+        return False
+    state.load_model(model)
+    return True

@@ -92,7 +92,7 @@ def _outputs(model: nn.Module, workload: Workload, notes: list[str]) -> tuple[Tr
 def _forward(model: nn.Module, inputs: Tree, size: int) -> Tree:
     shapes = ", ".join(str(list(t.shape)) for t in tensors(inputs))
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             output = call(model, inputs)
         first = primary(output)
     except TypeError as error:
@@ -152,7 +152,7 @@ def _loss(model: nn.Module, workload: Workload) -> None:
 
 def _broadcast(model: nn.Module, workload: Workload, name: str, batch: Batch) -> None:
     """Targets [n] against outputs [n, 1] silently become [n, n]: then the loss of four is not that of each."""
-    with torch.inference_mode():
+    with torch.no_grad():
         output = primary(call(model, batch.inputs))
         target = batch.target
         if not isinstance(target, Tensor) or output.shape == target.shape or output.numel() != target.numel():

@@ -222,10 +222,13 @@ def _whole(a: dict[str, Any], new: torch.Size, old: tuple[int, ...]) -> bool:
 
 @rule("index")
 def index(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """Tensors as indices of leading axes that no weight decides."""
+    """Tensors as indices of leading axes, such as a table of relative positions: those keep their sizes."""
     axes, rows = walk.axes(a["self"]), a["indices"]
-    if any(r is None for r in rows) or any(isinstance(d, Tensor) for d in axes[: len(rows)]):
+    if any(r is None for r in rows):
         return None
+    walk.pin(rows, "it holds indices")
+    for named in axes[: len(rows)]:
+        walk.units.pin(named, "indices name its rows")
     rest = axes[len(rows) :]
     return [None] * (len(walk.shape(node)) - len(rest)) + rest
 

@@ -14,6 +14,7 @@ from quadriga.core.axes.units import Axes, Mismatch, Units
 
 Rule = Callable[["Walk", fx.Node, dict[str, Any]], Any]  # → Axes, or a list of Axes for several outputs
 RULES: dict[str, Rule] = {}
+TURNED = ("t", "transpose", "permute", "numpy_T", "mT")
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -61,7 +62,12 @@ class Walk:
         return self.traced.where(node)
 
     def produce(self, node: Any, dim: int, kind: str) -> None:
-        """A weight whose dimension `dim` decides a width; `kind` is conv, linear, recurrent or embedding."""
+        """A weight whose dimension `dim` decides a width; `kind` is conv, linear, recurrent or embedding.
+
+        A matrix may come transposed, as in `x @ weight.T`.
+        """
+        if isinstance(node, fx.Node) and op_name(node) in TURNED and len(self.shape(node)) == 2:
+            self.produce(node.args[0], 1 - dim, kind)
         if isinstance(node, fx.Node) and node in self._state_of:
             entry = (self._state_of[node], dim, kind)
             if entry not in self.producers:

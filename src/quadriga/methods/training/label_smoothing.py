@@ -70,7 +70,7 @@ def check_soft_targets(setup: Setup, loss: object) -> None:
     """Try the loss on a calibration batch. Raises NotApplicable if it only takes class numbers."""
     model, batch = setup.model, setup.context.calibration[0].to(device_of(setup.model))
     try:
-        with evaluating(model), torch.inference_mode():
+        with evaluating(model), torch.no_grad():
             losses = loss(call(model, batch.inputs), batch)  # type: ignore[operator]
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         reason = f"the loss does not take soft targets [batch, classes]: {error}"
