@@ -17,6 +17,7 @@ from quadriga.measure.timings import Timings
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import fastest, lossless_trials
 from quadriga.stages.state import LEVEL, TIMING_LEVEL, Study
+from quadriga.verify.fake import told
 from quadriga.verify.quality import compare, without_labels
 
 OPPONENTS = {
@@ -240,8 +241,9 @@ class Judge:
 
     def _note_fakes(self, best: Finalist | None) -> None:
         """Say of the winner what looks like compression and is none."""
-        found = best.trial.info.get("fakes", []) if best and best.trial else []
-        self.study.notes += [f"the winner, compression that does not compress: {row['text']}" for row in found]
+        if best and best.trial and (found := best.trial.info.get("fakes", [])):
+            runtime, storage = best.trial.info.get("realized", ("the runtime", "plain"))
+            self.study.notes += [f"the winner: {line}" for line in told(found, runtime, storage)]
 
     def _gain(self, finalist: Finalist) -> float:
         assert finalist.trial is not None and finalist.ratios is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,24 @@ def fakes(
         text = f"the files take {bytes:,} bytes, the baseline's {baseline_bytes:,}"
         found.append(_finding("bytes", "", bytes / baseline_bytes, text))
     return found
+
+
+def told(found: Sequence[Mapping[str, Any]], runtime: str, storage: str) -> list[str]:
+    """The findings as sentences of a report; zeros are said together, and what they are worth in this runtime.
+
+    Args:
+        found: rows of `fakes`.
+        runtime: that executes the model.
+        storage: "plain" or "entropy".
+
+    Example:
+        >>> told([{"kind": "zeros", "where": "fc.weight", "number": 0.9}], "onnxruntime", "plain")
+        ['zeros (90% of fc.weight) are worth nothing here, not even bytes: onnxruntime multiplies by them all the same']
+    """
+    lines = [f"compression that does not compress: {row['text']}" for row in found if row["kind"] != "zeros"]
+    zeros = ", ".join(f"{row['number']:.0%} of {row['where']}" for row in found if row["kind"] == "zeros")
+    worth = "bytes alone, by entropy coding" if storage == "entropy" else "nothing here, not even bytes"
+    return [*lines, *([f"zeros ({zeros}) are worth {worth}: {runtime} multiplies by them all the same"] if zeros else [])]
 
 
 def _finding(kind: str, where: str, number: float, text: str) -> dict[str, Any]:

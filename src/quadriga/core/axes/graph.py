@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -105,23 +105,7 @@ class AxisGraph:
         Raises:
             NotApplicable: none could be cut.
         """
-        try:
-            return self.cut_all(choices), []
-        except NotApplicable as error:
-            if len(choices) == 1:
-                raise
-            failure = error
-        good: dict[Group, Tensor] = {}
-        reasons: list[str] = []
-        for group, keep in choices.items():
-            try:
-                self.cut_all({**good, group: keep}).undo()
-                good[group] = keep
-            except NotApplicable as error:
-                reasons.append(f"{group.name}: {error.reason}")
-        if not good:
-            raise NotApplicable("; ".join(reasons) or failure.reason)
-        return self.cut_all(good), reasons
+        return one_by_one(self.cut_all, choices)
 
     def check(self) -> None:
         """Raise NotApplicable unless outputs have the shapes that they had when this graph was traced."""
@@ -183,3 +167,24 @@ class AxisGraph:
 
 def _one_tensor(node: fx.Node) -> bool:
     return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+
+
+def one_by_one(change: Callable[[Mapping[Group, Tensor]], Patch], choices: Mapping[Group, Tensor]) -> tuple[Patch, list[str]]:
+    """Change all groups at once, and where that is refused, those that can be, one after the other; see `cut_each`."""
+    try:
+        return change(choices), []
+    except NotApplicable as error:
+        if len(choices) == 1:
+            raise
+        failure = error
+    good: dict[Group, Tensor] = {}
+    reasons: list[str] = []
+    for group, units in choices.items():
+        try:
+            change({**good, group: units}).undo()
+            good[group] = units
+        except NotApplicable as error:
+            reasons.append(f"{group.name}: {error.reason}")
+    if not good:
+        raise NotApplicable("; ".join(reasons) or failure.reason)
+    return change(good), reasons

@@ -23,6 +23,7 @@ class Member:
         dim: which of its dimensions.
         units: int64 [size of that dimension], the unit of the group at each position, −1 for another group's.
         producer: whether this dimension decides the width (a layer's outputs) rather than follows it.
+        reader: whether it is summed over (a layer's inputs).
     """
 
     names: tuple[str, ...]
@@ -30,6 +31,7 @@ class Member:
     dim: int
     units: Tensor
     producer: bool
+    reader: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,8 +124,8 @@ def _members(walk: Walk, traced: Traced, sets: list[set[int]], producers: set[tu
             spots = [place.get(root, (-1, -1)) for root in walk.units.roots(axis)]
             for g in {s[0] for s in spots} - {-1}:
                 units = torch.tensor([u if owner == g else -1 for owner, u in spots])
-                made = (state, dim) in producers
-                found[g].append(Member(traced.names[state], tensors[state], dim, units, made))
+                made, read = (state, dim) in producers, (state, dim) in walk.readers
+                found[g].append(Member(traced.names[state], tensors[state], dim, units, made, read))
     return found
 
 

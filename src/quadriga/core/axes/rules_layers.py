@@ -17,6 +17,7 @@ def linear(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
     """input[..., in] · weight[out, in]."""
     axes, (out, inside) = walk.axes(a["input"]), walk.axes(a["weight"])
     walk.units.join(axes[-1], inside, "it reads a fixed size")
+    walk.read(a["weight"], 1)
     _bias(walk, a.get("bias"), out)
     walk.produce(a["weight"], 0, "linear")
     return [*axes[:-1], out]
@@ -45,6 +46,7 @@ def _product(walk: Walk, left: fx.Node, right: fx.Node) -> Axes:
     walk.units.join(a[-1], b[-2] if len(b) > 1 else b[-1], "it is multiplied with a fixed size")
     if len(b) == 2:
         walk.produce(right, 1, "linear")
+        walk.read(right, 0)
     rows, columns = a[-2:-1], b[-1:] if len(b) > 1 else []
     sizes_a, sizes_b = walk.shape(left)[:-2], walk.shape(right)[:-2]
     rank = max(len(sizes_a), len(sizes_b))
@@ -71,8 +73,11 @@ def einsum(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     for term, tensor in zip(inside.split(","), a["tensors"], strict=True):
         for letter, dim in zip(term, walk.axes(tensor), strict=True):
             letters[letter] = walk.units.join(letters[letter], dim) if letter in letters else dim
-        for k in [k for k, letter in enumerate(term) if letter in outside]:
-            walk.produce(tensor, k, "linear")
+        for k, letter in enumerate(term):
+            if letter in outside:
+                walk.produce(tensor, k, "linear")
+            else:
+                walk.read(tensor, k)
     return [letters[letter] for letter in outside]
 
 
@@ -90,12 +95,14 @@ def convolution(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
         return None  # a weight that is computed in a way that is not understood
     if groups == 1:
         walk.units.join(channels, inside, "it reads a fixed size")
+        walk.read(a["weight"], 1)
     elif len(inside) == 1:
         walk.units.join(channels, out[:: len(out) // groups], "it reads a fixed size")
         for owner in out.view(groups, -1):
             walk.units.unite(owner[:1].expand(len(owner)), owner)
     else:
         walk.units.join(channels, inside.repeat(groups), "it reads a fixed size")
+        walk.read(a["weight"], 1)
         first = out.view(groups, -1)[0]
         walk.units.unite(first.repeat(groups), out)
     _bias(walk, a.get("bias"), out)
@@ -116,6 +123,7 @@ def conv_transpose(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     for extent in kernel:
         walk.units.pin(extent, "it is a kernel's extent")
     walk.units.join(axes[-len(kernel) - 1], inside, "it reads a fixed size")
+    walk.read(a["weight"], 0)
     _bias(walk, a.get("bias"), out)
     walk.produce(a["weight"], 1, "conv")
     return [*axes[: -len(kernel) - 1], out, *([None] * len(kernel))]
@@ -202,7 +210,9 @@ def recurrent(walk: Walk, node: fx.Node, a: dict[str, Any]) -> list[Axes] | None
     for start in range(0, len(params), step):
         w_ih, w_hh, *rest = params[start : start + step]
         walk.units.join(below, walk.axes(w_ih)[1], "it reads a fixed size")
+        walk.read(w_ih, 1)
         if projected:
+            walk.read(rest[-1], 1)
             walk.units.join(given, walk.axes(rest[-1])[0])
             walk.units.join(cells, walk.axes(rest[-1])[1])
         _cell(walk, gates, cells, given, [w_ih, w_hh, *rest[: len(rest) - projected]])
@@ -220,6 +230,7 @@ def recurrent(walk: Walk, node: fx.Node, a: dict[str, Any]) -> list[Axes] | None
 def _cell(walk: Walk, gates: int, cells: Tensor, given: Dim, weights: Sequence[fx.Node]) -> None:
     """One set of cells over all gates: w_ih [gates · cells, in], w_hh [gates · cells, given], biases [gates · cells]."""
     walk.units.join(given, walk.axes(weights[1])[1])
+    walk.read(weights[1], 1)
     for weight in weights:
         walk.units.join(cells.repeat(gates), walk.axes(weight)[0])
     walk.produce(weights[0], 0, "recurrent")
@@ -233,6 +244,7 @@ def cell(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
         return None
     cells = rows[: len(rows) // gates]
     walk.units.join(walk.axes(a["input"])[-1], walk.axes(a["w_ih"])[1], "it reads a fixed size")
+    walk.read(a["w_ih"], 1)
     _cell(walk, gates, cells, cells, [a[k] for k in ("w_ih", "w_hh", "b_ih", "b_hh") if isinstance(a.get(k), fx.Node)])
     states = a["hx"] if isinstance(a["hx"], list | tuple) else [a["hx"]]
     for state in states:

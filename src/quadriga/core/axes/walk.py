@@ -37,6 +37,7 @@ class Walk:
         states: id of a state → its axes.
         values: node → axes of its output; nodes with several outputs have a list of them.
         producers: (id of a weight, dimension, kind) in the order of execution: where widths come from.
+        readers: (id of a weight, dimension): where widths are summed over.
     """
 
     def __init__(self, traced: Traced) -> None:
@@ -45,6 +46,7 @@ class Walk:
         self.states: dict[int, Axes] = {}
         self.values: dict[fx.Node, Any] = {}
         self.producers: list[tuple[int, int, str]] = []
+        self.readers: set[tuple[int, int]] = set()
         self._state_of: dict[fx.Node, int] = {}
         for node in traced.graph.nodes:
             self._visit(node)
@@ -72,6 +74,13 @@ class Walk:
             entry = (self._state_of[node], dim, kind)
             if entry not in self.producers:
                 self.producers.append(entry)
+
+    def read(self, node: Any, dim: int) -> None:
+        """A weight whose dimension `dim` is summed over: what it holds of a unit says how much of the unit is read."""
+        if isinstance(node, fx.Node) and op_name(node) in TURNED and len(self.shape(node)) == 2:
+            self.read(node.args[0], 1 - dim)
+        if isinstance(node, fx.Node) and node in self._state_of:
+            self.readers.add((self._state_of[node], dim))
 
     def pin(self, node: Any, reason: str) -> None:
         """Fix all axes of a tensor (or list of tensors)."""
