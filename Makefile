@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench bench-structure matrix bench-gpu kills clean
+.PHONY: help install demo test test-all lint types bench bench-spine bench-structure matrix bench-gpu kills clean
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -54,12 +54,17 @@ lint: .venv/.dev-stamp  ## format and rules
 types: .venv/.dev-stamp  ## mypy, strict over the core, the composer and the public interface
 	$(BIN)/mypy
 
-bench: .venv/.run-stamp  ## the mission's own combination, as a table; coverage of every interval and the A/A test
+bench: bench-spine bench-structure  ## every table of docs/, in one go (hours; each goes on where it stopped)
+
+bench-spine: .venv/.run-stamp  ## the mission's own combination, as a table; coverage of every interval and the A/A test
 	$(BIN)/python benchmarks/mission.py
 	$(BIN)/python benchmarks/intervals.py
 
-bench-structure: .venv/.dev-stamp  ## bytes of LeNet; does to_latency keep its word; Torch-Pruning at the same recovery (hours)
+bench-structure: .venv/.dev-stamp  ## bytes of LeNet; gradual pruning; to_latency and its word; Torch-Pruning, recovered alike (hours)
+	$(BIN)/quadriga fetch mobilenetv2_fashion
+	$(BIN)/quadriga fetch minilm_wordnet
 	$(BIN)/python benchmarks/storage.py
+	$(BIN)/python benchmarks/gradual.py
 	$(BIN)/python benchmarks/to_latency.py
 	$(BIN)/python benchmarks/recovery.py
 

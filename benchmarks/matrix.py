@@ -1,6 +1,6 @@
 """Every ordered pair of registered methods on a small CNN, LSTM and GPT: it works, or it is refused with a reason.
 
-    python benchmarks/matrix.py            # go on where the last call stopped; an hour or two on two cores
+    python benchmarks/matrix.py            # go on where the last call stopped (out/matrix.json); an hour or two on two cores
     python benchmarks/matrix.py --table    # only write docs/matrix.md from what is there
 
 "Works" means: outputs of the same shapes and finite, realised in the runtime that the pair names (eager, if none) with finite
@@ -26,6 +26,7 @@ from quadriga import methods
 from quadriga.core.files import atomic_write, write_json
 
 ROOT = Path(__file__).parents[1]
+STATE = Path("out/matrix.json")  # rows so far, so that a stopped call goes on
 RESULTS, TABLE = ROOT / "benchmarks/results/matrix.json", ROOT / "docs/matrix.md"
 NETWORKS = {"cnn": "cnn", "lstm": "lstm", "gpt": "transformer"}  # our word → the tiny workload's
 SIGNS = {"works": "●", "refused": "–", "fails": "✗"}
@@ -73,14 +74,14 @@ def _step(network: str, name: str):
 
 def run(jobs: int) -> int:
     """Fill in what is missing; returns how many pairs fail."""
-    known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    known = json.loads(STATE.read_text()) if STATE.exists() else {}
     names = list(methods.available())
     missing = [(n, m) for n in NETWORKS for m in names if set(known.get(n, {}).get(m, {})) != set(names)]
 
     def keep(key: tuple[str, str], found: Row) -> None:
         known.setdefault(key[0], {})[key[1]] = found
         missing.remove(key)
-        write_json(RESULTS, known)
+        write_json(STATE, known)
         print(f"{' '.join(key)}: {dict(Counter(v[0] for v in found.values()))}; {len(missing)} rows to go", flush=True)
 
     while missing:
@@ -88,7 +89,7 @@ def run(jobs: int) -> int:
         for key in missing[: jobs if broken else 0]:  # those that ran when a process died: each in a process of its own
             if rows([key], 1, keep):
                 keep(key, {name: ["fails", "process", "the process died"] for name in names})
-    write_json(RESULTS, known)
+    write_json(RESULTS, {network: {name: rows[name] for name in names} for network, rows in known.items()})
     table(known)
     return sum(v[0] == "fails" for made in known.values() for one in made.values() for v in one.values())
 
@@ -151,7 +152,7 @@ def main() -> int:
     parser.add_argument("--table", action="store_true", help="write docs/matrix.md and stop")
     given = parser.parse_args()
     if given.fresh:
-        RESULTS.unlink(missing_ok=True)
+        STATE.unlink(missing_ok=True)
     if given.table:
         table(json.loads(RESULTS.read_text()))
         return 0

@@ -3,13 +3,14 @@
     python benchmarks/recovery.py --seeds 3            # go on where the last call stopped; hours on two cores
     python benchmarks/recovery.py --quick --ours prune_channels --only resnet20_fashion   # tries the benchmark itself
 
-All arms start from one trained baseline and are recovered alike: same steps, epochs, batches, order and seed. Latency is for
-batch 1 in ONNX Runtime on one thread, timed in turn, each arm in its own process; quality is that of the whole test split, in
-pairs. Torch-Pruning is run as its README says (`BasePruner`, group Taylor importance, widths in multiples of 8, the classifier
-left out, importance estimated anew in each of five steps) at three ratios. Its best one is the ratio with the highest test
-quality among those whose latency is at most 1.1 × the target, else the one nearest to the target: it is chosen on the test
-split, in its own favour. Beside them stand the original network under the same recovery, and the small networks of both trained
-from scratch for as many epochs as baseline and recovery took together. Prints tables and writes one JSON file.
+All arms start from one trained baseline and are recovered alike: same steps, epochs, batches, order and seed. `to_latency` has
+its defaults. Latency is that of batch 1 in ONNX Runtime on one thread, timed in turn, each arm in its own process; quality is
+that of the whole test split, in pairs. Torch-Pruning is run as its README says (`BasePruner`, group Taylor importance, widths in
+multiples of 8, the classifier left out, importance estimated anew in each of five steps) at three ratios. Its best one is the
+ratio with the highest test quality among those whose latency is at most 1.1 × the target, else the one nearest to the target:
+it is chosen on the test split, in its own favour. Beside them stand the original network under the same recovery, and the small
+networks of both trained from scratch for as many epochs as baseline and recovery took together. Prints tables and writes one
+JSON file.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import numpy as np
 import torch
 from opponents import Reinitialize, TorchPruning, register
 
-from quadriga.core.files import read_json, write_json
+from quadriga.core.files import atomic_write, read_json, write_json
 from quadriga.core.recipe import Recipe, Step, step
 from quadriga.core.workload import Workload
 from quadriga.engine.tasks import Desk
@@ -39,6 +40,7 @@ from quadriga.measure.timings import Timings
 from quadriga.verify.quality import compare
 from quadriga.workloads import load
 
+TABLE = Path(__file__).resolve().parents[1] / "docs/recovery.md"
 TARGET, SLACK, LEVEL = 0.5, 1.1, 0.95  # of latency; of the opponent's eligibility; of two-sided intervals of quality
 RATIOS = (0.3, 0.4, 0.5)
 FINISH = (step("threads", count=1), step("onnxruntime"))
@@ -77,7 +79,7 @@ def recipes(workload: Workload, task: Task, options: argparse.Namespace) -> dict
 
 def ours(method: str) -> Step:
     """The step of ours; another method than `to_latency` tries the benchmark itself."""
-    fields = {"to_latency": {"target": TARGET, "importance": "taylor"}, "prune_channels": {"scope": "layer", "round_to": 8}}
+    fields = {"to_latency": {"target": TARGET}, "prune_channels": {"scope": "layer", "round_to": 8}}
     return step(method, **fields[method])
 
 
@@ -237,6 +239,13 @@ def table(result: Mapping[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def page(results: Sequence[Mapping[str, Any]], seeds: int) -> str:
+    """All tables, with what they are."""
+    about = " ".join((__doc__ or "").split("\n\n")[2].split("\n"))
+    head = f"# Quality at half the latency\n\nMade by `python benchmarks/recovery.py --seeds {seeds}`. {about}\n\n"
+    return head + "\n".join(table(r) for r in results)
+
+
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -275,6 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(table(results[-1]), flush=True)
         facts_now = {"benchmark": "recovery", "target": TARGET, "level": LEVEL, "options": given, "machine": facts()}
         write_json(options.out, {**facts_now, "workloads": results})
+    if not options.quick:
+        atomic_write(TABLE, page(results, options.seeds))
     print(json.dumps({"benchmark": "recovery", "out": str(options.out)}))
 
 

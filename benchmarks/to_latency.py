@@ -25,6 +25,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.files import atomic_write, read_json, write_json
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.workload import Workload
+from quadriga.measure.machine import facts
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, TABLE = ROOT / "benchmarks/results/to_latency.json", ROOT / "docs/to_latency.md"
@@ -134,9 +135,9 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--quick", action="store_true", help="four restarts instead of eight")
     parser.add_argument("--fresh", action="store_true", help="measure again what is known")
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--state", type=Path, default=Path("out/to_latency.json"), help="rows so far; a stopped call goes on")
     asked = parser.parse_args()
-    known: dict[str, Row] = read_json(asked.out) if asked.out.exists() else {}
+    known: dict[str, Row] = read_json(asked.state) if asked.state.exists() else {}
     for name in asked.only.split(","):
         workload = _load(name, known)
         for target in map(float, asked.targets.split(",")) if workload else ():
@@ -146,12 +147,11 @@ def main() -> int:
             with tempfile.TemporaryDirectory(prefix="to-latency-") as folder:
                 found = row(workload, target, asked.runtime, asked.batch, Path(folder), 4 if asked.quick else 8)
             known[key] = {"workload": name, "runtime": asked.runtime, "batch": asked.batch, **found}
-            write_json(asked.out, known)
+            write_json(asked.state, known)
             told = {k: v for k, v in known[key].items() if k not in ("widths", "log", "left")}
             print(json.dumps(told), file=sys.stderr, flush=True)
-    write_json(asked.out, known)
-    if asked.out == RESULTS:
-        atomic_write(TABLE, table(known))
+    write_json(RESULTS, {"benchmark": "to_latency", "machine": facts(), "rows": known})
+    atomic_write(TABLE, table(known))
     print(table(known))
     return sum(not promised(r) for r in known.values() if "target" in r)
 

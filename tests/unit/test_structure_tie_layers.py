@@ -1,5 +1,7 @@
 """tie_layers: one set of matrices for several blocks, counted once, trained as one."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -10,7 +12,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
 from quadriga.measure.size import parameters
 from quadriga.methods.structure._stacks import Block
-from quadriga.methods.structure.tie_layers import Adapted, TieLayers, runs, tie
+from quadriga.methods.structure.tie_layers import Adapted, TieLayers, layers_alike, parted, runs, tie
 from quadriga.testing import tiny_cnn, tiny_mlp, tiny_transformer
 from quadriga.testing.zoo import ZOO
 
@@ -55,7 +57,7 @@ def test_the_shared_weight_is_the_mean_and_can_be_taken_back():
     run = [Block(str(i), stack, m) for i, m in enumerate(stack)]
     mean, own = torch.stack([b[0].weight.data for b in stack]).mean(0), [b[0].weight.data.clone() for b in stack]
     patch = Patch()
-    tie(run, 0, patch)
+    tie(stack, run, 0, patch)
     assert all(b[0].weight is stack[0][0].weight for b in stack)
     torch.testing.assert_close(stack[2][0].weight.data, mean)
     patch.undo()
@@ -89,3 +91,26 @@ def test_what_cannot_share_is_refused():
         TieLayers(rank=15)(Setup.of(tiny_transformer()))
     with pytest.raises(BadInput, match="sets"):
         TieLayers(sets=0)
+
+
+def test_layers_alike_share_where_there_is_no_stack():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+    setup = replace(Setup.of(tiny_mlp()), model=net, context=replace(Setup.of(tiny_mlp()).context, example=torch.randn(2, 6)))
+    model, count = TieLayers()(setup).model, 6 * 8 + 8 + 2 * (8 * 8 + 8) + 8 * 3 + 3
+    assert model[4].weight is model[2].weight and model[4].bias is not model[2].bias
+    assert parameters(model) == count - 64
+
+
+def test_layers_alike_keep_a_difference_of_their_own():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Linear(8, 3))
+    with torch.no_grad():
+        net[4].weight.copy_(net[2].weight + torch.randn(8, 1) @ torch.randn(1, 8))
+    x = torch.randn(5, 6)
+    before, patch = net(x), Patch()
+    (run,) = parted(layers_alike(net), 1)
+    tie(net, run, 1, patch)
+    torch.testing.assert_close(net(x), before, rtol=1e-4, atol=1e-5)
+    assert type(net[2]) is type(net[4]) is Adapted
+    patch.undo()
+    assert type(net[2]) is nn.Linear

@@ -16,12 +16,12 @@ class Block:
 
     Args:
         name: its path in the model.
-        stack: the ModuleList or Sequential that holds it.
+        stack: the ModuleList or Sequential that holds it; None for a layer that stands elsewhere.
         module: itself.
     """
 
     name: str
-    stack: nn.ModuleList | nn.Sequential
+    stack: nn.ModuleList | nn.Sequential | None
     module: nn.Module
 
 
@@ -42,7 +42,9 @@ def take_out(block: Block, check: Callable[[], None]) -> None:
     Raises:
         NotApplicable: it is the last of its stack, or the model does not stand it.
     """
-    stack, was = block.stack, dict(block.stack._modules)
+    stack = block.stack
+    assert stack is not None, "only what stands in a stack can be taken out of it"
+    was = dict(stack._modules)
     rest = {name: m for name, m in was.items() if m is not block.module}
     if not rest:
         raise NotApplicable("it is the last of its stack")

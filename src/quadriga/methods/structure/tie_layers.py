@@ -1,4 +1,4 @@
-"""Tie equal-shaped blocks of a stack: fewer weights, each used several times."""
+"""Tie equal-shaped blocks of a stack, or equal-shaped layers: fewer weights, each used several times."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from quadriga.core.axes import Patch, Reference, check_interface
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.methods.structure._replace import plain_layers
 from quadriga.methods.structure._stacks import Block, blocks_of
 
 Slot = tuple[nn.Module, str]  # a module and the name of its parameter
@@ -59,6 +60,19 @@ def runs(blocks: Sequence[Block], sets: int) -> list[list[Block]]:
             alike[-1].append(block)
         else:
             alike.append([block])
+    return parted(alike, sets)
+
+
+def layers_alike(model: nn.Module, only: str = "*") -> list[list[Block]]:
+    """Linear and convolution layers that may be tied, by equal class, shapes and geometry, wherever they stand, in order."""
+    alike: dict[str, list[Block]] = {}
+    for name, layer in plain_layers(model, only):
+        alike.setdefault(f"{layer} {_shapes(layer)}", []).append(Block(name, None, layer))
+    return list(alike.values())
+
+
+def parted(alike: Sequence[list[Block]], sets: int) -> list[list[Block]]:
+    """Each list cut into so many, as evenly as can be; those of one block are left out."""
     cut: list[list[Block]] = []
     for kind in alike:
         parts = min(sets, len(kind))
@@ -71,10 +85,11 @@ def _shapes(module: nn.Module) -> list[Any]:
     return [type(module), *((n, tuple(p.shape), p.dtype) for n, p in module.named_parameters(remove_duplicate=False))]
 
 
-def tie(run: Sequence[Block], rank: int, patch: Patch) -> None:
+def tie(model: nn.Module, run: Sequence[Block], rank: int, patch: Patch) -> None:
     """Let all blocks of a run use the first one's matrices, set to the mean; vectors (norms, biases) stay their own.
 
     Args:
+        model: that holds them.
         rank: of each Linear's own difference from the mean; 0 for none.
         patch: records the changes.
     """
@@ -86,9 +101,9 @@ def tie(run: Sequence[Block], rank: int, patch: Patch) -> None:
         mean = torch.stack([v.double() for v in values]).mean(0).to(first.dtype)
         patch.data(first, mean)
         for block, (module, key), value in zip(run, slots, values, strict=True):
-            path = name.rpartition(".")[0]
-            if rank and path and type(module) is nn.Linear and rank < min(value.shape):
-                patch.module(block.module, path, Adapted(module, first, value - mean, rank))
+            path = f"{block.name}.{name}".rpartition(".")[0]
+            if rank and type(module) is nn.Linear and rank < min(value.shape):
+                patch.module(model, path, Adapted(module, first, value - mean, rank))
             else:
                 patch.parameter(module, key, first)
 
@@ -102,13 +117,14 @@ def _slot(module: nn.Module, name: str) -> Slot:
 class TieLayers(Method):
     """Let equal-shaped neighbours in a stack of blocks share their matrices and kernels, as ALBERT's layers do.
 
-    The shared weight starts from the mean. Norms and biases stay each block's own. Blocks with a weight that is tied already
-    are left. Fewer bytes, the same latency.
+    Where no stack has any, Linear and convolution layers of equal shape share one weight. The shared weight starts from the
+    mean; norms and biases stay each block's own, and blocks with a weight that is tied already are left. Fewer bytes, the same
+    latency.
 
     Args:
         sets: different sets of weights that stay in each run of equal blocks; with 1 all of them share.
         rank: of a difference that each Linear adds to the shared weight for itself, initialised from what it was; 0 for none.
-        only: blocks to act on: globs of names, comma-separated.
+        only: blocks, or single layers, to act on: globs of names, comma-separated.
 
     Source: Lan et al. 2020, ALBERT, arXiv:1909.11942; Bae et al. 2025, Relaxed Recursive Transformers, arXiv:2410.20672 (rank).
     """
@@ -132,16 +148,17 @@ class TieLayers(Method):
         model = setup.model
         blocks = [b for b in blocks_of(model) if any(fnmatchcase(b.name, g.strip()) for g in self.only.split(","))]
         found, reasons = runs(_outermost(blocks), self.sets), list[str]()
+        found = found or parted(layers_alike(model, self.only), self.sets)
         if not found:
             raise NotApplicable(
-                "no stack holds neighbours of one class and equal shapes" + (f" at {self.only}" if blocks else "")
+                f"no stack holds neighbours of one class and equal shapes, and no two layers are alike{self._at}"
             )
         reference, done = Reference.of(model, setup.context.example), 0
         for run in found:
             patch, before = Patch(), sum(p.numel() for p in model.parameters())
             try:
                 _untied(model, run)
-                tie(run, self.rank, patch)
+                tie(model, run, self.rank, patch)
                 check_interface(model, setup.context.example, reference)
                 if sum(p.numel() for p in model.parameters()) >= before:
                     raise NotApplicable(f"{run[0].name} to {run[-1].name} have no matrices to share, or the rank is too high")
@@ -152,6 +169,10 @@ class TieLayers(Method):
         if not done:
             raise NotApplicable("; ".join(reasons[:3]))
         return replace(setup, model=model)
+
+    @property
+    def _at(self) -> str:
+        return "" if self.only == "*" else f" at {self.only}"
 
 
 def _outermost(blocks: Sequence[Block]) -> list[Block]:
