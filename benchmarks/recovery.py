@@ -5,12 +5,12 @@
 
 All arms start from one trained baseline and are recovered alike: same steps, epochs, batches, order and seed. `to_latency` has
 its defaults. Latency is that of batch 1 in ONNX Runtime on one thread, timed in turn, each arm in its own process; quality is
-that of the whole test split, in pairs. Torch-Pruning is run as its README says (`BasePruner`, group Taylor importance, widths in
-multiples of 8, the classifier left out, importance estimated anew in each of five steps) at three ratios. Its best one is the
-ratio with the highest test quality among those whose latency is at most 1.1 × the target, else the one nearest to the target:
-it is chosen on the test split, in its own favour. Beside them stand the original network under the same recovery, and the small
-networks of both trained from scratch for as many epochs as baseline and recovery took together. Prints tables and writes one
-JSON file.
+that of the whole test split, in pairs. Torch-Pruning is run as its README says (`BasePruner`, group Taylor importance, widths
+in multiples of 8, the classifier left out, importance estimated anew in each of five steps) at three ratios. Its best one is
+the ratio with the highest test quality among those whose latency is at most 1.1 × the target, else the one nearest to the
+target: it is chosen on the test split, in its own favour. Beside them stand the original network under the same recovery, and
+the small networks of both trained from scratch for as many epochs as baseline and recovery took together. Prints tables and
+writes one JSON file.
 """
 
 from __future__ import annotations
