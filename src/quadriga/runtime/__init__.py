@@ -65,29 +65,16 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
     """
     from quadriga.runtime._capture import capture
 
-    modules = _modules()
-    if spec.name not in modules:
-        raise BadInput(f'there is no runtime "{spec.name}"', did_you_mean(spec.name, modules))
-    state = modules[spec.name].probe()
-    if not state.ok:
-        raise NotApplicable(f"{spec.name} cannot run here: {state.reason}", state.remedy)
-    if spec.device != "cpu":
-        raise NotApplicable(f"{spec.name} is built for the CPU, not for {spec.device}", 'use device = "cpu"')
+    module = _able(spec)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     taken = capture(model, context)
+    sizes = sorted(set(batches))
     entry = {
-        "format": standalone.FORMAT,
-        "runtime": spec.name,
-        "threads": spec.threads,
-        "batches": sorted(set(batches)),
-        "inputs": taken.inputs,
-        "names": taken.names,
-        "outputs": taken.outputs,
-        "rank": taken.rank,
-        "quantized": [],
-        **modules[spec.name].write(taken, spec, folder, sorted(set(batches))),
-    }
+        "format": standalone.FORMAT, "runtime": spec.name, "threads": spec.threads, "batches": sizes, "inputs": taken.inputs,
+        "names": taken.names, "outputs": taken.outputs, "rank": taken.rank, "quantized": [],
+        **module.write(taken, spec, folder, sizes),
+    }  # fmt: skip
     if spec.storage == "entropy":
         _store_packed(folder, entry)
     else:
@@ -98,6 +85,19 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
     if not entry.get("compiles"):
         _check(model, built, taken)
     return built
+
+
+def _able(spec: RuntimeSpec) -> Any:
+    """The runtime's module. Raises as `build` does if it cannot run here."""
+    modules = _modules()
+    if spec.name not in modules:
+        raise BadInput(f'there is no runtime "{spec.name}"', did_you_mean(spec.name, modules))
+    state = modules[spec.name].probe()
+    if not state.ok:
+        raise NotApplicable(f"{spec.name} cannot run here: {state.reason}", state.remedy)
+    if spec.device != "cpu":
+        raise NotApplicable(f"{spec.name} is built for the CPU, not for {spec.device}", 'use device = "cpu"')
+    return modules[spec.name]
 
 
 def _store_packed(folder: Path, entry: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
@@ -16,9 +17,6 @@ Choice = tuple[int, ...]  # for each group the index of its width
 
 def solve(values: Sequence[Array], table: Table, budget: float, seconds: float = 20.0) -> tuple[Choice, str]:
     """The choice of widths that is worth most within a budget.
-
-    One binary for each width of each group; for two groups that meet in a layer, one variable for each pair of widths,
-    whose sums along both groups are those binaries, so that the pairs are exact though they are continuous.
 
     Args:
         values: for each group the worth of each of its widths.
@@ -34,48 +32,59 @@ def solve(values: Sequence[Array], table: Table, budget: float, seconds: float =
         >>> solve([np.array([0., 1.]), np.array([0., 1.])], table, 3.0)
         ((1, 0), 'milp')
     """
-    counts = [len(v) for v in values]
-    starts = np.cumsum([0, *counts])
-    base = int(starts[-1])
-    costs: list[float] = np.concatenate(table.single).tolist()
-    rows: list[int] = []
-    columns: list[int] = []
-    data: list[float] = []
-    right: list[float] = []
-
-    def equal(entries: list[tuple[int, float]], value: float) -> None:
-        rows.extend([len(right)] * len(entries))
-        columns.extend(c for c, _ in entries)
-        data.extend(d for _, d in entries)
-        right.append(value)
-
-    for g, count in enumerate(counts):
-        equal([(starts[g] + i, 1.0) for i in range(count)], 1.0)
-    for (g, h), matrix in table.pair.items():
-        place = base + np.arange(matrix.size).reshape(matrix.shape)
-        base += matrix.size
-        costs += matrix.flatten().tolist()
-        for i in range(matrix.shape[0]):
-            equal([*((int(p), 1.0) for p in place[i]), (starts[g] + i, -1.0)], 0.0)
-        for j in range(matrix.shape[1]):
-            equal([*((int(p), 1.0) for p in place[:, j]), (starts[h] + j, -1.0)], 0.0)
-    worth = np.zeros(base)
-    worth[: starts[-1]] = np.concatenate(values)
-    limits = [
-        LinearConstraint(coo_matrix((data, (rows, columns)), shape=(len(right), base)).tocsr(), right, right),
-        LinearConstraint(np.array(costs)[None], -np.inf, budget - table.constant),
-    ]
-    whole = np.arange(base) < starts[-1]
+    program = _Program(values, table)
+    whole = np.arange(program.size) < program.starts[-1]
     try:
         found = milp(
-            -worth, constraints=limits, integrality=whole.astype(int), bounds=Bounds(0, 1),
+            -program.worth, constraints=program.limits(budget), integrality=whole.astype(int), bounds=Bounds(0, 1),
             options={"time_limit": seconds, "mip_rel_gap": 1e-3},
         )  # fmt: skip
     except ValueError as error:
         return greedy(values, table, budget), f"greedy: {error}"
     if found.x is None:
         return greedy(values, table, budget), f"greedy: {found.message}"
-    return tuple(int(found.x[s : s + n].argmax()) for s, n in zip(starts, counts, strict=False)), "milp"
+    return tuple(int(found.x[s:e].argmax()) for s, e in pairwise(program.starts)), "milp"
+
+
+class _Program:
+    """The integer program: one binary for each width of each group, of which one is 1.
+
+    For two groups that meet in a layer there is one variable for each pair of widths, whose sums along both groups are those
+    binaries, so that the pairs are exact though they are continuous.
+    """
+
+    def __init__(self, values: Sequence[Array], table: Table) -> None:
+        self.table = table
+        self.starts: list[int] = np.cumsum([0, *map(len, values)]).tolist()
+        self.size, self.costs = self.starts[-1], np.concatenate(table.single)
+        self.rows: list[list[tuple[int, float]]] = []  # equations: (variable, coefficient)
+        self.right: list[float] = []
+        for start, end in pairwise(self.starts):
+            self._equal([(k, 1.0) for k in range(start, end)], 1.0)
+        for (g, h), matrix in table.pair.items():
+            self._pairs(self.starts[g], self.starts[h], matrix)
+        self.worth = np.concatenate([*values, np.zeros(self.size - self.starts[-1])])
+
+    def _equal(self, row: list[tuple[int, float]], value: float) -> None:
+        self.rows.append(row)
+        self.right.append(value)
+
+    def _pairs(self, first: int, second: int, matrix: Array) -> None:
+        """Variables of two groups whose binaries begin at `first` and `second`."""
+        place = self.size + np.arange(matrix.size).reshape(matrix.shape)
+        self.size += matrix.size
+        self.costs = np.concatenate([self.costs, matrix.flatten()])
+        for start, lines in ((first, place), (second, place.T)):
+            for k, line in enumerate(lines.tolist()):
+                self._equal([*((p, 1.0) for p in line), (start + k, -1.0)], 0.0)
+
+    def limits(self, budget: float) -> list[LinearConstraint]:
+        """All equations, and the bound of the cost."""
+        entries = [(r, c, value) for r, row in enumerate(self.rows) for c, value in row]
+        rows, columns, data = zip(*entries, strict=True)
+        matrix = coo_matrix((data, (rows, columns)), shape=(len(self.right), self.size)).tocsr()
+        cost = LinearConstraint(self.costs[None], -np.inf, budget - self.table.constant)
+        return [LinearConstraint(matrix, self.right, self.right), cost]
 
 
 def greedy(values: Sequence[Array], table: Table, budget: float) -> Choice:
