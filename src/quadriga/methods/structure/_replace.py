@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from quadriga.core.axes import Patch, Reference, check_interface
-from quadriga.core.batch import Tree
 from quadriga.core.errors import NotApplicable
+from quadriga.core.setup import Setup
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 Make = Callable[[str, Layer], nn.Module]
@@ -35,25 +36,29 @@ def plain_layers(model: nn.Module, only: str = "*") -> Iterator[tuple[str, Layer
             yield name, module
 
 
-def replace_each(
-    model: nn.Module, example: Tree, layers: Iterable[tuple[str, Layer]], make: Make
-) -> tuple[list[str], list[str]]:
+def replace_layers(setup: Setup, layers: Mapping[str, Layer], make: Make, said: str, kinds: str) -> Setup:
     """Replace each layer by what `make` gives for it, and take back what changes the model's interface.
 
     Args:
+        layers: by name.
         make: (name, layer) → module; raises NotApplicable with the reason to leave the layer.
+        said: how a refusal begins, such as "tucker pays in no layer".
+        kinds: what was looked for, where there is nothing.
 
-    Returns:
-        names of the replaced layers, and the reasons of those that stay.
+    Raises:
+        NotApplicable: every layer stays.
     """
-    reference, done, reasons = Reference.of(model, example), list[str](), list[str]()
-    for name, layer in list(layers):
+    model, example = setup.model, setup.context.example
+    reference, done, reasons = Reference.of(model, example), 0, list[str]()
+    for name, layer in layers.items():
         patch = Patch()
         try:
             patch.module(model, name, make(name, layer))
             check_interface(model, example, reference)
-            done.append(name)
+            done += 1
         except NotApplicable as error:
             patch.undo()
             reasons.append(error.reason if error.reason.startswith(name) else f"{name}: {error.reason}")
-    return done, reasons
+    if not done:
+        raise NotApplicable(f"{said}: {'; '.join(reasons[:4]) or f'no {kinds} matches{computed(model)}'}")
+    return replace(setup, model=model)

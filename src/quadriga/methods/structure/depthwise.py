@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._replace import Layer, computed, plain_layers, replace_each
+from quadriga.methods.structure._replace import Layer, plain_layers, replace_layers
 
 
 def separate(conv: nn.Conv1d | nn.Conv2d, rank: int = 1) -> tuple[nn.Module, nn.Module]:
@@ -90,12 +90,8 @@ class Depthwise(Method):
                 raise BadInput(f"depthwise.{name} is {getattr(self, name)!r}", "give at least 1")
 
     def apply(self, setup: Setup) -> Setup:
-        layers = [(n, m) for n, m in plain_layers(setup.model, self.only) if not isinstance(m, nn.Linear)]
-        done, reasons = replace_each(setup.model, setup.context.example, layers, self._make)
-        if not done:
-            why = "; ".join(reasons[:4]) or f"no dense convolution matches{computed(setup.model)}"
-            raise NotApplicable(f"depthwise replaces no layer: {why}")
-        return replace(setup, model=setup.model)
+        layers = {n: m for n, m in plain_layers(setup.model, self.only) if not isinstance(m, nn.Linear)}
+        return replace_layers(setup, layers, self._make, "depthwise replaces no layer", "dense convolution")
 
     def _make(self, name: str, layer: Layer) -> nn.Module:
         assert not isinstance(layer, nn.Linear)

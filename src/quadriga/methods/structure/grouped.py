@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._moments import Moments, moments
-from quadriga.methods.structure._replace import Layer, computed, plain_layers, replace_each
+from quadriga.methods.structure._replace import Layer, plain_layers, replace_layers
 
 Conv = nn.Conv1d | nn.Conv2d
 BATCHES = 8  # of calibration data
@@ -98,8 +98,4 @@ class Grouped(Method):
                 raise NotApplicable(f"{name} is never called")
             return in_groups(layer, self.groups, seen[name])
 
-        done, reasons = replace_each(setup.model, setup.context.example, layers.items(), make)
-        if not done:
-            why = "; ".join(reasons[:4]) or f"no dense convolution matches{computed(setup.model)}"
-            raise NotApplicable(f"grouped replaces no layer: {why}")
-        return replace(setup, model=setup.model)
+        return replace_layers(setup, layers, make, "grouped replaces no layer", "dense convolution")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Arm, Setup
 from quadriga.methods.structure._moments import moments
-from quadriga.methods.structure._replace import Layer, computed, plain_layers, replace_each
+from quadriga.methods.structure._replace import Layer, plain_layers, replace_layers
 
 BATCHES = 8  # of calibration data for covariances
 
@@ -133,8 +133,7 @@ class LowRank(Method):
             return self._factorize(setup)
 
     def _factorize(self, setup: Setup) -> Setup:
-        model, example = setup.model, setup.context.example
-        layers = dict(plain_layers(model, self.only))
+        layers = dict(plain_layers(setup.model, self.only))
         roots = self._roots(setup, layers)
         ranks = self._timed(setup, layers) if self.latency is not None else {}
 
@@ -146,11 +145,7 @@ class LowRank(Method):
                 raise NotApplicable(f"{name} needs rank {rank}, break-even is {limit:.1f}")
             return nn.Sequential(*factorize(layer, rank, roots.get(name)))
 
-        done, reasons = replace_each(model, example, layers.items(), make)
-        if not done:
-            why = "; ".join(reasons[:4]) or f"no untied Linear or convolution matches{computed(setup.model)}"
-            raise NotApplicable(f"low rank pays in no layer: {why}")
-        return replace(setup, model=model)
+        return replace_layers(setup, layers, make, "low rank pays in no layer", "untied Linear or convolution")
 
     def _roots(self, setup: Setup, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
         if not self.whiten:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -12,7 +12,7 @@ from torch.nn import functional
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._replace import Layer, computed, plain_layers, replace_each
+from quadriga.methods.structure._replace import Layer, plain_layers, replace_layers
 
 
 class SharedKernels(nn.Module):
@@ -98,12 +98,8 @@ class ShareKernels(Method):
             raise BadInput(f"share_kernels.bases is {self.bases!r}", "give at least 1")
 
     def apply(self, setup: Setup) -> Setup:
-        layers = [(n, m) for n, m in plain_layers(setup.model, self.only) if isinstance(m, nn.Conv2d)]
-        done, reasons = replace_each(setup.model, setup.context.example, layers, self._make)
-        if not done:
-            why = "; ".join(reasons[:4]) or f"no dense 2-D convolution matches{computed(setup.model)}"
-            raise NotApplicable(f"share_kernels replaces no layer: {why}")
-        return replace(setup, model=setup.model)
+        layers: dict[str, Layer] = {n: m for n, m in plain_layers(setup.model, self.only) if isinstance(m, nn.Conv2d)}
+        return replace_layers(setup, layers, self._make, "share_kernels replaces no layer", "dense 2-D convolution")
 
     def _make(self, name: str, layer: Layer) -> nn.Module:
         assert isinstance(layer, nn.Conv2d)

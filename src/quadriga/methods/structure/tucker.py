@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._replace import Layer, computed, plain_layers, replace_each
+from quadriga.methods.structure._replace import Layer, plain_layers, replace_layers
 
 Conv = nn.Conv1d | nn.Conv2d
 
@@ -108,12 +108,8 @@ class Tucker(Method):
     def apply(self, setup: Setup) -> Setup:
         if find_spec("tensorly") is None:
             raise NotApplicable("tucker needs tensorly, which is not installed", 'pip install "quadriga[structure]"')
-        layers = [(n, m) for n, m in plain_layers(setup.model, self.only) if not isinstance(m, nn.Linear)]
-        done, reasons = replace_each(setup.model, setup.context.example, layers, self._make)
-        if not done:
-            why = "; ".join(reasons[:4]) or f"no dense convolution matches{computed(setup.model)}"
-            raise NotApplicable(f"tucker pays in no layer: {why}")
-        return replace(setup, model=setup.model)
+        layers = {n: m for n, m in plain_layers(setup.model, self.only) if not isinstance(m, nn.Linear)}
+        return replace_layers(setup, layers, self._make, "tucker pays in no layer", "dense convolution")
 
     def _make(self, name: str, layer: Layer) -> nn.Module:
         assert not isinstance(layer, nn.Linear)
