@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 from quadriga.core.axes import AxisGraph, opened
 from quadriga.core.axes.opened import OpenAttention
@@ -136,3 +138,40 @@ def test_what_it_cannot_take_over_stays_packed():
     model["c"].in_proj_weight = model["b"].in_proj_weight
     with opened(model):
         assert all(type(m) is nn.MultiheadAttention for m in model.values())
+
+
+class Normed(nn.Module):
+    """Convolutions and a Linear under weight_norm, as vocoders have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = weight_norm(nn.Conv1d(4, 12, 3)), weight_norm(nn.Conv1d(12, 8, 3))
+        self.fc = weight_norm(nn.Linear(8, 3))
+
+    def forward(self, x):
+        return self.fc(torch.relu(self.b(torch.relu(self.a(x)))).mean(-1))
+
+
+def test_a_weight_normed_network_is_cut_as_its_plain_twin():
+    torch.manual_seed(0)
+    net, x = Normed(), torch.randn(2, 4, 9)
+    torch.manual_seed(0)
+    twin = Normed()  # and no copy, whose class would be shared with the first
+    for layer in (twin.a, twin.b, twin.fc):
+        parametrize.remove_parametrizations(layer, "weight")
+    cut = []
+    for model in (net, twin):
+        split = (torch.randn(20, 4, 9), torch.randint(3, (20,)))
+        one = Setup.of(Workload(model=model, train=split, val=split, test=split, trained=True))
+        cut.append(Shrink(filters=0.5)(one).model)
+    torch.testing.assert_close(cut[0](x), cut[1](x))
+    assert cut[0].a.out_channels == 6 and not parametrize.is_parametrized(cut[0].b)
+
+
+def test_weight_norm_comes_back_where_a_method_refuses():
+    net, x = Normed(), torch.randn(2, 4, 9)
+    before = net(x)
+    with pytest.raises(NotApplicable), opened(net):
+        assert not parametrize.is_parametrized(net.a)
+        raise NotApplicable("as a method does")
+    assert parametrize.is_parametrized(net.a) and torch.equal(net(x), before)

@@ -196,7 +196,7 @@ def test_a_refusal_names_the_parametrized_layer():
     workload = TINY["cnn"]()
     setup = Setup.of(workload)
     for module in [m for m in setup.model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]:
-        parametrizations.weight_norm(module)
+        parametrizations.spectral_norm(module)
     for method in ("prune_channels", "low_rank", "grouped", "to_latency"):
         with pytest.raises(NotApplicable, match="is parametrized"):
             methods.build(step(method))(setup)

@@ -1,17 +1,20 @@
-"""`nn.MultiheadAttention` in an open form, whose heads and widths can be cut and whose projections are layers of their own.
+"""Layers whose weights cannot be cut as they lie, in a form that computes the same and can.
 
-The module packs queries, keys and values into one parameter and takes its width for heads · head width, so it can lose no head.
-The open form computes the same from four Linear layers, with as many heads as its projections are wide.
+`nn.MultiheadAttention` packs queries, keys and values into one parameter and takes its width for heads · head width, so it can
+lose no head: the open form has four Linear layers, and as many heads as its projections are wide. A layer under `weight_norm`
+computes its weight from a direction and a length, and the length goes by all inputs: the open form is the plain layer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.utils.parametrizations import _WeightNorm
 
 from quadriga.core.axes.patch import Patch
 
@@ -110,16 +113,16 @@ def _added(mask: Tensor, query: Tensor) -> Tensor:
 
 @contextmanager
 def opened(model: nn.Module) -> Iterator[nn.Module]:
-    """Put every `nn.MultiheadAttention` of a model into its open form; back again if what is done inside raises.
+    """Put attention and weight-normalized layers into their open form; back again if what is done inside raises.
 
-    Modules of subclasses, with tied weights, hooks, `bias_k` or `add_zero_attn` stay as they are.
+    Attention of a subclass, with tied weights, hooks, `bias_k` or `add_zero_attn`, and other parametrizations stay as they are.
     """
     patch, names = Patch(), _names(model)
     for path, module in list(model.named_modules()):
-        if path and type(module) is nn.MultiheadAttention and _plain(module) and all(
-            names[id(p)] == 1 for p in module.parameters()
-        ):  # fmt: skip
+        if path and type(module) is nn.MultiheadAttention and _plain(module, names):
             patch.module(model, path, OpenAttention(module))
+        elif path and _weight_normed(module):
+            patch.module(model, path, _without_norm(module))
     try:
         yield model
     except BaseException:
@@ -127,10 +130,26 @@ def opened(model: nn.Module) -> Iterator[nn.Module]:
         raise
 
 
-def _plain(module: nn.MultiheadAttention) -> bool:
+def _weight_normed(module: nn.Module) -> bool:
+    held = module._modules.get("parametrizations")
+    listed = held.items() if isinstance(held, nn.ModuleDict) else ()
+    return [(name, [type(p) for p in one]) for name, one in listed] == [("weight", [_WeightNorm])]  # type: ignore[attr-defined]
+
+
+def _without_norm(module: nn.Module) -> nn.Module:
+    """The plain layer. The class of a parametrized one is its own, and a copy shares it: torch's removal would break both."""
+    plain = deepcopy(module)
+    weight = nn.Parameter(module.weight.detach().clone())  # type: ignore[operator]
+    del plain._modules["parametrizations"]
+    plain.__class__ = type(module).__mro__[1]
+    plain.register_parameter("weight", weight)
+    return plain
+
+
+def _plain(module: nn.MultiheadAttention, names: dict[int, int]) -> bool:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks)
-    computed = getattr(module, "parametrizations", None)
-    return module.bias_k is None and not module.add_zero_attn and not any(hooks) and computed is None
+    own = all(names[id(p)] == 1 for p in module.parameters())
+    return module.bias_k is None and not module.add_zero_attn and not any(hooks) and own
 
 
 def _names(model: nn.Module) -> dict[int, int]:
