@@ -150,10 +150,19 @@ def test_without_a_train_step_behind_it_it_is_refused(method):
         walk(TINY["cnn"](), Recipe((step(method, gradual=0.5),)), seed=0, store=None)
 
 
-def test_it_is_not_continued():
-    recipe = Recipe((step("prune_channels", gradual=0.5), step("train", epochs=1), step("train", epochs=1, continue_=True)))
-    with pytest.raises(NotApplicable, match="cannot be continued"):
-        walk(TINY["cnn"](), recipe, seed=0, store=None)
+@pytest.mark.parametrize(
+    ("method", "kind"), [("prune_channels", "cnn"), ("prune_blocks", "transformer"), ("prune_weights", "cnn")]
+)
+def test_a_step_that_continues_keeps_what_is_gone_and_the_cut_comes_at_the_end(method, kind, tmp_path):
+    workload, first = TINY[kind](), (step(method, gradual=0.7), step("train", epochs=1))
+    going_on = Recipe((*first, step("train", epochs=1, continue_=True)))
+    small, large = (walk(workload, Recipe(s), seed=0, store=tmp_path).setup for s in (going_on.steps, first))
+    assert shapes(small.model) == shapes(large.model)
+    assert not small.training.finish and not small.training.make_hooks
+    held = walk(workload, Recipe((*going_on.steps, step("train", epochs=1))), seed=0, store=tmp_path).setup
+    assert shapes(held.model) == shapes(small.model)
+    if method == "prune_weights":
+        assert sum(int((p == 0).sum()) for p in small.model.parameters() if p.dim() > 1) > 0
 
 
 def test_a_walk_cuts_trains_on_and_is_rebuilt_from_its_checkpoints(tmp_path):

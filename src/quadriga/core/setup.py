@@ -65,8 +65,9 @@ class Training:
     """The training slot: how a batch becomes a step.
 
     `transforms` act in order on each training batch; `make_hooks` are called at the start of a train step,
-    with the model, so that hooks have state per run. `finish` is called once a train step is over, in every process that
-    rebuilds the network: model → the model that later steps see, such as one without the units that faded out.
+    with the model, so that hooks have state per run. `finish` is called once a train step and those that continue it are
+    over, in every process that rebuilds the network: model → the model that later steps see, such as one without the units
+    that faded out.
     """
 
     loss: Loss

@@ -129,8 +129,6 @@ class _Walker:
             raise NotApplicable(f"{self.changed} stands between a train step and its continuation", "put it before both")
         if going_on and self.last is None and self.store is not None:
             raise NotApplicable("train has nothing to continue", "put a train step without continue before it")
-        if _continues(self.recipe, index) and self.setup.training.finish:
-            raise NotApplicable("a train step that cuts the network at its end cannot be continued", "make it one train step")
         name = prefix_key(self.workload, self.recipe, index, self.seed, self.decisions.mark)
         if self.store is not None:
             self._fit(self.store / name, fields.get("epochs", 10), going_on)

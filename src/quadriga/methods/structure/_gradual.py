@@ -95,8 +95,8 @@ class BlockFade(Hook):
         return output
 
     def after_step(self, model: nn.Module, progress: float) -> None:
-        """Close the gate a little."""
-        self.gate.fill_(1 - share(progress / self.part))
+        """Close the gate a little; a train step that continues one finds it closed."""
+        self.gate.fill_(min(float(self.gate), 1 - share(progress / self.part)))
 
     def state_dict(self) -> dict[str, Any]:
         """The gate."""
