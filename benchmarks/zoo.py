@@ -3,9 +3,10 @@
     python benchmarks/zoo.py                     # go on where the last call stopped (out/zoo.json); an hour on two cores
     python benchmarks/zoo.py --only swin,unet    # some networks; prints, and writes no table
 
-Plain networks of `benchmarks/networks/` and architectures of `transformers` from small random configurations. A cell is the
-share of parameters that is left where the method works: outputs of the same shapes and finite, exported and run, a step of
-training finite. – is a refusal, ✗ a failure. Methods have the first choice of their search, or the nearest that does something.
+The ready-made workloads (`quadriga fetch` brings the weights of two), plain networks of `benchmarks/networks/`, and
+architectures of `transformers` from small random configurations. A cell is the share of parameters that is left where the
+method works: outputs of the same shapes and finite, exported and run, a step of training finite. – is a refusal, ✗ a failure.
+Methods have the first choice of their search, or the nearest that does something.
 """
 
 from __future__ import annotations

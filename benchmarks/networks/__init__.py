@@ -2,6 +2,25 @@
 
 from __future__ import annotations
 
-from networks import architectures, sequences, tables, vision
+from dataclasses import replace
+from functools import partial
 
-WORKLOADS = {**vision.WORKLOADS, **sequences.WORKLOADS, **tables.WORKLOADS, **architectures.WORKLOADS}
+from networks import architectures, sequences, tables, vision
+from quadriga.core.workload import Workload
+from quadriga.workloads import load
+
+READY = ("lenet_fashion", "resnet20_fashion", "lstm_wordnet", "gpt_shakespeare", "mobilenetv2_fashion", "minilm_wordnet")
+
+
+def ready(name: str) -> Workload:
+    """A ready-made workload, taken for trained."""
+    return replace(load(name), trained=True)
+
+
+WORKLOADS = {
+    **{name: partial(ready, name) for name in READY},
+    **vision.WORKLOADS,
+    **sequences.WORKLOADS,
+    **tables.WORKLOADS,
+    **architectures.WORKLOADS,
+}
