@@ -8,6 +8,7 @@ from typing import Any
 from quadriga.report import text
 
 Records = Mapping[str, Any]
+NOISY = 2.0  # an interval whose ends are further apart, as a ratio, has no middle worth quoting
 
 
 def sentence(records: Records) -> str:
@@ -41,8 +42,21 @@ def _faster(best: Mapping[str, Any], name: str) -> str:
     timings = best["latency_ratio"].get(name) or {}
     for batch, value in timings.items():
         bounds = f", interval {text.interval(value)}" if value.get("low") is not None else ""
-        return f"{text.ratio(value['value'])} as fast as {text.as_fast_as(name)} (batch {batch}{bounds})"
+        return f"{_speed(value)} as fast as {text.as_fast_as(name)} (batch {batch}{bounds})"
     return ""
+
+
+def _speed(value: Mapping[str, Any]) -> str:
+    """The ratio; where the machine was too noisy for one, its bounds.
+
+    Example:
+        >>> _speed({"value": 1314.0, "low": 231.0, "high": 7487.0}), _speed({"value": 1.5, "low": 1.4, "high": 1.6})
+        ('at least 231×', '1.50×')
+    """
+    low, high = value.get("low"), value.get("high")
+    if low is None or high is None or high <= NOISY * low:
+        return text.ratio(value["value"])
+    return f"at least {text.ratio(low)}" if low > 1 else f"between {text.ratio(low)} and {text.ratio(high)}"
 
 
 def _infeasible(records: Records) -> str:
@@ -67,7 +81,7 @@ def key_figures(records: Records) -> tuple[tuple[str, str, str], ...]:
     for name in ("lossless_export", "eager"):
         for batch, value in (best["latency_ratio"].get(name) or {}).items():
             detail = text.interval(value) if value.get("low") is not None else ""
-            figures.append((text.ratio(value["value"]), f"as fast as {text.as_fast_as(name)}, batch {batch}", detail))
+            figures.append((_speed(value), f"as fast as {text.as_fast_as(name)}, batch {batch}", detail))
     quality = best["quality"]
     bound = f"at least {text.signed(quality['low'], quality['unit'])}, n = {text.number(quality['n'])}"
     figures.append((text.signed(quality["difference"], quality["unit"]), quality["metric"], bound))
