@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import re
 import traceback
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, evaluating, tensors
 from quadriga.core.errors import NotApplicable
+from quadriga.core.quiet import quiet
 from quadriga.core.setup import Context
 from quadriga.runtime.standalone import rebuild
 
@@ -82,8 +82,7 @@ def capture(model: nn.Module, context: Context) -> Capture:
     leaves = tuple(t.detach() for t in tensors(example))
     inputs = describe(example)
     flat = _Flat(model, inputs)
-    with evaluating(model), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with evaluating(model), torch.no_grad(), quiet():
         output = _output(flat, model, leaves)
         try:
             outputs = describe(output)

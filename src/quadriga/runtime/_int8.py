@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import numpy as np
 
 from quadriga.core.batch import resize, tensors
 from quadriga.core.errors import NotApplicable
+from quadriga.core.quiet import quiet
 from quadriga.core.setup import QuantSpec
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._program import MINIMUM
@@ -74,7 +73,7 @@ def _static(proto: Any, quant: QuantSpec, taken: Capture, keep: list[str]) -> An
         raise NotApplicable("static int8 needs calibration batches", "give the workload training data")
     attention = any(node.op_type in ("Softmax", "LayerNormalization", "Attention") for node in proto.graph.node)
     method = CalibrationMethod.Percentile if quant.calibration == "percentile" else CalibrationMethod.MinMax
-    with tempfile.TemporaryDirectory() as folder, _Quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(""):  # the tools advise through the root logger
         quantize_static(
             _simplified(proto, Path(folder)),
             (out := Path(folder) / "int8.onnx"),
@@ -114,7 +113,7 @@ def _simplified(proto: Any, folder: Path) -> Path:
 def _dynamic(proto: Any, quant: QuantSpec, keep: list[str]) -> Any:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with tempfile.TemporaryDirectory() as folder, _Quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet(""):  # the tools advise through the root logger
         quantize_dynamic(
             _simplified(proto, Path(folder)),
             (out := Path(folder) / "int8.onnx"),
@@ -236,17 +235,3 @@ class _Reader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.rows
-
-
-class _Quiet:
-    """The tools advise through the root logger and through warnings."""
-
-    def __enter__(self) -> None:
-        logging.disable(logging.WARNING)
-        self.caught = warnings.catch_warnings()
-        self.caught.__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, *_: object) -> None:
-        logging.disable(logging.NOTSET)
-        self.caught.__exit__(None, None, None)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +9,7 @@ import torch
 
 from quadriga.core.errors import NotApplicable
 from quadriga.core.files import atomic_write
+from quadriga.core.quiet import quiet
 from quadriga.core.setup import QuantSpec
 from quadriga.runtime._capture import Capture, reason
 
@@ -49,7 +45,7 @@ def export(taken: Capture) -> Any:
     Raises:
         NotApplicable: an operation has no ONNX form; the reason names it.
     """
-    with _quiet():
+    with quiet():
         try:
             made = torch.onnx.export(taken.program, (), dynamo=True, external_data=False, verbose=False, optimize=True)
         except Exception as error:  # the exporter raises many types
@@ -114,19 +110,3 @@ def _strip_node(node: Any) -> None:
     for attribute in node.attribute:
         if attribute.HasField("g"):
             _strip_graph(attribute.g)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    inner = logging.getLogger("torch.onnx._internal.exporter._registration")
-    levels = logger.level, inner.level
-    logger.setLevel(logging.ERROR)
-    inner.setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            yield
-        finally:
-            logger.setLevel(levels[0])
-            inner.setLevel(levels[1])

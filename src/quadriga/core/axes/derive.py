@@ -17,6 +17,7 @@ from quadriga.core.axes.reshape import blocks
 from quadriga.core.axes.trace import Traced
 from quadriga.core.axes.walk import Walk, bind, flat, op_name
 from quadriga.core.errors import NotApplicable
+from quadriga.core.quiet import quiet
 
 VIEWS = ("view", "reshape")
 Factors = tuple[tuple[int, ...], tuple[int, ...]]  # the sizes flattened into an axis, before and after
@@ -48,7 +49,7 @@ class _Run:
         self.factors: dict[fx.Node, list[Factors]] = {}
 
     def run(self) -> Derived:
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        with quiet(), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
             for node in self.traced.graph.nodes:
                 if node.op == "placeholder":
                     self.env[node] = self._placeholder(node)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import traceback
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from quadriga.core.batch import Tree, device_of, evaluating, resize, tensors, to_device
 from quadriga.core.errors import NotApplicable
+from quadriga.core.quiet import quiet
 
 BATCH = 13  # a prime, so that the batch is not mistaken for a width where shapes are matched
 TORCH = os.path.dirname(torch.__file__)
@@ -99,8 +99,7 @@ def trace(model: nn.Module, example: Tree) -> Traced:
     """
     args, kwargs = arguments(to_device(resize(example, BATCH), device_of(model)))
     try:
-        with evaluating(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with evaluating(model), quiet():
             program = torch.export.export(_Plain(model).eval(), args, kwargs)
     except Exception as error:  # export raises many types; each means that this model cannot be traced
         raise NotApplicable(_why(error, model), "write the forward without branches on tensor values") from error
