@@ -84,7 +84,7 @@ def main() -> None:
     print(table(rows))
     head = (
         "# Gradual pruning\n\n"
-        + "Made by `python benchmarks/gradual.py`. "
+        + "Made by `QUADRIGA_DATA=shipped python benchmarks/gradual.py`. "
         + " ".join((__doc__ or "").split("\n\n")[2].split("\n"))
         + "\n\n"
     )

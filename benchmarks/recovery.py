@@ -1,6 +1,6 @@
 """Quality at half the latency: `to_latency` against Torch-Pruning's own pipeline, at equal recovery cost.
 
-    python benchmarks/recovery.py --seeds 3            # go on where the last call stopped; hours on two cores
+    QUADRIGA_DATA=shipped python benchmarks/recovery.py --seeds 3    # go on where the last call stopped; hours on two cores
     python benchmarks/recovery.py --quick --ours prune_channels --only resnet20_fashion   # tries the benchmark itself
 
 All arms start from one trained baseline and are recovered alike: same steps, epochs, batches, order and seed. `to_latency` has
@@ -115,8 +115,17 @@ class Bench:
     def __init__(self, workload: Workload, folder: Path, seed: int) -> None:
         self.workload, self.folder, self.seed = workload, folder, seed
         folder.mkdir(parents=True, exist_ok=True)
+        self._same_data(folder / "data.json")
         self.desk = Desk(workload, folder, seed)
         self.done: dict[str, Any] = read_json(folder / "arms.json") if (folder / "arms.json").exists() else {}
+
+    def _same_data(self, path: Path) -> None:
+        """What is kept was learnt from the data of the workload."""
+        now = dict(self.workload.data_note)
+        if path.exists() and (kept := read_json(path)) != now:
+            told = f"{path.parent} holds arms of {kept.get('data')}, {kept.get('source')}; this is {now.get('source')}"
+            sys.exit(f"{told}: set QUADRIGA_DATA, or give another --work")
+        write_json(path, now)
 
     def arm(self, name: str, recipe: Recipe) -> None:
         """Train, realise and score an arm, unless that was done."""
@@ -242,8 +251,8 @@ def table(result: Mapping[str, Any]) -> str:
 def page(results: Sequence[Mapping[str, Any]], seeds: int) -> str:
     """All tables, with what they are."""
     about = " ".join((__doc__ or "").split("\n\n")[2].split("\n"))
-    head = f"# Quality at half the latency\n\nMade by `python benchmarks/recovery.py --seeds {seeds}`. {about}\n\n"
-    return head + "\n".join(table(r) for r in results)
+    made = f"Made by `QUADRIGA_DATA=shipped python benchmarks/recovery.py --seeds {seeds}`."
+    return f"# Quality at half the latency\n\n{made} {about}\n\n" + "\n".join(table(r) for r in results)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
