@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -125,6 +126,18 @@ class Listening(Hook):
 
     def train(self, model: nn.Module, data: Data) -> AbstractContextManager[Any]:
         return self.listener.during(model)
+
+
+def add_term(setup: Setup, teacher: Teacher, beta: float, listen: Listen) -> Setup:
+    """The setup with beta · the term that a listener gives in a train step, [batch], added to its loss."""
+    inner, listener = setup.training.loss, Listener(listen)
+
+    def loss(output: Tree, batch: Batch) -> Tensor:
+        plain = inner(output, batch)
+        return plain if listener.term is None else plain + beta * listener.term(teacher, batch)
+
+    hooks = (*setup.training.make_hooks, listener.hook)
+    return replace(setup, training=replace(setup.training, loss=loss, make_hooks=hooks))
 
 
 def visible(inputs: Tree) -> Tensor | None:

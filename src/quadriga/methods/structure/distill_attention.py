@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -18,9 +18,9 @@ from quadriga.core.setup import Setup
 from quadriga.methods.structure._attend import Attention, attention_distance, overheard
 from quadriga.methods.structure._taps import Pair, at_depth, caught, pairs, tapped
 from quadriga.methods.structure._teacher import (
-    Listener,
     Teacher,
     Term,
+    add_term,
     needed,
     refusal,
     teacher_of,
@@ -104,17 +104,10 @@ class DistillAttention(Method):
     def apply(self, setup: Setup) -> Setup:
         if setup.runtime.compile or setup.context.runtime.compile:
             raise NotApplicable("compile hides the calls of attention in the forward pass", "leave out compile")
-        inner, teacher, example = setup.training.loss, teacher_of(setup, self.teacher), setup.context.example
+        teacher, example = teacher_of(setup, self.teacher), setup.context.example
         if not self.attends(setup.model, teacher.model, example):
             self.maps(setup.model, teacher.model, example)  # what cannot be is refused now
-        listener = Listener(lambda model: self.listen(model, teacher, example))
-
-        def loss(output: Tree, batch: Batch) -> Tensor:  # returns [batch] in a train step
-            plain = inner(output, batch)
-            return plain if listener.term is None else plain + self.beta * listener.term(teacher, batch)
-
-        hooks = (*setup.training.make_hooks, listener.hook)
-        return replace(setup, training=replace(setup.training, loss=loss, make_hooks=hooks))
+        return add_term(setup, teacher, self.beta, lambda model: self.listen(model, teacher, example))
 
     def attends(self, student: nn.Module, teacher: nn.Module, example: Tree) -> bool:
         """Whether there are attentions to compare. Raises NotApplicable if both have some that do not fit."""

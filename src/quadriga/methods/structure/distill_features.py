@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -17,9 +17,9 @@ from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._taps import Pair, caught, pairs, spread, tapped
 from quadriga.methods.structure._teacher import (
-    Listener,
     Teacher,
     Term,
+    add_term,
     needed,
     refusal,
     teacher_of,
@@ -113,16 +113,9 @@ class DistillFeatures(Method):
         return needed(self.requires, self.teacher)
 
     def apply(self, setup: Setup) -> Setup:
-        inner, teacher, example = setup.training.loss, teacher_of(setup, self.teacher), setup.context.example
+        teacher, example = teacher_of(setup, self.teacher), setup.context.example
         self.chosen(setup.model, teacher.model, example)  # what cannot be is refused now
-        listener = Listener(lambda model: self.listen(model, teacher, example))
-
-        def loss(output: Tree, batch: Batch) -> Tensor:  # returns [batch] in a train step
-            plain = inner(output, batch)
-            return plain if listener.term is None else plain + self.beta * listener.term(teacher, batch)
-
-        hooks = (*setup.training.make_hooks, listener.hook)
-        return replace(setup, training=replace(setup.training, loss=loss, make_hooks=hooks))
+        return add_term(setup, teacher, self.beta, lambda model: self.listen(model, teacher, example))
 
     def chosen(self, student: nn.Module, teacher: nn.Module, example: Tree) -> list[Pair]:
         """The layers to compare. Raises NotApplicable where there are none, or shapes differ that may not."""
