@@ -70,7 +70,7 @@ bench-structure: .venv/.dev-stamp  ## bytes of LeNet; gradual pruning; to_latenc
 	$(BIN)/python benchmarks/to_latency.py
 	$(BIN)/python benchmarks/recovery.py
 
-matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (an hour)
+matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (a quarter of an hour)
 	$(BIN)/python benchmarks/matrix.py --jobs 2
 
 kills: .venv/.run-stamp  ## SIGKILL a study at ten random times, each time run the same command again (15 minutes)
