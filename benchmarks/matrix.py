@@ -1,6 +1,6 @@
 """Every ordered pair of registered methods on a small CNN, LSTM and GPT: it works, or it is refused with a reason.
 
-    python benchmarks/matrix.py            # go on where the last call stopped (out/matrix.json); a quarter of an hour on two cores
+    python benchmarks/matrix.py            # go on where the last call stopped (out/matrix.json); a quarter of an hour
     python benchmarks/matrix.py --table    # only write docs/matrix.md from what is there
 
 "Works" means: outputs of the same shapes and finite, realised in the runtime that the pair names (eager, if none) with finite

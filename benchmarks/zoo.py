@@ -1,6 +1,6 @@
 """Every structure method on networks that it was not written for: fewer parameters and the same interface, or a reason.
 
-    python benchmarks/zoo.py                     # go on where the last call stopped (out/zoo.json); a good half hour on two cores
+    python benchmarks/zoo.py                     # go on where the last call stopped (out/zoo.json); a good half hour
     python benchmarks/zoo.py --only swin,unet    # some networks; prints, and writes no table
 
 The ready-made workloads (`quadriga fetch` brings the weights of two), plain networks of `benchmarks/networks/`, and
