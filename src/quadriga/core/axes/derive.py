@@ -9,7 +9,7 @@ from math import prod
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.conv import _ConvNd
 
@@ -19,7 +19,9 @@ from quadriga.core.axes.walk import Walk, bind, flat, op_name
 from quadriga.core.errors import NotApplicable
 from quadriga.core.quiet import quiet
 
-VIEWS = ("view", "reshape")
+VIEWS = ("view", "reshape", "unflatten")
+SPLITS = ("split", "split_with_sizes")
+KEPT = {"instance_norm": "num_features", "batch_norm": "num_features", "group_norm": "num_channels"}
 Factors = tuple[tuple[int, ...], tuple[int, ...]]  # the sizes flattened into an axis, before and after
 
 
@@ -31,12 +33,16 @@ class Derived:
         constants: reshape node → {position in its sizes: (constant, new constant)}.
         carried: reshape node → {position of an axis that weights decide: (traced size, its size now)}, changed or not.
         inputs: id of a Linear's weight → sizes flattened into its inputs, before and after.
+        parts: whether the size of parts that a `split` names is another one.
+        fields: (module, name, value) of numbers that modules without weights keep.
         shapes: output shape of each step that returns one tensor, in order.
     """
 
     constants: dict[fx.Node, dict[int, tuple[int, int]]] = field(default_factory=dict)
     carried: dict[fx.Node, dict[int, tuple[int, int]]] = field(default_factory=dict)
     inputs: dict[int, Factors] = field(default_factory=dict)
+    parts: bool = False
+    fields: list[tuple[nn.Module, str, Any]] = field(default_factory=list)
     shapes: list[tuple[int, ...]] = field(default_factory=list)
 
 
@@ -80,9 +86,9 @@ class _Run:
         name = op_name(node)
         if node.target is operator.getitem:
             return args[0][args[1]]
-        if name in VIEWS or name in ("_unsafe_view", "flatten", "unflatten", "expand"):
+        if name in VIEWS or name in ("_unsafe_view", "flatten", "expand"):
             return self._view(node, args[0], name)
-        if name in ("split", "split_with_sizes"):
+        if name in SPLITS:
             args = self._parts(node, args)
         elif name == "linear":
             args = (args[0], self._input(node, args[0], args[1]), *args[2:])
@@ -90,8 +96,10 @@ class _Run:
             args, kwargs = (), self._conv(node)
         elif name in ("lstm", "gru", "rnn_tanh", "rnn_relu"):
             args = (args[0], _resized(args[1], args[2]), *args[2:])
-        elif name == "layer_norm" and bind(node).get("weight") is not None:
-            args = (args[0], list(self.env[bind(node)["weight"]].shape), *args[2:])
+        elif name in ("layer_norm", "rms_norm"):
+            args = (args[0], self._normalized(node, args[0]), *args[2:])
+        elif name in KEPT and bind(node).get("weight") is None:
+            self._keep(node, KEPT[name], args[0].shape[1])
         value = node.target(*args, **kwargs)  # type: ignore[operator]
         self._inherit(node, value)
         return value
@@ -106,6 +114,18 @@ class _Run:
             a["groups"] = owner.groups
         return a
 
+    def _normalized(self, node: fx.Node, value: Tensor) -> list[int]:
+        """As many of the last sizes as before; a module without weights keeps them as a number."""
+        sizes = tuple(value.shape[-len(bind(node)["normalized_shape"]) :])
+        if bind(node).get("weight") is None:
+            self._keep(node, "normalized_shape", sizes)
+        return list(sizes)
+
+    def _keep(self, node: fx.Node, name: str, value: Any) -> None:
+        owner = self.traced.model.get_submodule(self.traced.layer(node))
+        if hasattr(owner, name):
+            self.found.fields.append((owner, name, value))
+
     def _view(self, node: fx.Node, value: Tensor, name: str) -> Tensor:
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -118,15 +138,22 @@ class _Run:
         old, new = self.walk.shape(source), self.walk.shape(node)
         sizes = self._sizes(node, old, new, tuple(value.shape))
         if name in VIEWS:
-            given = list(cast("list[int]", node.args[1]))
-            changed = {k: (n, sizes[k]) for k, n in enumerate(given) if n not in (-1, sizes[k])}
-            if changed:
-                self.found.constants[node] = changed
-            axes = self.walk.axes(node)
-            self.found.carried[node] = {
-                k: (n, sizes[k]) for k, n in enumerate(given) if n != -1 and isinstance(axes[k], Tensor)
-            }
+            self._constants(node, sizes)
         return value.reshape(sizes)
+
+    def _constants(self, node: fx.Node, sizes: Sequence[int]) -> None:
+        """Of the sizes that the code names, those that are others now."""
+        source = cast(fx.Node, node.args[0])
+        first = bind(node)["dim"] % len(self.walk.shape(source)) if op_name(node) == "unflatten" else 0
+        given = list(cast("list[int]", node.args[-1]))
+        axes, new = self.walk.axes(node)[first:], sizes[first:]
+        changed = {k: (n, new[k]) for k, n in enumerate(given) if n not in (-1, new[k])}
+        owner = self.traced.model.get_submodule(self.traced.layer(node))
+        if isinstance(owner, nn.Unflatten):
+            self._keep(node, "unflattened_size", tuple(n if n == -1 else new[k] for k, n in enumerate(given)))
+        elif changed:
+            self.found.constants[node] = changed
+        self.found.carried[node] = {k: (n, new[k]) for k, n in enumerate(given) if n != -1 and isinstance(axes[k], Tensor)}
 
     def _parts(self, node: fx.Node, args: Any) -> Any:
         """Equal parts of a changed width stay equal."""
@@ -135,6 +162,9 @@ class _Run:
         if total == sum(parts) or total % len(parts):
             return args
         size = total // len(parts)
+        named = [args[1]] if isinstance(args[1], int) else list(args[1])
+        self.found.constants[node] = {k: (n, size) for k, n in enumerate(named)}
+        self.found.parts = True
         return (args[0], size if isinstance(args[1], int) else [size] * len(parts), *args[2:])
 
     def _sizes(self, node: fx.Node, old: Sequence[int], new: Sequence[int], now: Sequence[int]) -> list[int]:

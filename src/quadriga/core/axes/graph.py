@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from quadriga.core.axes import rules_layers, rules_shape  # noqa: F401  (they register the rules)
+from quadriga.core.axes import rules_layers, rules_maps, rules_shape  # noqa: F401  (they register the rules)
 from quadriga.core.axes.derive import derive
 from quadriga.core.axes.fields import refresh
 from quadriga.core.axes.groups import Group, find_groups
@@ -124,7 +124,7 @@ class AxisGraph:
                 trial.attr(module, name, value)
             try:
                 settle(self, trial)
-                self._confirm(split)
+                self.confirm(f"{split.name} cannot lose whole parts: {split.split}, and the number stands in the code")
             except NotApplicable as error:
                 trial.undo()
                 failure = failure or error
@@ -134,14 +134,14 @@ class AxisGraph:
         assert failure is not None, "the first subset is the empty one"
         raise failure
 
-    def _confirm(self, group: Group) -> None:
-        """Trace again and compare every shape with the derived one: `unflatten(-1, (4, -1))` takes a narrower width too,
-        but as four thinner heads instead of three, which no output shape would show.
+    def confirm(self, reason: str) -> None:
+        """Trace again and raise NotApplicable unless every shape is the derived one: `unflatten(-1, (4, -1))` takes a
+        narrower width too, but as four thinner heads instead of three, which no output shape would show.
         """
         now = trace(self.model, self.example)
         found = [tuple(n.meta["val"].shape) for n in now.graph.nodes if _one_tensor(n)]
         if found != derive(self.traced, self.walk).shapes:
-            raise NotApplicable(f"{group.name} cannot lose whole parts: {group.split}, and the number stands in the code")
+            raise NotApplicable(reason)
 
     def _cut(self, choices: Mapping[Group, Tensor], patch: Patch) -> None:
         rows: dict[int, tuple[Tensor, dict[int, Tensor]]] = {}

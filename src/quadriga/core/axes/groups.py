@@ -135,8 +135,7 @@ def _group(walk: Walk, traced: Traced, roots: set[int], made: list[tuple[int, in
     kind = next(k for k in ("embedding", "conv", "recurrent", "linear", "other") if k in kinds)
     fixed = [walk.units.fixed[r] for r in sorted(roots) if r in walk.units.fixed]
     split = [walk.units.split[r] for r in sorted(roots) if r in walk.units.split]
-    named = [walk.units.named[r] for r in sorted(roots) if r in walk.units.named and not split]
-    reason = (fixed + named)[0] if fixed or named else "it has one unit" if len(roots) == 1 else ""
+    reason = fixed[0] if fixed else "it has one unit" if len(roots) == 1 else ""
     return Group(layers[0], kind, len(roots), tuple(members), tuple(layers), reason, split[0] if split else "")
 
 

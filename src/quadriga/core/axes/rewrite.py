@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx, nn
 
-from quadriga.core.axes.derive import VIEWS, derive
+from quadriga.core.axes.derive import SPLITS, VIEWS, Derived, derive
 from quadriga.core.axes.patch import Patch
 from quadriga.core.axes.trace import layer_of
 from quadriga.core.axes.walk import op_name
@@ -22,25 +22,32 @@ if TYPE_CHECKING:
     from quadriga.core.axes.graph import AxisGraph
 
 REMEDY = "derive it from the input's shape"
+UNFLATTENED, PARTED = ("unflatten", torch.unflatten), ("split", "split_with_sizes", torch.split, torch.split_with_sizes)
+KEYWORDS = {"size", "shape", "sizes", "split_size", "split_sizes", "split_size_or_sections"}
+CALLS = ("view", "reshape", torch.reshape, *UNFLATTENED, *PARTED)  # as torch.fx names what holds sizes
 Change = dict[int, tuple[int, int]]  # position in the sizes → (constant, new constant)
 
 
 def settle(graph: AxisGraph, patch: Patch) -> None:
-    """After weights changed: check the interface; if it broke, let the constants follow, and check again.
+    """After weights changed, let the numbers follow that modules keep, check the interface, and if it broke, let the
+    constants in the code follow too, and check again.
 
     Raises:
         NotApplicable: the interface cannot be kept.
     """
+    known = derive(graph.traced, graph.walk) if graph.walk.numbers else Derived()
+    for module, name, value in known.fields:
+        patch.attr(module, name, value)
     try:
-        graph.check()
+        _check(graph, known)
         return
     except NotApplicable as error:
         failure = error
-    derived, trial = derive(graph.traced, graph.walk), Patch()
+    derived, trial = known if graph.walk.numbers else derive(graph.traced, graph.walk), Patch()
     if derived.constants:
         try:
             rewrite(graph, derived.constants, trial)
-            graph.check()
+            _check(graph, derived)
             patch.then(trial)
             return
         except NotApplicable as error:
@@ -48,11 +55,17 @@ def settle(graph: AxisGraph, patch: Patch) -> None:
             failure = error
     try:
         rewrite(graph, derived.constants, trial, computed=derived.carried)
-        graph.check()
+        _check(graph, derived)
         patch.then(trial)
     except NotApplicable:
         trial.undo()
         raise failure from None
+
+
+def _check(graph: AxisGraph, derived: Derived) -> None:
+    graph.check()
+    if derived.parts:
+        graph.confirm("parts of a changed width would not be equal any more")
 
 
 def rewrite(
@@ -86,7 +99,7 @@ def _per_call(graph: fx.Graph, path: str, constants: dict[fx.Node, Change], wher
     """The changes of the module's reshapes, in order; a module that is called often needs the same at each call."""
     calls: dict[str, list[Change]] = {}
     for node in graph.nodes:
-        if node.op == "call_function" and op_name(node) in VIEWS and layer_of(node) == path:
+        if node.op == "call_function" and op_name(node) in (*VIEWS, *SPLITS) and layer_of(node) == path:
             instance = next(reversed(node.meta["nn_module_stack"]))
             calls.setdefault(instance, []).append(constants.get(node, {}))
     lists = list(calls.values())
@@ -117,19 +130,37 @@ def _rewritten(module: nn.Module, changes: list[Change], where: str, computed: b
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NotApplicable(f"the constant in {where} cannot be rewritten: {reason}", REMEDY) from error
     _keep_mode(graph, other, where)
-    views = [n for n in graph.nodes if n.target in (*VIEWS, torch.reshape)]
+    views = [n for n in graph.nodes if n.target in CALLS]
     if len(views) != len(changes):
         raise NotApplicable(f"the constant in {where} cannot be found in the forward", REMEDY)
     for view, change in zip(views, changes, strict=True):
-        nested = len(view.args) == 2 and isinstance(view.args[1], tuple | list)
-        sizes = list(view.args[1] if nested else view.args[1:])
-        for position, (old, new) in change.items():
-            if position >= len(sizes):
-                raise NotApplicable(f"the constant {old} in {where} cannot be found", REMEDY)
-            if sizes[position] == old or (computed and isinstance(sizes[position], fx.Node)):  # else it follows by itself
-                sizes[position] = new
-        view.args = (view.args[0], tuple(sizes)) if nested else (view.args[0], *sizes)
+        _exchange(view, change, where, computed)
     return graph
+
+
+def _exchange(view: fx.Node, change: Change, where: str, computed: bool) -> None:
+    """Put other sizes into one call."""
+    start = 2 if view.target in UNFLATTENED else 1
+    for key in KEYWORDS & view.kwargs.keys():
+        view.args, view.kwargs = _positional(view, key, start)
+    given = view.args[start] if len(view.args) > start else ()
+    several, end = isinstance(given, tuple | list), start + 1 if view.target in PARTED else None
+    sizes: list[Any] = list(given) if several else list(view.args[start:end])  # type: ignore[arg-type]
+    for position, (old, new) in change.items():
+        if position >= len(sizes):
+            raise NotApplicable(f"the constant {old} in {where} cannot be found", REMEDY)
+        if sizes[position] == old or (computed and isinstance(sizes[position], fx.Node)):  # else it follows by itself
+            sizes[position] = new
+    rest = view.args[start + 1 :] if several or end else ()
+    view.args = (*view.args[:start], *([tuple(sizes)] if several else sizes), *rest)
+
+
+def _positional(view: fx.Node, key: str, start: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a call whose sizes were given by keyword, now by position."""
+    rest = dict(view.kwargs)
+    front = [*view.args, *([rest.pop("dim")] if start == 2 and len(view.args) == 1 and "dim" in rest else [])]
+    back = [rest.pop("dim")] if start == 1 and "dim" in rest else []
+    return (*front, rest.pop(key), *back), rest
 
 
 def _keep_mode(train: fx.Graph, other: fx.Graph, where: str) -> None:

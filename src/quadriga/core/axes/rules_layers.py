@@ -135,7 +135,7 @@ def batch_norm(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
     axes = walk.axes(a["input"])
     states = [a[k] for k in ("weight", "bias", "running_mean", "running_var") if isinstance(a.get(k), fx.Node)]
     if not states:
-        return None
+        walk.numbers = True
     for state in states:
         axes[1] = walk.units.join(axes[1], walk.axes(state)[0])
     return axes if isinstance(node.meta["val"], Tensor) else None
@@ -152,12 +152,10 @@ def prelu(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
 
 @rule("layer_norm", "rms_norm", "native_layer_norm")
 def layer_norm(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """Weight and bias belong to the last axes. Without them a module's `normalized_shape` would stay: then it is fixed."""
+    """Weight and bias belong to the last axes; without them a module still keeps a number, which has to follow."""
     axes, count = walk.axes(a["input"]), len(a["normalized_shape"])
     states = [a[k] for k in ("weight", "bias") if isinstance(a.get(k), fx.Node)]
-    owner = walk.traced.model.get_submodule(walk.traced.layer(node))
-    if not states and hasattr(owner, "normalized_shape"):
-        return None
+    walk.numbers = walk.numbers or not states
     for state in states:
         for k, dim in enumerate(walk.axes(state), -count):
             axes[k] = walk.units.join(axes[k], dim)
@@ -173,7 +171,8 @@ def group_norm(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
             axes[1] = walk.units.join(axes[1], walk.axes(state)[0])
     if isinstance(axes[1], Tensor):
         groups = axes[1].view(a["num_groups"], -1)
-        if groups.shape[1] == 1 or not isinstance(a["weight"], fx.Node):
+        walk.numbers = walk.numbers or not isinstance(a["weight"], fx.Node)
+        if groups.shape[1] == 1:
             walk.units.pin(axes[1], f"{walk.where(node)} has a fixed number of groups")
         for one, other in pairwise(groups):
             walk.units.unite(one, other)

@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from quadriga.core.axes.reshape import reshaped
 from quadriga.core.axes.units import FREE, Axes, Dim, Mismatch
-from quadriga.core.axes.walk import Walk, rule
+from quadriga.core.axes.walk import Walk, op_name, rule
 
 
 def broadcast(walk: Walk, nodes: list[fx.Node], where: str) -> Axes:
@@ -28,7 +28,22 @@ def broadcast(walk: Walk, nodes: list[fx.Node], where: str) -> Axes:
 
 @rule("pointwise", "dropout", "feature_dropout", "alpha_dropout", "contiguous", "detach", "type_as", "lift_fresh_copy", "alias")
 @rule("to", "_to_copy", "clone", "softmax", "log_softmax", "_softmax", "_log_softmax", "cumsum", "masked_fill", "where", "copy")
-@rule("rrelu", "bernoulli", "float", "requires_grad", "nan_to_num", "dropout_", "native_dropout", "gelu", "lerp")
+@rule(
+    "hardswish",
+    "log_sigmoid",
+    "special_erf",
+    "fill",
+    "zero",
+    "rrelu",
+    "bernoulli",
+    "float",
+    "requires_grad",
+    "nan_to_num",
+    "dropout_",
+    "native_dropout",
+    "gelu",
+    "lerp",
+)
 def pointwise(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
     """Element by element, or along one axis without changing its size."""
     skip = ("other",) if node.target in TYPE_ONLY else ()
@@ -63,6 +78,7 @@ def neutral(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
 def reshape(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     """Any change of shape that keeps the order of the numbers."""
+    walk.numbers = walk.numbers or op_name(node) == "unflatten"
     return reshaped(walk.units, walk.axes(a["self"]), walk.shape(a["self"]), walk.shape(node), walk.where(node))
 
 
@@ -71,6 +87,14 @@ def permute(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
     """Axes in another order."""
     axes = walk.axes(a["self"])
     return [axes[d] for d in a["dims"]]
+
+
+@rule("movedim", "moveaxis")
+def movedim(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
+    """Axes in another order, named by where they come from and go to."""
+    axes = walk.axes(a["self"])
+    sizes = torch.empty(tuple(range(1, len(axes) + 1)), device="meta").movedim(a["source"], a["destination"]).shape
+    return [axes[size - 1] for size in sizes]
 
 
 @rule("transpose", "swapaxes", "swapdims")
@@ -91,7 +115,9 @@ def reverse(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
 
 @rule("expand", "broadcast_to", "expand_as")
 def expand(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
-    """Sizes of 1 repeated; the others stay."""
+    """Sizes of 1 repeated, or as many as another tensor has; the others stay."""
+    if isinstance(a.get("other"), fx.Node):
+        return broadcast(walk, [a["self"], a["other"]], walk.where(node))
     old, axes, new = walk.shape(a["self"]), walk.axes(a["self"]), walk.shape(node)
     front: Axes = [None] * (len(new) - len(old))
     return front + [d if n == m else None for d, n, m in zip(axes, old, new[len(front) :], strict=True)]
@@ -136,6 +162,14 @@ def cat(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
             result = [walk.units.join(r, x) if k != dim else None for k, (r, x) in enumerate(zip(result, axes, strict=True))]
     result[dim] = torch.cat(pieces) if known else None
     return result
+
+
+@rule("hstack", "vstack")
+def stacked(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
+    """`cat` along axis 1 or 0, of tensors with two axes or more."""
+    if len(walk.shape(a["tensors"][0])) < 2:
+        return None
+    return cat(walk, node, {**a, "dim": int(op_name(node) == "hstack")})
 
 
 def _fixed(walk: Walk, size: int, node: fx.Node) -> Tensor:
@@ -187,14 +221,26 @@ def split(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
     along = axes[a["dim"]]
     if not isinstance(along, Tensor) or len(set(sizes)) > 1 or len(sizes) == 1:
         return along_one(walk, node, a)
-    parts = chunk(walk, node, a)
-    for root in set(walk.units.roots(along)):
-        walk.units.named.setdefault(root, f"{walk.where(node)} names positions along it")
-    return parts
+    walk.numbers = True
+    return chunk(walk, node, a)
 
 
 @rule("unbind", "slice", "narrow", "select", "pad", "constant_pad_nd", "roll", "flip")
-@rule("index_select", "tril", "triu")
+@rule(
+    "rot90",
+    "index_select",
+    "tril",
+    "triu",
+    "topk",
+    "sort",
+    "argsort",
+    "diff",
+    "cumprod",
+    "logcumsumexp",
+    "kthvalue",
+    "median",
+    "mode",
+)
 def along_one(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
     """Parts of one or a few axes: harmless without units; elsewhere the user's code names positions, so it is fixed."""
     axes = walk.axes(a["self"])
@@ -222,19 +268,22 @@ def _whole(a: dict[str, Any], new: torch.Size, old: tuple[int, ...]) -> bool:
 
 @rule("index")
 def index(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
-    """Tensors as indices of leading axes, such as a table of relative positions: those keep their sizes."""
-    axes, rows = walk.axes(a["self"]), a["indices"]
-    if any(r is None for r in rows):
+    """Tensors as indices of some axes, such as a table of relative positions: those keep their sizes."""
+    axes, rows = walk.axes(a["self"]), list(a["indices"])
+    given = [k for k, r in enumerate(rows) if r is not None]
+    if any(rows[k].meta["val"].dtype in (torch.bool, torch.uint8) for k in given):
         return None
-    walk.pin(rows, "it holds indices")
-    for named in axes[: len(rows)]:
-        walk.units.pin(named, "indices name its rows")
-    rest = axes[len(rows) :]
-    return [None] * (len(walk.shape(node)) - len(rest)) + rest
+    walk.pin([rows[k] for k in given], "it holds indices")
+    for k in given:
+        walk.units.pin(axes[k], "indices name its rows")
+    kept = [x for k, x in enumerate(axes) if k not in given]
+    together = given == list(range(given[0], given[-1] + 1))
+    start = given[0] if together else 0  # where torch puts the axes of the indices
+    return [*kept[:start], *([None] * (len(walk.shape(node)) - len(kept))), *kept[start:]]
 
 
 @rule("mean", "sum", "amax", "amin", "max", "min", "std", "var", "logsumexp", "norm", "linalg_vector_norm", "any", "all")
-@rule("prod", "argmax", "argmin")
+@rule("prod", "argmax", "argmin", "var_mean", "std_mean", "nansum", "nanmean", "count_nonzero")
 def reduce(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
     """Axes summed away."""
     source = next(v for v in a.values() if isinstance(v, fx.Node))
@@ -253,17 +302,3 @@ def reduce(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
 def gather(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     """Values picked along an axis; only where no weight decides any axis."""
     return None if any(isinstance(d, Tensor) for d in walk.axes(a["self"])) else [None] * len(walk.shape(node))
-
-
-@rule("max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d")
-@rule("adaptive_avg_pool2d", "adaptive_avg_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d")
-@rule("upsample_nearest1d", "upsample_nearest2d", "upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d")
-@rule("upsample_bicubic2d", "_upsample_nearest_exact2d", "max_pool2d_with_indices", "max_pool1d_with_indices")
-def spatial(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
-    """Height and width change; batch and channels stay."""
-    axes = walk.axes(a["self"] if "self" in a else a["input"])
-    value = node.meta["val"]
-    if any(isinstance(d, Tensor) for d in axes[2:]):
-        return None
-    kept: Axes = [*axes[:2], *([None] * len(axes[2:]))]
-    return [list(kept) for _ in value] if isinstance(value, tuple | list) else kept

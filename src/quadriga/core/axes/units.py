@@ -20,7 +20,7 @@ class Mismatch(Exception):
 
 
 class Units:
-    """Union-find over units, with notes: why some are fixed, where some are split into heads or into parts of a named size.
+    """Union-find over units, with notes: why some are fixed, where some are split into heads.
 
     Example:
         >>> units = Units()
@@ -34,7 +34,6 @@ class Units:
         self.parent: list[int] = []
         self.fixed: dict[int, str] = {}
         self.split: dict[int, str] = {}
-        self.named: dict[int, str] = {}
 
     def fresh(self, size: int) -> Tensor:
         """New units, each on its own: int64 [size]."""
@@ -62,7 +61,7 @@ class Units:
             if x != y:
                 keep, gone = min(x, y), max(x, y)
                 self.parent[gone] = keep
-                for notes in (self.fixed, self.split, self.named):
+                for notes in (self.fixed, self.split):
                     if gone in notes:
                         notes.setdefault(keep, notes.pop(gone))
 

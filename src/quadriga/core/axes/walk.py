@@ -38,6 +38,7 @@ class Walk:
         values: node → axes of its output; nodes with several outputs have a list of them.
         producers: (id of a weight, dimension, kind) in the order of execution: where widths come from.
         readers: (id of a weight, dimension): where widths are summed over.
+        numbers: whether sizes stand where no check of the outputs finds them: in a norm without weights, in `split(8)`.
     """
 
     def __init__(self, traced: Traced) -> None:
@@ -47,6 +48,7 @@ class Walk:
         self.values: dict[fx.Node, Any] = {}
         self.producers: list[tuple[int, int, str]] = []
         self.readers: set[tuple[int, int]] = set()
+        self.numbers = False
         self._state_of: dict[fx.Node, int] = {}
         for node in traced.graph.nodes:
             self._visit(node)
