@@ -53,16 +53,29 @@ def call(model: Callable[..., Any], inputs: Tree) -> Tree:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while; afterwards each module has its own mode back."""
-    modes = [(m, m.training) for m in model.modules() if m.training]
-    if modes:
-        model.eval()
+def keeping_mode(model: nn.Module) -> Iterator[None]:
+    """Afterwards each module has its own mode back.
+
+    It is set by `train` and `eval` first: models that keep tensors from evaluation (LeViT its biases, with the graph or the
+    fake values that they had) drop them then, and none may outlive a trace, a gradient or a change of weights.
+    """
+    modes = [(m, m.training) for m in model.modules()]
     try:
         yield
     finally:
+        model.train()
+        model.train(modes[0][1])
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while, with nothing that the model kept from an earlier one."""
+    with keeping_mode(model):
+        model.train()
+        model.eval()
+        yield
 
 
 def primary(output: Tree) -> Tensor:

@@ -50,14 +50,14 @@ def _mean(model: nn.Module, loss: Loss, batches: Iterable[Batch], of: Callable[[
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     sums = {name: torch.zeros_like(p) for name, p in named.items()}
     count = 0
-    with evaluating(model):
-        for batch in batches:
+    for batch in batches:
+        with evaluating(model):
             value = reduce(loss(call(model, batch.inputs), batch), batch)
             parts = torch.autograd.grad(value, list(named.values()), allow_unused=True)
-            for name, part in zip(named, parts, strict=True):
-                if part is not None:
-                    sums[name].add_(of(part), alpha=len(batch))
-            count += len(batch)
+        for name, part in zip(named, parts, strict=True):
+            if part is not None:
+                sums[name].add_(of(part), alpha=len(batch))
+        count += len(batch)
     return {name: total / max(count, 1) for name, total in sums.items()}
 
 

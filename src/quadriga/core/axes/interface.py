@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Tree, call, device_of, evaluating, resize, tensors, to_device
+from quadriga.core.batch import Tree, call, device_of, evaluating, keeping_mode, resize, tensors, to_device
 from quadriga.core.errors import NotApplicable
 
 BATCHES = (1, 2, 25)
@@ -68,16 +68,14 @@ def check_interface(model: nn.Module, example: Tree, reference: Reference) -> No
 
 def _untrainable(model: nn.Module, example: Tree) -> str:
     """Why a forward pass in training mode fails, or "". Buffers and random numbers are given back."""
-    kept, modes = [(b, b.detach().clone()) for b in model.buffers()], [(m, m.training) for m in model.modules()]
+    kept = [(b, b.detach().clone()) for b in model.buffers()]
     try:
-        with torch.random.fork_rng(devices=[]), torch.no_grad():
+        with keeping_mode(model), torch.random.fork_rng(devices=[]), torch.no_grad():
             call(model.train(), to_device(resize(example, BATCHES[1]), device_of(model)))
         return ""
     except Exception as error:  # whatever the user's forward raises
         return _first(error)
     finally:
-        for module, mode in modes:
-            module.training = mode
         with torch.no_grad():
             for buffer, value in kept:
                 if buffer.shape == value.shape:
