@@ -166,3 +166,41 @@ def test_positions_along_a_width_keep_it():
         graph = AxisGraph.trace(Maps(operation), torch.randn(2, 3, 8, 8))
         with pytest.raises(NotApplicable, match="names positions along it"):
             graph.cut("a", torch.arange(4))
+
+
+class Cosine(nn.Module):
+    """An attention as Swin's second version writes it: a bias from a table and buffers, a mask that may be None, and the
+    residual width for the width of the mixed values."""
+
+    def __init__(self, heads=4):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(16, 48), nn.Linear(16, 16)
+        self.table, self.scale = nn.Parameter(torch.randn(9, heads)), nn.Parameter(torch.ones(heads, 1, 1))
+        self.register_buffer("places", torch.arange(25).reshape(5, 5) % 9, persistent=False)
+
+    def forward(self, x, mask=None):
+        batch, time, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, time, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        scores = F.normalize(q, dim=-1) @ F.normalize(k, dim=-1).transpose(-2, -1) * self.scale.exp()
+        bias = self.table[self.places.view(-1)].view(time, time, -1).permute(2, 0, 1).contiguous()
+        scores = scores + bias.unsqueeze(0)
+        if mask is not None:
+            scores = scores.view(-1, 2, self.heads, time, time) + mask
+            scores = scores.view(-1, self.heads, time, time)
+        return self.proj((scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, time, width))
+
+
+@pytest.mark.parametrize("left", [1, 3])
+def test_heads_of_a_forward_with_branches_on_what_it_is_given(left):
+    net = nn.Sequential(nn.Linear(6, 16), Cosine(), nn.Linear(16, 2))
+    whole = nn.Sequential(nn.Linear(6, 16), Cosine(), nn.Linear(16, 2))
+    whole.load_state_dict(net.state_dict())
+    x = torch.randn(4, 5, 6)
+    graph = AxisGraph.trace(net, x)
+    group = next(g for g in graph.groups() if g.split)
+    graph.cut(group, torch.arange(left))
+    with torch.no_grad():
+        whole[1].proj.weight[:, 4 * left :] = 0
+    assert net[1].proj.in_features == 4 * left
+    assert torch.allclose(net(x), whole(x), atol=1e-5)
+    assert net.train()(x).shape == (4, 5, 2) and set(net.state_dict()) == set(whole.state_dict())

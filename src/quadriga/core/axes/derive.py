@@ -20,6 +20,7 @@ from quadriga.core.errors import NotApplicable
 from quadriga.core.quiet import quiet
 
 VIEWS = ("view", "reshape", "unflatten")
+ELIDED = ("contiguous", "to", "clone", "detach", "alias")  # a trace leaves them out where they do nothing
 SPLITS = ("split", "split_with_sizes")
 KEPT = {"instance_norm": "num_features", "batch_norm": "num_features", "group_norm": "num_channels"}
 Factors = tuple[tuple[int, ...], tuple[int, ...]]  # the sizes flattened into an axis, before and after
@@ -63,7 +64,7 @@ class _Run:
                     self.env[node] = getattr(self.traced.module, str(node.target))
                 elif node.op == "call_function":
                     value = self.env[node] = self._guarded(node)
-                    if isinstance(value, Tensor):
+                    if isinstance(value, Tensor) and op_name(node) not in ELIDED:
                         self.found.shapes.append(tuple(value.shape))
         return self.found
 
@@ -153,7 +154,7 @@ class _Run:
             self._keep(node, "unflattened_size", tuple(n if n == -1 else new[k] for k, n in enumerate(given)))
         elif changed:
             self.found.constants[node] = changed
-        self.found.carried[node] = {k: (n, new[k]) for k, n in enumerate(given) if n != -1 and isinstance(axes[k], Tensor)}
+        self.found.carried[node] = {k: (n, new[k]) for k, n in enumerate(given) if n != -1 and self.walk.units.free(axes[k])}
 
     def _parts(self, node: fx.Node, args: Any) -> Any:
         """Equal parts of a changed width stay equal."""

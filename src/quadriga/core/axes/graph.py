@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, fx, nn
 
-from quadriga.core.axes import rules_layers, rules_maps, rules_shape  # noqa: F401  (they register the rules)
-from quadriga.core.axes.derive import derive
+from quadriga.core.axes import rules_layers, rules_maps, rules_parts, rules_shape  # noqa: F401  (they register the rules)
+from quadriga.core.axes.derive import ELIDED, derive
 from quadriga.core.axes.fields import refresh
 from quadriga.core.axes.groups import Group, find_groups
 from quadriga.core.axes.heads import Counts, counts, subsets
@@ -16,7 +16,7 @@ from quadriga.core.axes.interface import Reference, check_interface
 from quadriga.core.axes.patch import Patch
 from quadriga.core.axes.rewrite import settle
 from quadriga.core.axes.trace import Traced, trace
-from quadriga.core.axes.walk import Walk
+from quadriga.core.axes.walk import Walk, op_name
 from quadriga.core.batch import Tree
 from quadriga.core.errors import NotApplicable
 
@@ -166,7 +166,7 @@ class AxisGraph:
 
 
 def _one_tensor(node: fx.Node) -> bool:
-    return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)
+    return node.op == "call_function" and isinstance(node.meta.get("val"), Tensor) and op_name(node) not in ELIDED
 
 
 def one_by_one(change: Callable[[Mapping[Group, Tensor]], Patch], choices: Mapping[Group, Tensor]) -> tuple[Patch, list[str]]:

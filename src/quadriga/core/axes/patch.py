@@ -53,6 +53,11 @@ class Patch:
 
         self._undo.append(back)
 
+    def constant(self, module: nn.Module, name: str, value: Tensor) -> None:
+        """Give a module a tensor that moves with it and is not part of its state_dict."""
+        module.register_buffer(name, value, persistent=False)
+        self._undo.append(lambda: module._buffers.pop(name))
+
     def kind(self, module: nn.Module, cls: type[nn.Module]) -> None:
         """Give a module another class with the same state."""
         old = type(module)

@@ -7,12 +7,14 @@ forward: same object, same attributes, same state_dict, same call signature; eve
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from quadriga.core.axes.derive import SPLITS, VIEWS, Derived, derive
+from quadriga.core.axes.follow import follow, usual_arguments, with_forward
 from quadriga.core.axes.patch import Patch
 from quadriga.core.axes.trace import layer_of
 from quadriga.core.axes.walk import op_name
@@ -89,7 +91,11 @@ def rewrite(
         module, where = graph.model.get_submodule(path), graph.traced.where(node)
         try:
             changes = _per_call(graph.traced.graph, path, given, where)
-            patch.kind(module, _with_forward(module, _rewritten(module, changes, where, computed is not None)))
+            usual = usual_arguments(graph.model, module, graph.example)
+            new, kept = _rewritten(module, usual, changes, where, computed is not None)
+            for name, tensor in kept.items():
+                patch.constant(module, name, tensor)
+            patch.kind(module, with_forward(module, new))
         except NotApplicable:
             if path in needed:
                 raise
@@ -108,34 +114,22 @@ def _per_call(graph: fx.Graph, path: str, constants: dict[fx.Node, Change], wher
     return lists[0]
 
 
-class _Shallow(fx.Tracer):
-    """Follows one module's own forward; every submodule stays a call."""
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return True
-
-
-def _trace(module: nn.Module, training: bool) -> fx.Graph:
-    was, module.training = module.training, training
+def _rewritten(
+    module: nn.Module, usual: Mapping[str, Any], changes: list[Change], where: str, computed: bool
+) -> tuple[fx.Graph, dict[str, Tensor]]:
     try:
-        return _Shallow().trace(module)
-    finally:
-        module.training = was
-
-
-def _rewritten(module: nn.Module, changes: list[Change], where: str, computed: bool) -> fx.Graph:
-    try:
-        graph, other = _trace(module, True), _trace(module, False)
+        graph, constants = follow(module, usual, where)
+    except NotApplicable:
+        raise
     except Exception as error:  # torch.fx raises many types
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise NotApplicable(f"the constant in {where} cannot be rewritten: {reason}", REMEDY) from error
-    _keep_mode(graph, other, where)
     views = [n for n in graph.nodes if n.target in CALLS]
     if len(views) != len(changes):
         raise NotApplicable(f"the constant in {where} cannot be found in the forward", REMEDY)
     for view, change in zip(views, changes, strict=True):
         _exchange(view, change, where, computed)
-    return graph
+    return graph, constants
 
 
 def _exchange(view: fx.Node, change: Change, where: str, computed: bool) -> None:
@@ -147,6 +141,8 @@ def _exchange(view: fx.Node, change: Change, where: str, computed: bool) -> None
     several, end = isinstance(given, tuple | list), start + 1 if view.target in PARTED else None
     sizes: list[Any] = list(given) if several else list(view.args[start:end])  # type: ignore[arg-type]
     for position, (old, new) in change.items():
+        if position >= len(sizes) == 1 and isinstance(sizes[0], fx.Node):
+            continue  # `view(x.shape)` follows by itself
         if position >= len(sizes):
             raise NotApplicable(f"the constant {old} in {where} cannot be found", REMEDY)
         if sizes[position] == old or (computed and isinstance(sizes[position], fx.Node)):  # else it follows by itself
@@ -161,36 +157,3 @@ def _positional(view: fx.Node, key: str, start: int) -> tuple[tuple[Any, ...], d
     front = [*view.args, *([rest.pop("dim")] if start == 2 and len(view.args) == 1 and "dim" in rest else [])]
     back = [rest.pop("dim")] if start == 1 and "dim" in rest else []
     return (*front, rest.pop(key), *back), rest
-
-
-def _keep_mode(train: fx.Graph, other: fx.Graph, where: str) -> None:
-    """`dropout(x, training=self.training)` was traced as a constant: where the two modes differ, ask the module again."""
-    if [(n.op, n.name) for n in train.nodes] != [(n.op, n.name) for n in other.nodes]:
-        raise NotApplicable(f"the forward of {where} is another one in training")
-    mode: list[fx.Node] = []
-    for node, twin in zip(list(train.nodes), list(other.nodes), strict=True):
-
-        def merge(mine: Any, theirs: Any, node: fx.Node = node) -> Any:
-            if mine is True and theirs is False:
-                if not mode:
-                    first = next(n for n in train.nodes if n.op != "placeholder")
-                    with train.inserting_before(first):
-                        mode.append(train.create_node("get_attr", "training"))
-                return mode[0]
-            if not isinstance(mine, fx.Node) and mine != theirs:
-                raise NotApplicable(f"{node.name} in {where} has another constant in training")
-            return mine
-
-        node.args = tuple(merge(x, y) if not _same(x, y) else x for x, y in zip(node.args, twin.args, strict=True))
-        node.kwargs = {k: merge(v, twin.kwargs[k]) if not _same(v, twin.kwargs[k]) else v for k, v in node.kwargs.items()}
-
-
-def _same(mine: Any, theirs: Any) -> bool:
-    return str(mine) == str(theirs)
-
-
-def _with_forward(module: nn.Module, graph: fx.Graph) -> type[nn.Module]:
-    cls = type(module).__dict__.get("_rewritten", type(module))  # a second rewriting starts from the user's class too
-    forward = type(fx.GraphModule(module, graph)).forward
-    names = {"forward": forward, "__module__": cls.__module__, "__doc__": cls.__doc__, "_rewritten": cls}
-    return type(cls.__name__, (cls,), names)

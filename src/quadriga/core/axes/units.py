@@ -54,6 +54,10 @@ class Units:
         """The representatives along an axis."""
         return [self.find(u) for u in dim.tolist()]
 
+    def free(self, dim: Dim) -> bool:
+        """Whether the axis has units that may be cut."""
+        return isinstance(dim, Tensor) and not all(root in self.fixed for root in self.roots(dim))
+
     def unite(self, a: Tensor, b: Tensor) -> None:
         """Couple two axes element by element."""
         for x, y in zip(self.roots(a), self.roots(b), strict=True):
