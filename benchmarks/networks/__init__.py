@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 
-from networks import architectures, sequences, tables, vision
+from networks import architectures, sequences, tables, vision, vision_more
 from quadriga.core.workload import Workload
 from quadriga.workloads import load
 
@@ -20,6 +20,7 @@ def ready(name: str) -> Workload:
 WORKLOADS = {
     **{name: partial(ready, name) for name in READY},
     **vision.WORKLOADS,
+    **vision_more.WORKLOADS,
     **sequences.WORKLOADS,
     **tables.WORKLOADS,
     **architectures.WORKLOADS,

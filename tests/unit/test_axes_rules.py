@@ -140,24 +140,37 @@ def test_the_size_of_equal_parts_follows(parts):
 
 
 class Decoder(nn.Module):
-    """A vector becomes a map."""
+    """A vector becomes a map of `side` pixels squared, in one of several ways."""
 
-    def __init__(self, module):
+    def __init__(self, how, side):
         super().__init__()
-        self.a, self.map, self.b = nn.Linear(6, 32), nn.Unflatten(1, (8, 2, 2)), nn.Conv2d(8, 3, 1)
-        self.module = module
+        self.a, self.map, self.b = nn.Linear(6, 8 * side**2), nn.Unflatten(1, (8, side, side)), nn.Conv2d(8, 3, 1)
+        self.how, self.side = how, side
 
     def forward(self, x):
-        y = self.a(x)
-        return self.b(self.map(y) if self.module else y.unflatten(1, (8, 2, 2)))
+        return self.b(self.seen(self.a(x)).relu())
+
+    def seen(self, y):
+        if self.how == "module":
+            return self.map(y)
+        if self.how == "unflatten":
+            return y.unflatten(1, (8, self.side, self.side))
+        if self.how == "last":
+            return y.view(-1, self.side, self.side, 8).permute(0, 3, 1, 2)
+        return y.view(-1, 8, self.side, self.side)
 
 
-@pytest.mark.parametrize("module", [True, False])
-def test_unflatten_follows(module):
-    net, x = Decoder(module), torch.randn(5, 6)
-    thinned(net, x, torch.arange(5))
-    assert net.a.out_features == 20 and net.b.in_channels == 5
-    assert net.map.unflattened_size == ((5, 2, 2) if module else (8, 2, 2))
+@pytest.mark.parametrize("side", [2, 3, 5])
+@pytest.mark.parametrize("how", ["module", "unflatten", "last", "view"])
+def test_features_that_are_seen_as_a_map_lose_whole_channels(how, side):
+    net, whole, x, keep = Decoder(how, side), Decoder(how, side), torch.randn(5, 6), torch.tensor([0, 2, 3, 5, 7])
+    whole.load_state_dict(net.state_dict())
+    group, thin = thinned(net, x, keep)
+    with torch.no_grad():
+        whole.b.weight[:, [1, 4, 6]] = 0
+    assert group.size == 8 and not group.split and net.a.out_features == 5 * side**2
+    assert torch.allclose(thin, whole(x), atol=1e-5)
+    assert net.map.unflattened_size[0] == (5 if how == "module" else 8)
 
 
 def test_positions_along_a_width_keep_it():

@@ -46,8 +46,14 @@ def blocks(old: Sequence[int], new: Sequence[int]) -> list[Block] | None:
     return found
 
 
-def reshaped(units: Units, axes: Axes, old: Sequence[int], new: Sequence[int], where: str) -> Axes | None:
-    """The axes after a reshape from `old` to `new` sizes; None if it is not understood."""
+def reshaped(
+    units: Units, axes: Axes, old: Sequence[int], new: Sequence[int], where: str, channels: int | None = None
+) -> Axes | None:
+    """The axes after a reshape from `old` to `new` sizes; None if it is not understood.
+
+    Args:
+        channels: the new axis that is known to hold channels, if any.
+    """
     pairs = blocks(old, new)
     if pairs is None:
         return None
@@ -57,7 +63,8 @@ def reshaped(units: Units, axes: Axes, old: Sequence[int], new: Sequence[int], w
         if len(outs) == 1:
             result[outs[0]] = merged
         elif isinstance(merged, Tensor) and outs:
-            for out, dim in zip(outs, split(units, merged, [new[o] for o in outs], where), strict=True):
+            carrier = outs.index(channels) if channels in outs else None
+            for out, dim in zip(outs, split(units, merged, [new[o] for o in outs], where, carrier), strict=True):
                 result[out] = dim
         elif isinstance(merged, Free):
             for out in outs:
@@ -82,10 +89,11 @@ def merge(units: Units, dims: Axes, sizes: Sequence[int], where: str) -> Dim:
     return first.reshape(shape).expand(*sizes).reshape(-1)
 
 
-def split(units: Units, dim: Tensor, sizes: Sequence[int], where: str) -> Axes:
+def split(units: Units, dim: Tensor, sizes: Sequence[int], where: str, carrier: int | None = None) -> Axes:
     """Several axes out of one.
 
-    If the units vary along one of them only (a flattened map seen as a map again), that one carries them. A width cut into
+    If the units vary along one of them only (a flattened map seen as a map again), that one carries them; so does an axis
+    of channels (features seen as a map). A width cut into
     two (heads of an attention) is carried by the first: whole heads are cut. An axis of three or two beside these holds
     projections (queries, keys, values), which lose the same heads. Anything else is fixed.
     """
@@ -96,18 +104,26 @@ def split(units: Units, dim: Tensor, sizes: Sequence[int], where: str) -> Axes:
         if bool((line == line[:, :1]).all()):
             result[k] = dim.reshape(tuple(sizes)).movedim(k, 0).reshape(size, -1)[:, 0]
             return result
+    if carrier is not None:
+        result[carrier] = _whole(units, dim, sizes, carrier)
+        return result
     wide = [k for k, s in enumerate(sizes) if s > 1]
     heads = [k for k in wide if k != _projections(sizes, wide)]
     if len(heads) != 2:
         units.pin(dim, f"it is split into {len(wide)} axes at {where}")
         return result
-    grid = dim.reshape(tuple(sizes)).movedim(heads[0], 0).reshape(sizes[heads[0]], -1)
+    result[heads[0]] = parts = _whole(units, dim, sizes, heads[0])
+    for root in set(units.roots(parts)):
+        units.split.setdefault(root, f"it is split into {sizes[heads[0]]} parts at {where}")
+    return result
+
+
+def _whole(units: Units, dim: Tensor, sizes: Sequence[int], carrier: int) -> Tensor:
+    """The units of one of the axes, each united with all that lies at its place."""
+    grid = dim.reshape(tuple(sizes)).movedim(carrier, 0).reshape(sizes[carrier], -1)
     for column in grid.unbind(1)[1:]:
         units.unite(grid[:, 0], column)
-    for root in set(units.roots(grid[:, 0])):
-        units.split.setdefault(root, f"it is split into {sizes[heads[0]]} parts at {where}")
-    result[heads[0]] = grid[:, 0]
-    return result
+    return grid[:, 0]
 
 
 def _projections(sizes: Sequence[int], wide: Sequence[int]) -> int | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -75,11 +75,34 @@ def neutral(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Any:
     return [None] * value.dim() if isinstance(value, Tensor) else []
 
 
+REACH = 20  # operators
+ON_MAPS = {
+    "conv", "conv_transpose", "batch_norm", "instance_norm", "group_norm", "max_pool", "avg_pool", "adaptive_avg_pool",
+    "pixel_shuffle", "upsample_nearest", "upsample_bilinear", "upsample_bicubic", "_upsample_nearest_exact",
+}  # fmt: skip
+
+
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as")
 def reshape(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     """Any change of shape that keeps the order of the numbers."""
     walk.numbers = walk.numbers or op_name(node) == "unflatten"
-    return reshaped(walk.units, walk.axes(a["self"]), walk.shape(a["self"]), walk.shape(node), walk.where(node))
+    channels = channel_axis(node, len(walk.shape(node)))
+    return reshaped(walk.units, walk.axes(a["self"]), walk.shape(a["self"]), walk.shape(node), walk.where(node), channels)
+
+
+def channel_axis(node: fx.Node, rank: int) -> int | None:
+    """The axis of a tensor that the first operator on maps after it takes for channels; None if there is none."""
+    waiting = [(node, list(range(rank)))]  # and which of the tensor's axes stands where
+    for now, order in waiting:
+        for user in now.users if len(waiting) < REACH else ():
+            name = op_name(user)
+            if name.rstrip("123d") in ON_MAPS and user.args[0] is now and len(order) > 2:
+                return order[1]
+            if name == "permute":
+                waiting.append((user, [order[d] for d in cast("list[int]", user.args[1])]))
+            elif isinstance(value := user.meta.get("val"), Tensor) and value.shape == now.meta["val"].shape:
+                waiting.append((user, order))
+    return None
 
 
 @rule("permute")
