@@ -217,3 +217,29 @@ def test_heads_of_a_forward_with_branches_on_what_it_is_given(left):
     assert net[1].proj.in_features == 4 * left
     assert torch.allclose(net(x), whole(x), atol=1e-5)
     assert net.train()(x).shape == (4, 5, 2) and set(net.state_dict()) == set(whole.state_dict())
+
+
+class Quarters(nn.Module):
+    """The head width is computed from the residual width, which is cut without the attention's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.qkv, self.proj, self.b = nn.Linear(6, 16), nn.Linear(16, 48), nn.Linear(16, 16), nn.Linear(16, 2)
+
+    def forward(self, x):
+        x = self.a(x)
+        batch, time, width = x.shape
+        q, k, v = self.qkv(x).reshape(batch, time, 3, 4, width // 4).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, time, width)
+        return self.b(x + self.proj(mixed))
+
+
+def test_a_head_width_that_is_computed_from_the_residual_width_stays():
+    net, whole, x = Quarters(), Quarters(), torch.randn(3, 5, 6)
+    whole.load_state_dict(net.state_dict())
+    _, thin = thinned(net, x, torch.arange(12))
+    with torch.no_grad():
+        whole.a.weight[12:], whole.a.bias[12:] = 0, 0
+        whole.proj.weight[12:], whole.proj.bias[12:] = 0, 0
+    assert net.qkv.out_features == 48 and net.qkv.in_features == 12
+    assert torch.allclose(thin, whole(x), atol=1e-5)

@@ -32,7 +32,8 @@ class Derived:
 
     Args:
         constants: reshape node → {position in its sizes: (constant, new constant)}.
-        carried: reshape node → {position of an axis that weights decide: (traced size, its size now)}, changed or not.
+        carried: reshape node → {position of an axis that weights decide: (traced size, its size now)}, changed or not; and
+            of the axes that were cut out of one width with it.
         inputs: id of a Linear's weight → sizes flattened into its inputs, before and after.
         parts: whether the size of parts that a `split` names is another one.
         fields: (module, name, value) of numbers that modules without weights keep.
@@ -147,14 +148,20 @@ class _Run:
         source = cast(fx.Node, node.args[0])
         first = bind(node)["dim"] % len(self.walk.shape(source)) if op_name(node) == "unflatten" else 0
         given = list(cast("list[int]", node.args[-1]))
-        axes, new = self.walk.axes(node)[first:], sizes[first:]
+        new, decided = sizes[first:], self._decided(source, node)
         changed = {k: (n, new[k]) for k, n in enumerate(given) if n not in (-1, new[k])}
         owner = self.traced.model.get_submodule(self.traced.layer(node))
         if isinstance(owner, nn.Unflatten):
             self._keep(node, "unflattened_size", tuple(n if n == -1 else new[k] for k, n in enumerate(given)))
         elif changed:
             self.found.constants[node] = changed
-        self.found.carried[node] = {k: (n, new[k]) for k, n in enumerate(given) if n != -1 and self.walk.units.free(axes[k])}
+        self.found.carried[node] = {k: (n, new[k]) for k, n in enumerate(given) if n != -1 and first + k in decided}
+
+    def _decided(self, source: fx.Node, node: fx.Node) -> set[int]:
+        """Axes that weights decide, and those that they were cut out of one width with."""
+        axes, free = self.walk.axes(node), self.walk.units.free
+        parts = [outs for _, outs in blocks(self.walk.shape(source), self.walk.shape(node)) or []]
+        return {out for outs in parts if any(free(axes[o]) for o in outs) for out in outs}
 
     def _parts(self, node: fx.Node, args: Any) -> Any:
         """Equal parts of a changed width stay equal."""
