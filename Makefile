@@ -56,19 +56,20 @@ types: .venv/.dev-stamp  ## mypy, strict over the core, the composer and the pub
 
 # The data that every checkout has, so that tables can be compared.
 bench bench-spine bench-structure: export QUADRIGA_DATA = shipped
-bench: bench-spine bench-structure  ## every table of docs/, in one go (hours; each goes on where it stopped)
+bench: bench-spine bench-structure matrix  ## every table of docs/, in one go (hours; each goes on where it stopped)
 
 bench-spine: .venv/.run-stamp  ## the mission's own combination, as a table; coverage of every interval and the A/A test
 	$(BIN)/python benchmarks/mission.py
 	$(BIN)/python benchmarks/intervals.py
 
-bench-structure: .venv/.dev-stamp  ## bytes of LeNet; gradual pruning; to_latency and its word; Torch-Pruning, recovered alike (hours)
+bench-structure: .venv/.dev-stamp  ## bytes of LeNet; gradual pruning; to_latency and its word; Torch-Pruning, recovered alike; the zoo (hours)
 	$(BIN)/quadriga fetch mobilenetv2_fashion
 	$(BIN)/quadriga fetch minilm_wordnet
 	$(BIN)/python benchmarks/storage.py
 	$(BIN)/python benchmarks/gradual.py
 	$(BIN)/python benchmarks/to_latency.py
 	$(BIN)/python benchmarks/recovery.py
+	$(BIN)/python benchmarks/zoo.py
 
 matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (a quarter of an hour)
 	$(BIN)/python benchmarks/matrix.py --jobs 2

@@ -84,7 +84,7 @@ def main() -> None:
     print(table(rows))
     head = (
         "# Gradual pruning\n\n"
-        + "Made by `QUADRIGA_DATA=shipped python benchmarks/gradual.py`. "
+        + f"Made by `QUADRIGA_DATA={load('lenet_fashion').data_note['source']} python benchmarks/gradual.py`. "
         + " ".join((__doc__ or "").split("\n\n")[2].split("\n"))
         + "\n\n"
     )

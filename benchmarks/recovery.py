@@ -251,7 +251,7 @@ def table(result: Mapping[str, Any]) -> str:
 def page(results: Sequence[Mapping[str, Any]], seeds: int) -> str:
     """All tables, with what they are."""
     about = " ".join((__doc__ or "").split("\n\n")[2].split("\n"))
-    made = f"Made by `QUADRIGA_DATA=shipped python benchmarks/recovery.py --seeds {seeds}`."
+    made = f"Made by `QUADRIGA_DATA={results[0]['data']['source']} python benchmarks/recovery.py --seeds {seeds}`."
     return f"# Quality at half the latency\n\n{made} {about}\n\n" + "\n".join(table(r) for r in results)
 
 

@@ -110,7 +110,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     rows = measure(options)
     print(table(rows), flush=True)
-    made = "Made by `QUADRIGA_DATA=shipped python benchmarks/storage.py`; what the arms are stands there."
+    source = load("lenet_fashion").data_note["source"]
+    made = f"Made by `QUADRIGA_DATA={source} python benchmarks/storage.py`; what the arms are stands there."
     atomic_write(TABLE, f"# LeNet on disk\n\n{made}\n\n{table(rows)}")
     given = {"seed": options.seed, "epochs": options.epochs}
     write_json(options.out, {"benchmark": "storage", "level": LEVEL, "options": given, "machine": facts(), "rows": rows})

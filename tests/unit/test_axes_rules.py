@@ -24,7 +24,7 @@ class Maps(nn.Module):
 
 
 def thinned(net, example, keep):
-    """Cut `a` to these units, and compare with the whole network in which what they fed was set to zero."""
+    """Cut `a` to these units; its group, and what the network answers then."""
     graph = AxisGraph.trace(net, example)
     group = graph.group("a")
     graph.cut(group, keep)

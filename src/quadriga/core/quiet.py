@@ -8,35 +8,35 @@ import logging
 import warnings
 from collections.abc import Iterator
 
-TORCH = (
-    "torch._subclasses.fake_tensor",
-    "torch.fx.experimental.symbolic_shapes",
-    "torch.onnx",
-    "torch.onnx._internal.exporter._registration",
-)
+TORCH = {
+    "torch._subclasses.fake_tensor": logging.CRITICAL,  # it tells of every failing operator as an error, which is raised too
+    "torch.fx.experimental.symbolic_shapes": logging.ERROR,
+    "torch.onnx": logging.ERROR,
+    "torch.onnx._internal.exporter._registration": logging.ERROR,
+}
 
 
 @contextlib.contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """No warnings, nothing printed, and only what is worse than an error from these loggers; errors are raised as ever.
+    """No warnings and nothing printed; errors are raised as ever.
 
     Args:
-        loggers: names of further loggers than `TORCH`; "" is the root.
+        loggers: names of loggers, besides those of `TORCH`, whose warnings are left out; "" is the root.
 
     Example:
         >>> with quiet("a.tool"):
-        ...     logging.getLogger("a.tool").error("tried in vain")
+        ...     logging.getLogger("a.tool").warning("tried in vain")
         ...     print("a partial graph")
     """
-    named = [logging.getLogger(name) for name in (*TORCH, *loggers)]
-    levels = [logger.level for logger in named]
-    for logger in named:
-        logger.setLevel(logging.CRITICAL)
+    named = {logging.getLogger(name): TORCH.get(name, logging.ERROR) for name in (*TORCH, *loggers)}
+    levels = {logger: logger.level for logger in named}
+    for logger, level in named.items():
+        logger.setLevel(level)
     hidden = io.StringIO()
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(hidden), contextlib.redirect_stderr(hidden):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(named, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from quadriga.core.axes import rules_layers, rules_maps, rules_parts, rules_shape  # noqa: F401  (they register the rules)
-from quadriga.core.axes.derive import ELIDED, derive
+from quadriga.core.axes.derive import ELIDED, Derived, derive
 from quadriga.core.axes.fields import refresh
 from quadriga.core.axes.groups import Group, find_groups
 from quadriga.core.axes.heads import Counts, counts, subsets
@@ -124,7 +124,8 @@ class AxisGraph:
                 trial.attr(module, name, value)
             try:
                 settle(self, trial)
-                self.confirm(f"{split.name} cannot lose whole parts: {split.split}, and the number stands in the code")
+                reason = f"{split.name} cannot lose whole parts: {split.split}, and the number stands in the code"
+                self.confirm(derive(self.traced, self.walk), reason)
             except NotApplicable as error:
                 trial.undo()
                 failure = failure or error
@@ -134,13 +135,13 @@ class AxisGraph:
         assert failure is not None, "the first subset is the empty one"
         raise failure
 
-    def confirm(self, reason: str) -> None:
+    def confirm(self, derived: Derived, reason: str) -> None:
         """Trace again and raise NotApplicable unless every shape is the derived one: `unflatten(-1, (4, -1))` takes a
         narrower width too, but as four thinner heads instead of three, which no output shape would show.
         """
         now = trace(self.model, self.example)
         found = [tuple(n.meta["val"].shape) for n in now.graph.nodes if _one_tensor(n)]
-        if found != derive(self.traced, self.walk).shapes:
+        if found != derived.shapes:
             raise NotApplicable(reason)
 
     def _cut(self, choices: Mapping[Group, Tensor], patch: Patch) -> None:

@@ -92,10 +92,10 @@ def merge(units: Units, dims: Axes, sizes: Sequence[int], where: str) -> Dim:
 def split(units: Units, dim: Tensor, sizes: Sequence[int], where: str, carrier: int | None = None) -> Axes:
     """Several axes out of one.
 
-    If the units vary along one of them only (a flattened map seen as a map again), that one carries them; so does an axis
-    of channels (features seen as a map). A width cut into
-    two (heads of an attention) is carried by the first: whole heads are cut. An axis of three or two beside these holds
-    projections (queries, keys, values), which lose the same heads. Anything else is fixed.
+    If the units vary along one of them only (a flattened map seen as a map again), that one carries them; so does the
+    carrier, if one is known (the channels of features seen as a map). A width cut into two (heads of an attention) is
+    carried by the first: whole heads are cut. An axis of three or two beside these holds projections (queries, keys,
+    values), which lose the same heads. Anything else is fixed.
     """
     result: Axes = [None] * len(sizes)
     table = torch.tensor(units.roots(dim)).reshape(tuple(sizes))
@@ -105,21 +105,21 @@ def split(units: Units, dim: Tensor, sizes: Sequence[int], where: str, carrier: 
             result[k] = dim.reshape(tuple(sizes)).movedim(k, 0).reshape(size, -1)[:, 0]
             return result
     if carrier is not None:
-        result[carrier] = _whole(units, dim, sizes, carrier)
+        result[carrier] = whole(units, dim, sizes, carrier)
         return result
     wide = [k for k, s in enumerate(sizes) if s > 1]
     heads = [k for k in wide if k != _projections(sizes, wide)]
     if len(heads) != 2:
         units.pin(dim, f"it is split into {len(wide)} axes at {where}")
         return result
-    result[heads[0]] = parts = _whole(units, dim, sizes, heads[0])
+    result[heads[0]] = parts = whole(units, dim, sizes, heads[0])
     for root in set(units.roots(parts)):
         units.split.setdefault(root, f"it is split into {sizes[heads[0]]} parts at {where}")
     return result
 
 
-def _whole(units: Units, dim: Tensor, sizes: Sequence[int], carrier: int) -> Tensor:
-    """The units of one of the axes, each united with all that lies at its place."""
+def whole(units: Units, dim: Tensor, sizes: Sequence[int], carrier: int) -> Tensor:
+    """The units of one of the axes that a width is cut into, each united with all that lies at its place."""
     grid = dim.reshape(tuple(sizes)).movedim(carrier, 0).reshape(sizes[carrier], -1)
     for column in grid.unbind(1)[1:]:
         units.unite(grid[:, 0], column)

@@ -67,7 +67,7 @@ def settle(graph: AxisGraph, patch: Patch) -> None:
 def _check(graph: AxisGraph, derived: Derived) -> None:
     graph.check()
     if derived.parts:
-        graph.confirm("parts of a changed width would not be equal any more")
+        graph.confirm(derived, "parts of a changed width would not be equal any more")
 
 
 def rewrite(
@@ -140,8 +140,9 @@ def _exchange(view: fx.Node, change: Change, where: str, computed: bool) -> None
     given = view.args[start] if len(view.args) > start else ()
     several, end = isinstance(given, tuple | list), start + 1 if view.target in PARTED else None
     sizes: list[Any] = list(given) if several else list(view.args[start:end])  # type: ignore[arg-type]
+    shape = len(sizes) == 1 and isinstance(sizes[0], fx.Node)
     for position, (old, new) in change.items():
-        if position >= len(sizes) == 1 and isinstance(sizes[0], fx.Node):
+        if shape and position > 0:
             continue  # `view(x.shape)` follows by itself
         if position >= len(sizes):
             raise NotApplicable(f"the constant {old} in {where} cannot be found", REMEDY)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from quadriga.core.axes.reshape import whole
 from quadriga.core.axes.units import Axes, Dim
 from quadriga.core.axes.walk import Walk, rule
 
@@ -69,20 +70,14 @@ def channel_shuffle(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes:
     batch, channels, *rest = walk.axes(a["self"])
     if not isinstance(channels, Tensor):
         return [batch, channels, *rest]
-    grid = channels.reshape(a["groups"], -1)
-    for row in grid[1:]:
-        walk.units.unite(grid[0], row)
-    return [batch, grid.t().reshape(-1), *rest]
+    sizes = (a["groups"], len(channels) // a["groups"])
+    whole(walk.units, channels, sizes, 1)
+    return [batch, channels.reshape(sizes).t().reshape(-1), *rest]
 
 
 def _together(walk: Walk, dim: Dim, count: int) -> Dim:
     """One unit for every `count` in a row."""
-    if not isinstance(dim, Tensor):
-        return dim
-    grid = dim.reshape(-1, count)
-    for column in grid.unbind(1)[1:]:
-        walk.units.unite(grid[:, 0], column)
-    return grid[:, 0]
+    return whole(walk.units, dim, (len(dim) // count, count), 0) if isinstance(dim, Tensor) else dim
 
 
 def _repeated(dim: Dim, count: int) -> Dim:
