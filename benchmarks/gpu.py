@@ -25,7 +25,8 @@ from torch import nn
 from torch.nn import functional
 
 from quadriga.core.data import Data
-from quadriga.core.setup import MakeOptimizer, OptimizerSlot, RuntimeSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import MakeOptimizer, OptimizerSlot, RuntimeSpec
 from quadriga.measure.stats import ratio
 from quadriga.train.loop import fit
 from quadriga.workloads import load

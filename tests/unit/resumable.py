@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from quadriga.core.setup import Hook, OptimizerSlot, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Hook, OptimizerSlot
 from quadriga.methods.training.crop import Crop
 from quadriga.methods.training.flip import Flip
 from quadriga.methods.training.rotate import Rotate

@@ -21,7 +21,8 @@ from quadriga.core.batch import Batch
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import accuracy
 from quadriga.core.recipe import Recipe, step
-from quadriga.core.setup import Context, RuntimeSpec
+from quadriga.core.setup import Context
+from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime.standalone import Damaged
 
 RECIPE = Recipe((step("shrink", kernel=3), step("train", epochs=2), step("onnxruntime")), "small")

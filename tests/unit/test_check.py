@@ -10,7 +10,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset, random_split
 from quadriga import Workload
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
-from quadriga.core.setup import RuntimeSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import RuntimeSpec
 from quadriga.engine.timing import timed
 from quadriga.measure.quality import score
 from quadriga.train.loop import fit

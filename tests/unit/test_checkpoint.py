@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from quadriga.core.errors import BadInput, NotApplicable
-from quadriga.core.setup import Hook, OptimizerSlot, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Hook, OptimizerSlot
 from quadriga.testing import fingerprint, tiny_cnn, tiny_mlp, tiny_transformer
 from quadriga.train.checkpoint import load_model, load_state, read_state, save_state
 from quadriga.train.config import describe

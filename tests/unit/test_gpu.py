@@ -13,7 +13,8 @@ from torch import nn
 
 from quadriga.core.batch import Batch, device_of, evaluating
 from quadriga.core.metric import Metric
-from quadriga.core.setup import OptimizerSlot, RuntimeSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import OptimizerSlot, RuntimeSpec
 from quadriga.measure.quality import score
 from quadriga.methods.structure.distill import Distill
 from quadriga.methods.training.crop import Crop

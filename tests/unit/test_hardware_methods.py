@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from quadriga.core.errors import BadInput, NotApplicable
-from quadriga.core.setup import QuantSpec, RuntimeSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.core.workload import Workload
 from quadriga.methods.hardware import matmul_backend
 from quadriga.methods.hardware.channels_last import ChannelsLast

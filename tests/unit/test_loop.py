@@ -12,7 +12,8 @@ from torch import nn
 from quadriga.core.batch import Batch
 from quadriga.core.data import Data, TensorData
 from quadriga.core.errors import BadInput, Diverged
-from quadriga.core.setup import Factors, Hook, OptimizerSlot, RuntimeSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Factors, Hook, OptimizerSlot, RuntimeSpec
 from quadriga.core.workload import Workload
 from quadriga.testing import TINY, fingerprint, tiny_cnn, tiny_mlp
 from quadriga.train import rng
@@ -187,8 +188,8 @@ def test_transforms_depend_on_seed_and_step_alone():
     """The generator that transforms get gives other numbers each step, and the same in a second run."""
     drawn = []
 
-    def transform(batch, generator):
-        drawn.append(torch.rand(1, generator=generator).item())
+    def transform(batch, moment):
+        drawn.append(moment.uniform(1).item())
         return batch
 
     for seed in (0, 0, 1):
@@ -200,7 +201,7 @@ def test_transforms_depend_on_seed_and_step_alone():
 
 def test_a_loss_that_is_not_finite_stops_with_step_and_rate():
     setup, workload = mlp_setup(lr=1e20)
-    with pytest.raises(Diverged, match=r"at step \d, learning rate 1e\+20") as caught:
+    with pytest.raises(Diverged, match=r"at step \d, learning rate 1e\+19") as caught:  # after it went back once
         fit(setup, workload.train, epochs=3, seed=0)
     assert caught.value.step < 6 and not math.isfinite(caught.value.loss)
 
@@ -209,6 +210,28 @@ def test_weights_spoilt_by_the_last_step_are_noticed():
     setup, workload = mlp_setup(lr=float("inf"))
     with pytest.raises(Diverged, match="step 0"):
         fit(setup, workload.train, epochs=1 / 6, seed=0)
+
+
+def test_a_loss_that_is_not_finite_sends_back_once(tmp_path):
+    """To the last checkpoint, else to the start, and on at a tenth of the rate: the bits of a run that was slower."""
+    setup, workload = mlp_setup(lr=1.0)
+    bad = [3]
+
+    def breaking(output, batch):
+        losses = setup.training.loss(output, batch)
+        bad[0] -= 1
+        return losses * float("nan") if bad[0] == 0 else losses
+
+    outcome = fit(replace(setup, training=replace(setup.training, loss=breaking)), workload.train, epochs=2, seed=0)
+    slow, _ = mlp_setup(lr=0.1)
+    fit(slow, workload.train, epochs=2, seed=0)
+    assert "went back to step 0 and on at 0.1 of the rate" in outcome.note
+    assert fingerprint(setup.model) == fingerprint(slow.model)
+    bad[0], (again, _) = 3, mlp_setup(lr=1.0)
+    saved = replace(again, training=replace(again.training, loss=breaking))
+    clock = iter(range(1000))
+    outcome = fit(saved, workload.train, epochs=2, seed=0, checkpoint=tmp_path, every=0.0, clock=lambda: float(next(clock)))
+    assert "went back to step 2" in outcome.note and outcome.steps == 12
 
 
 def test_the_watch_remembers_the_first_bad_step():

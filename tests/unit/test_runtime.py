@@ -14,7 +14,8 @@ from quadriga import runtime
 from quadriga.core.batch import Batch, call, resize, tensors
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.metric import accuracy
-from quadriga.core.setup import Context, RuntimeSpec
+from quadriga.core.setup import Context
+from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime import standalone
 
 ONE = RuntimeSpec("onnxruntime", threads=1)

@@ -12,7 +12,8 @@ from quadriga import runtime
 from quadriga.core.batch import Batch
 from quadriga.core.errors import NotApplicable
 from quadriga.core.metric import accuracy
-from quadriga.core.setup import Context, QuantSpec, RuntimeSpec
+from quadriga.core.setup import Context
+from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.runtime._program import int8
 
 

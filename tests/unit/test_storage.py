@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quadriga import runtime
-from quadriga.core.setup import RuntimeSpec
+from quadriga.core.slots import RuntimeSpec
 from quadriga.methods.hardware.entropy_storage import EntropyStorage
 from quadriga.methods.structure.cluster_weights import ClusterWeights
 from quadriga.runtime import _pack, _unpack, standalone

@@ -14,7 +14,8 @@ from quadriga.core.batch import Batch, call, device_of, primary, resize, tree_ma
 from quadriga.core.data import DatasetData, TensorData
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.recipe import Recipe, step
-from quadriga.core.setup import Hook, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Hook
 from quadriga.core.workload import Workload
 from quadriga.engine.walk import walk
 from quadriga.methods.structure import _cache

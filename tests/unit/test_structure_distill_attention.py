@@ -12,7 +12,8 @@ from torch.overrides import _get_current_function_mode_stack
 
 from quadriga.core.batch import call, evaluating
 from quadriga.core.errors import BadInput, NotApplicable
-from quadriga.core.setup import Hook, RuntimeSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Hook, RuntimeSpec
 from quadriga.core.workload import Workload
 from quadriga.methods.structure._attend import attention_distance, attention_of, overheard
 from quadriga.methods.structure._taps import tapped

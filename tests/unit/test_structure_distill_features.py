@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
-from quadriga.core.setup import Hook, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Hook
 from quadriga.core.workload import Workload
 from quadriga.methods.structure._taps import pairs, spread, tapped
 from quadriga.methods.structure.distill_features import DistillFeatures, gram_distance, relative_error

@@ -18,7 +18,8 @@ from quadriga.core.axes import AxisGraph
 from quadriga.core.batch import call, evaluating
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.recipe import Recipe, step
-from quadriga.core.setup import QuantSpec, RuntimeSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.core.workload import Workload
 from quadriga.engine.walk import walk
 from quadriga.methods.structure._latency_pieces import pieces

@@ -10,7 +10,7 @@ from torch import nn
 
 from quadriga.core.errors import NotApplicable
 from quadriga.core.recipe import Recipe, step
-from quadriga.core.setup import QuantSpec, RuntimeSpec
+from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.core.trial import Status
 from quadriga.engine import timing
 from quadriga.engine.store import Store

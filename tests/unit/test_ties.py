@@ -8,7 +8,8 @@ import torch
 from quadriga import runtime
 from quadriga.core.errors import NotApplicable
 from quadriga.core.recipe import step
-from quadriga.core.setup import RuntimeSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import RuntimeSpec
 from quadriga.measure.size import parameters
 from quadriga.methods import build
 from quadriga.methods.structure.tie_embeddings import TieEmbeddings

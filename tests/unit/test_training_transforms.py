@@ -11,6 +11,7 @@ from scipy import ndimage
 from quadriga.core.batch import Batch
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
+from quadriga.core.slots import Moment
 from quadriga.methods.training.crop import Crop, crop
 from quadriga.methods.training.flip import Flip, flip
 from quadriga.methods.training.rotate import Rotate, rotate
@@ -26,6 +27,10 @@ def images(*shape):
 
 def seeded(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def at(seed=0, batch=32):
+    return Moment(seeded(seed), 0.0, torch.zeros(batch, dtype=torch.int64))
 
 
 @pytest.mark.parametrize("border", MODES)
@@ -55,7 +60,7 @@ def test_flip_twice_is_the_identity():
 
 def test_flip_happens_with_its_probability():
     x = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).expand(10_000, 1, 1, 2)
-    out = Flip(probability=0.3).transform(Batch(x, None, torch.arange(10_000)), seeded()).inputs
+    out = Flip(probability=0.3).transform(Batch(x, None, torch.arange(10_000)), at()).inputs
     assert abs(float(out[:, 0, 0, 0].mean()) - 0.3) < 4.5 * math.sqrt(0.3 * 0.7 / 10_000)
 
 
@@ -98,14 +103,14 @@ def test_the_generator_decides(method):
     """Equal seeds give equal batches, other seeds others; targets and indices stay, the input too; channels-last as well."""
     batch = tiny_cnn().train.batch(torch.arange(32))
     kept = batch.inputs.clone()
-    first, again, other = (method.transform(batch, seeded(s)) for s in (0, 0, 1))
+    first, again, other = (method.transform(batch, at(s)) for s in (0, 0, 1))
     assert torch.equal(first.inputs, again.inputs) and not torch.equal(first.inputs, other.inputs)
     assert first.target is batch.target and first.index is batch.index and torch.equal(batch.inputs, kept)
     assert first.inputs.shape == kept.shape
     assert not torch.equal(first.inputs, kept)
     last = replace(batch, inputs=kept.expand(32, 3, 20, 20).contiguous(memory_format=torch.channels_last))
-    assert torch.equal(method.transform(last, seeded()).inputs[:, :1].contiguous(), first.inputs)
-    named = method.transform(replace(batch, inputs={"pixels": kept}), seeded())
+    assert torch.equal(method.transform(last, at()).inputs[:, :1].contiguous(), first.inputs)
+    named = method.transform(replace(batch, inputs={"pixels": kept}), at())
     assert torch.equal(named.inputs["pixels"], first.inputs)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.recipe import Recipe, Step, step
-from quadriga.core.setup import RuntimeSpec
+from quadriga.core.slots import RuntimeSpec
 from quadriga.core.workload import Workload
 from quadriga.engine import walk as walking
 from quadriga.engine.decisions import Decisions

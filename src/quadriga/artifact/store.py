@@ -18,7 +18,8 @@ from quadriga.core.batch import Tree, resize, tensors
 from quadriga.core.errors import BadInput
 from quadriga.core.files import atomic_write, fsync_folder, sha256, write_json
 from quadriga.core.recipe import Recipe
-from quadriga.core.setup import Context, RuntimeSpec
+from quadriga.core.setup import Context
+from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime import Built, standalone
 
 PROBES = 64

@@ -56,7 +56,7 @@ class TensorData(Data):
         return self.length
 
     def batch(self, index: Tensor) -> Batch:
-        if len(index) and int(index[-1]) - int(index[0]) + 1 == len(index) and bool((index.diff() == 1).all()):
+        if index.device.type == "cpu" and _consecutive(index):
             rows: Any = slice(int(index[0]), int(index[-1]) + 1)  # a view, not a copy
         else:
             rows = index
@@ -66,6 +66,10 @@ class TensorData(Data):
         """The examples at `index` as a split of their own."""
         batch = self.batch(index)
         return TensorData(batch.inputs, batch.target)
+
+
+def _consecutive(index: Tensor) -> bool:
+    return len(index) > 0 and int(index[-1]) - int(index[0]) + 1 == len(index) and bool((index.diff() == 1).all())
 
 
 class DatasetData(Data):

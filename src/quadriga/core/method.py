@@ -52,6 +52,8 @@ class Method(ABC):
         source: the paper or page that it follows.
         search: for each searched field, the choices; the first is where a search starts.
         writes: further slots that it writes.
+        control: fields with which the method stands for chance; a recipe that uses it is judged beside itself with these.
+        trains: whether a hardware method acts on train steps, so that it has to stand before one.
         shapes: whether a structure method changes the network, its shape or its weights, and not its training alone.
         requires, adds, removes: traits, open strings that state facts about the setup.
         name: how recipes call it; from the class name unless given.
@@ -62,6 +64,8 @@ class Method(ABC):
     source: ClassVar[str]
     search: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     writes: ClassVar[frozenset[str]] = frozenset()
+    control: ClassVar[Mapping[str, Any]] = {}
+    trains: ClassVar[bool] = False
     shapes: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset()
     adds: ClassVar[frozenset[str]] = frozenset()
@@ -130,6 +134,7 @@ REMEDIES = {
     "PER_EXAMPLE_LOSS": "let the loss return one value per example",
     "LOGITS": "it needs logits [batch, ..., classes] and integer targets [batch, ...]",
     "CLASSES": "it needs class logits [batch, classes] and integer targets [batch]",
+    "TOKENS": "it needs token numbers, int64 [batch, length]",
     "IMAGES": "it needs inputs of shape [batch, channels, height, width]",
 }
 

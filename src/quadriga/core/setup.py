@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,133 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, evaluating, primary
-from quadriga.core.data import Data
-from quadriga.core.metric import Loss, Metric
-from quadriga.core.workload import Workload, uses_images
-
-
-@dataclass(frozen=True)
-class Factors:
-    """What a schedule returns: multipliers of learning rate, momentum and decay. Schedules multiply."""
-
-    lr: float = 1.0
-    momentum: float = 1.0
-    decay: float = 1.0
-
-    def __mul__(self, other: Factors) -> Factors:
-        return Factors(self.lr * other.lr, self.momentum * other.momentum, self.decay * other.decay)
-
-
-Schedule = Callable[[float], Factors]  # progress in [0, 1] = samples seen / samples of this train step
-Transform = Callable[[Batch, torch.Generator], Batch]
-
-
-class Hook:
-    """Places in the loop where a training method may act. Every method does nothing unless overridden."""
-
-    def train(self, model: nn.Module, data: Data) -> AbstractContextManager[Any]:
-        """Entered around all steps of a train step, and left however they end; `data` is the split, untransformed."""
-        return nullcontext()
-
-    def after_backward(self, model: nn.Module, progress: float) -> None:
-        """Gradients are there; the optimizer has not stepped."""
-
-    def after_step(self, model: nn.Module, progress: float) -> None:
-        """The optimizer has stepped."""
-
-    def eval(self, model: nn.Module) -> AbstractContextManager[Any]:
-        """Entered around an evaluation, such as one with averaged weights."""
-        return nullcontext()
-
-    def end(self, model: nn.Module, data: Iterable[Batch]) -> None:
-        """The train step is over; `data` gives training batches."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers to be kept in a checkpoint."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take back what `state_dict` gave."""
-
-
-@dataclass(frozen=True)
-class Training:
-    """The training slot: how a batch becomes a step.
-
-    `transforms` act in order on each training batch; `make_hooks` are called at the start of a train step,
-    with the model, so that hooks have state per run. `finish` is called once a train step and those that continue it are
-    over, in every process that rebuilds the network: model → the model that later steps see, such as one without the units
-    that faded out.
-    """
-
-    loss: Loss
-    batch_size: int
-    transforms: tuple[Transform, ...] = ()
-    schedules: tuple[Schedule, ...] = ()
-    make_hooks: tuple[Callable[[nn.Module], Hook], ...] = ()
-    finish: tuple[Callable[[nn.Module], nn.Module], ...] = ()
-
-
-MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
-
-
-@dataclass(frozen=True)
-class OptimizerSlot:
-    """The optimizer slot: how a gradient becomes an update.
-
-    `make` is called with the model when `train` starts. `schedules` act like the training slot's; their decay
-    factor scales the group entries weight_decay, l1 and l2.
-    """
-
-    make: MakeOptimizer
-    schedules: tuple[Schedule, ...] = ()
-
-
-@dataclass(frozen=True)
-class QuantSpec:
-    """What to quantize, for each runtime to realise in its own best form.
-
-    Args:
-        weights: bits of weights, 8.
-        activations: "static" (calibrated), "dynamic" or "none" (weights only: a smaller file, float products).
-        per_channel: one scale per output channel.
-        calibration: "minmax" or "percentile".
-        keep_float: names of layers left out.
-    """
-
-    weights: int = 8
-    activations: str = "static"
-    per_channel: bool = True
-    calibration: str = "minmax"
-    keep_float: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class RuntimeSpec:
-    """The runtime slot: where and how the model executes, realised once after the last step.
-
-    Args:
-        name: of the runtime: "eager", "inductor", "onnxruntime", "openvino".
-        threads: of the CPU; None leaves the runtime's default.
-        channels_last: memory format of 4-d tensors, in training and in PyTorch runtimes.
-        matmul: "highest" or "medium", torch.set_float32_matmul_precision ("medium" goes through oneDNN).
-        compile: torch.compile the training step.
-        quant: quantization, or None.
-        device: "cpu" or "cuda".
-        storage: "plain", or "entropy": weights are entropy-coded in the files and decoded when they are loaded.
-        options: further plain data for the runtime.
-    """
-
-    name: str = "eager"
-    threads: int | None = None
-    channels_last: bool = False
-    matmul: str = "highest"
-    compile: bool = False
-    quant: QuantSpec | None = None
-    device: str = "cpu"
-    storage: str = "plain"
-    options: Mapping[str, Any] = field(default_factory=dict)
-
+from quadriga.core.metric import Metric
+from quadriga.core.slots import OptimizerSlot, RuntimeSpec, Training
+from quadriga.core.workload import Workload, uses_images, uses_tokens
 
 Arm = tuple[nn.Module, Tree]  # a model and the inputs it is called with
 
@@ -164,6 +39,7 @@ class Context:
         evaluate: (model) → quality on val.
         time: (arms, spec) → seconds per call of each arm (a model and its inputs), realised by the specification and
             timed in turn, block by block, so that their ratios can be trusted more than their values.
+        pace: (setups) → processor seconds per training step of each, on copies of their models, timed in turn.
         runtime: the specification that the whole recipe ends in, as far as its later hardware steps say.
         decide: (key, compute) → plain data: what `compute` returned when this step of this recipe was first applied, so
             that a decision by a measurement is made once, and every process rebuilds the same network.
@@ -180,7 +56,8 @@ class Context:
     curvature: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     evaluate: Callable[[nn.Module], float] | None = None
     time: Callable[[Sequence[Arm], RuntimeSpec], list[float]] | None = None
-    runtime: RuntimeSpec = RuntimeSpec()
+    pace: Callable[[Sequence[Setup]], list[float]] | None = None
+    runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     decide: Callable[[str, Callable[[], Any]], Any] = undecided
 
 
@@ -284,6 +161,7 @@ def first_traits(model: nn.Module, workload: Workload, classes: int | None, cont
         "CLASSES": classes is not None,
         "LOGITS": has_logits(model, workload),
         "IMAGES": uses_images(workload.example),
+        "TOKENS": uses_tokens(workload.example),
         "PER_EXAMPLE_LOSS": _per_example(model, workload),
     }
     return frozenset(name for name, holds in facts.items() if holds)

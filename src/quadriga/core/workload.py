@@ -38,7 +38,8 @@ class Workload:
         batch_size: of training, and the larger of the two batch sizes at which latency is measured.
         trained: whether the model comes trained.
         baseline: the recipe that trains the unchanged model as its user does.
-        invariances: changes that keep labels true: "horizontal_flip", "rotation", "translation".
+        invariances: changes that keep labels true: "horizontal_flip", "rotation", "translation", "color" (brightness,
+            contrast, hue).
         reference: how another process finds this workload again: a name, or "file.py:function".
         data_note: which data this is, for every record.
         higher_is_better: direction of a metric given as a callable.
@@ -142,3 +143,9 @@ def uses_images(inputs: Tree) -> bool:
     """Whether the inputs are one float tensor [batch, channels, height, width]."""
     found = tensors(inputs)
     return len(found) == 1 and found[0].dim() == 4 and found[0].is_floating_point()
+
+
+def uses_tokens(inputs: Tree) -> bool:
+    """Whether the first input is int64 token numbers [batch, length]."""
+    found = tensors(inputs)
+    return bool(found) and found[0].dim() == 2 and found[0].dtype == torch.int64

@@ -12,7 +12,7 @@ from typing import Any
 
 from quadriga.core.files import read_json, write_json
 from quadriga.core.recipe import Recipe
-from quadriga.core.setup import RuntimeSpec
+from quadriga.core.slots import RuntimeSpec
 
 
 class Decisions:

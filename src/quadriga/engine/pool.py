@@ -189,7 +189,7 @@ class InlinePool:
 
     def next(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
         """Run the oldest order to its end; the caller's threads, precision and random generators stay as they were."""
-        from quadriga.core.setup import RuntimeSpec
+        from quadriga.core.slots import RuntimeSpec
         from quadriga.train import rng
         from quadriga.train.step import settings
 

@@ -19,7 +19,8 @@ from quadriga import artifact, runtime
 from quadriga.core.batch import Tree, call
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
 from quadriga.core.recipe import Recipe
-from quadriga.core.setup import Arm, Context, RuntimeSpec, Setup
+from quadriga.core.setup import Arm, Context, Setup
+from quadriga.core.slots import RuntimeSpec
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
 from quadriga.engine.timing import timed

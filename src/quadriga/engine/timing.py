@@ -18,7 +18,8 @@ import torch
 
 from quadriga import runtime
 from quadriga.core.batch import Batch, Tree, evaluating, resize, tensors
-from quadriga.core.setup import Arm, Context, RuntimeSpec
+from quadriga.core.setup import Arm, Context
+from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import describe
 
 FEW, CAREFUL, ROUGH = 4, 41, 7  # few arms are whole networks whose ratio is wanted; more are a table, which is fitted

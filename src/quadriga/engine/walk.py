@@ -17,7 +17,8 @@ from quadriga.core.batch import tensors
 from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method
 from quadriga.core.recipe import Recipe, Step
-from quadriga.core.setup import Factors, RuntimeSpec, Schedule, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Factors, RuntimeSpec, Schedule
 from quadriga.core.workload import Workload
 from quadriga.engine.decisions import Decisions
 from quadriga.methods import build

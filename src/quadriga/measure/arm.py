@@ -44,7 +44,7 @@ def load_eager(arm: Mapping[str, Any], workload: Any = None) -> Run:
         workload: that the reference names, where it is loaded already.
     """
     from quadriga import runtime, workloads
-    from quadriga.core.setup import RuntimeSpec
+    from quadriga.core.slots import RuntimeSpec
 
     workload = workload or workloads.load(arm["workload"])
     seed = arm.get("seed", 0)

@@ -23,7 +23,8 @@ from torch import nn
 from quadriga.core.batch import Tree, call, evaluating, resize, tensors, tree_map
 from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
 from quadriga.core.files import atomic_write, write_json
-from quadriga.core.setup import Context, RuntimeSpec
+from quadriga.core.setup import Context
+from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime import standalone
 from quadriga.runtime._types import Built, Probe
 

@@ -12,7 +12,7 @@ import numpy as np
 from quadriga.core.batch import resize, tensors
 from quadriga.core.errors import NotApplicable
 from quadriga.core.quiet import quiet
-from quadriga.core.setup import QuantSpec
+from quadriga.core.slots import QuantSpec
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._program import MINIMUM
 

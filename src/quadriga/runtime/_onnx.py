@@ -10,7 +10,7 @@ import torch
 from quadriga.core.errors import NotApplicable
 from quadriga.core.files import atomic_write
 from quadriga.core.quiet import quiet
-from quadriga.core.setup import QuantSpec
+from quadriga.core.slots import QuantSpec
 from quadriga.runtime._capture import Capture, reason
 
 LIMIT = 2_000_000_000  # bytes of one protobuf message

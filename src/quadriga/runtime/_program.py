@@ -14,7 +14,7 @@ from torch.export.graph_signature import InputKind
 
 from quadriga.core.errors import NotApplicable
 from quadriga.core.files import atomic_write
-from quadriga.core.setup import QuantSpec, RuntimeSpec
+from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.runtime._capture import Capture
 
 MINIMUM = 256  # elements of a weight that is worth a scale

@@ -8,7 +8,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from quadriga.core.setup import RuntimeSpec
+from quadriga.core.slots import RuntimeSpec
 
 
 @dataclass(frozen=True)

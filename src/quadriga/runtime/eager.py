@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quadriga.core.setup import RuntimeSpec
+from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._program import write_program
 from quadriga.runtime._types import Probe, package_probe

@@ -6,7 +6,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from quadriga.core.setup import RuntimeSpec
+from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._types import Probe, package_probe
 

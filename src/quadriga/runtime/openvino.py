@@ -10,7 +10,7 @@ import torch
 
 from quadriga.core.batch import resize
 from quadriga.core.errors import BadInput
-from quadriga.core.setup import RuntimeSpec
+from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._types import Probe, package_probe
 from quadriga.runtime.standalone import difference, openvino_request

@@ -14,7 +14,8 @@ from quadriga import runtime
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.files import atomic_write
 from quadriga.core.recipe import Recipe
-from quadriga.core.setup import RuntimeSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import RuntimeSpec
 from quadriga.core.workload import Workload
 from quadriga.engine.tasks import Desk
 from quadriga.measure.latency import paired

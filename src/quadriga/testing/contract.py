@@ -16,7 +16,8 @@ from quadriga.core.batch import Batch, Tree, call, resize, tensors
 from quadriga.core.data import TensorData
 from quadriga.core.errors import NotApplicable
 from quadriga.core.method import SLOTS, Family, Method, Numerics
-from quadriga.core.setup import Factors, Hook, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Factors, Hook, Moment
 from quadriga.testing.setups import MakeSetup, fingerprint, make_setups
 from quadriga.train.loop import fit
 
@@ -221,7 +222,7 @@ def watched(setup: Setup) -> tuple[Setup, set[str]]:
         seen.add("loss")
         return inner_loss(output, batch)
 
-    def transform(batch: Batch, generator: torch.Generator) -> Batch:
+    def transform(batch: Batch, moment: Moment) -> Batch:
         seen.add("transform")
         return batch
 

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quadriga.core.setup import Arm, OptimizerSlot, RuntimeSpec, Setup
+from quadriga.core.setup import Arm, Setup
+from quadriga.core.slots import OptimizerSlot, RuntimeSpec
 from quadriga.core.workload import Workload
 from quadriga.measure.flops import flops
 from quadriga.testing.workloads import TINY

@@ -12,7 +12,8 @@ import torch
 
 from quadriga.core.errors import BadInput
 from quadriga.core.method import Method
-from quadriga.core.setup import Hook, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Hook
 from quadriga.train.factors import product
 from quadriga.train.state import model_tensors, parameter_names
 
@@ -50,7 +51,7 @@ def config_of(
     return {
         "model": digest([(n, tuple(t.shape), str(t.dtype)) for n, t in tensors.items()] + sorted(aliases.items())),
         "examples": length,
-        "batch size": training.batch_size,
+        "batch size": [training.batch_size, training.micro],
         "loss": describe(training.loss),
         "transforms": [describe(t) for t in training.transforms],
         "schedules": digest([dataclasses.astuple(product(schedules, i / POINTS)) for i in range(POINTS + 1)]),
@@ -58,7 +59,7 @@ def config_of(
         "optimizer": type(optimizer).__qualname__,
         "optimizer's values": digest([sorted(b.items()) for b in bases]),
         "optimizer's groups": digest(parameter_names(setup.model, optimizer)),
-        "runtime": [runtime.device, runtime.channels_last, runtime.matmul, runtime.compile],
+        "runtime": [runtime.device, runtime.channels_last, runtime.matmul, runtime.compile, runtime.autocast],
     }
 
 

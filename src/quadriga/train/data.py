@@ -11,8 +11,12 @@ from torch import Tensor
 
 from quadriga.core.batch import Batch
 from quadriga.core.data import Data
-from quadriga.core.setup import Transform
+from quadriga.core.slots import Moment, Transform
 from quadriga.train.rng import derive
+
+Select = Callable[[Tensor, Moment], Tensor | None]  # as Hook.select
+CPU = torch.device("cpu")
+NOTHING = torch.empty(0, dtype=torch.int64)
 
 
 class Sampler:
@@ -26,6 +30,7 @@ class Sampler:
         length: number of examples.
         batch_size: examples in a batch, at most `length`.
         seed: of the order.
+        device: where permutations are kept, for data that live there.
 
     Example:
         >>> order = Sampler(5, 2, seed=0)
@@ -33,8 +38,8 @@ class Sampler:
         True
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int) -> None:
-        self.length, self.batch_size, self.seed = length, min(batch_size, length), seed
+    def __init__(self, length: int, batch_size: int, seed: int, device: torch.device = CPU) -> None:
+        self.length, self.batch_size, self.seed, self.device = length, min(batch_size, length), seed, device
         self._epochs: dict[int, Tensor] = {}
 
     def permutation(self, epoch: int) -> Tensor:
@@ -42,16 +47,21 @@ class Sampler:
         if epoch not in self._epochs:
             generator = torch.Generator().manual_seed(derive("order", self.seed, epoch))
             kept = {k: v for k, v in self._epochs.items() if k == epoch - 1}
-            self._epochs = {**kept, epoch: torch.randperm(self.length, generator=generator)}
+            self._epochs = {**kept, epoch: torch.randperm(self.length, generator=generator).to(self.device)}
         return self._epochs[epoch]
 
-    def indices(self, position: int) -> Tensor:
-        """The batch [batch_size] that starts at a position of the stream."""
+    def indices(self, position: int, size: int | None = None) -> Tensor:
+        """The batch [size] that starts at a position of the stream; of `batch_size` examples, or of at most `length`."""
+        size = self.batch_size if size is None else size
         epoch, offset = divmod(position, self.length)
-        first = self.permutation(epoch)[offset : offset + self.batch_size]
-        if len(first) == self.batch_size:
+        first = self.permutation(epoch)[offset : offset + size]
+        if len(first) == size:
             return first
-        return torch.cat((first, self.permutation(epoch + 1)[: self.batch_size - len(first)]))
+        return torch.cat((first, self.permutation(epoch + 1)[: size - len(first)]))
+
+    def epochs(self, position: int, size: int) -> Tensor:
+        """Of each entry [size] of the stream from a position, the epoch it belongs to."""
+        return torch.arange(position, position + size).div_(self.length, rounding_mode="floor")
 
 
 def count_steps(length: int, batch_size: int, epochs: float, done: float = 0.0, position: int = 0) -> int:
@@ -77,6 +87,7 @@ class Loader:
         transforms: act in turn on the batch, where the batch lives, with a generator seeded from (seed, step).
         place: moves a batch to the device.
         layout: gives it the memory format of the runtime, after the transforms.
+        selects: (indices, moment) → weights, by which examples of the stream are passed over.
     """
 
     def __init__(
@@ -86,23 +97,55 @@ class Loader:
         transforms: Sequence[Transform],
         place: Callable[[Batch], Batch],
         layout: Callable[[Batch], Batch],
+        selects: Sequence[Select] = (),
     ) -> None:
         self.data, self.sampler, self.transforms = data, sampler, tuple(transforms)
-        self.place, self.layout = place, layout
-        self._generators: dict[torch.device, torch.Generator] = {}
+        self.place, self.layout, self.selects = place, layout, tuple(selects)
+        self._generators: dict[tuple[str, torch.device], torch.Generator] = {}
 
-    def batch(self, position: int, step: int) -> Batch:
-        """The transformed batch that starts at `position` of the stream, for the global step `step`."""
-        batch = self.place(self.data.batch(self.sampler.indices(position)))
+    def draw(self, position: int, step: int, size: int, progress: float) -> tuple[Batch, int]:
+        """The transformed batch of `size` examples from `position` of the stream, for the global step `step`; and the position
+        behind it."""
+        index, epochs, weights, position = self._choose(position, step, size, progress)
+        batch = self.place(self.data.batch(index))
+        if weights is not None:
+            weights = weights.to(batch.index.device)
+            batch = replace(batch, weight=weights if batch.weight is None else weights * batch.weight)
         if self.transforms:
-            generator = self._generator(batch.index.device)
-            generator.manual_seed(derive("transforms", self.sampler.seed, step))
+            device = batch.index.device
+            moment = Moment(self._generator("transforms", step, device), progress, epochs.to(device))
             for transform in self.transforms:
-                batch = transform(batch, generator)
+                batch = transform(batch, moment)
             batch = replace(batch, augmented=True)
-        return self.layout(batch)
+        return self.layout(batch), position
 
-    def _generator(self, device: torch.device) -> torch.Generator:
-        if device not in self._generators:
-            self._generators[device] = torch.Generator(device)
-        return self._generators[device]
+    def _choose(self, position: int, step: int, size: int, progress: float) -> tuple[Tensor, Tensor, Tensor | None, int]:
+        """Indices, epochs and weights of the next `size` examples that are not passed over, and the position behind them."""
+        size = min(size, self.sampler.length)
+        if not self.selects:
+            epochs = self.sampler.epochs(position, size) if self.transforms else NOTHING
+            return self.sampler.indices(position, size), epochs, None, position + size
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        missing, last = size, position + self.sampler.length  # nobody passes over everything
+        generator = self._generator("select", step, CPU)
+        while missing:
+            index, epochs = self.sampler.indices(position, missing), self.sampler.epochs(position, missing)
+            weights = self._weights(index, Moment(generator, progress, epochs)) if position < last else torch.ones(missing)
+            kept = weights > 0
+            found.append((index[kept], epochs[kept], weights[kept]))
+            position, missing = position + missing, missing - int(kept.sum())
+        index, epochs, weights = (torch.cat(parts) for parts in zip(*found, strict=True))
+        return index, epochs, weights, position
+
+    def _weights(self, index: Tensor, moment: Moment) -> Tensor:
+        weights = torch.ones(len(index))
+        for select in self.selects:
+            chosen = select(index, moment)
+            weights = weights if chosen is None else weights * chosen
+        return weights
+
+    def _generator(self, use: str, step: int, device: torch.device) -> torch.Generator:
+        made = self._generators.get((use, device))
+        if made is None:
+            made = self._generators[use, device] = torch.Generator(device)
+        return made.manual_seed(derive(use, self.sampler.seed, step))

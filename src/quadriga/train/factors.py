@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from quadriga.core.setup import Factors, Schedule
+from quadriga.core.slots import Factors, Schedule
 from quadriga.train.state import DRIVEN
 
-DECAYS = ("weight_decay", "l1", "l2")
+DECAYS = ("weight_decay", "l1", "l2", "group_l1")
 
 
 def group_bases(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
@@ -26,11 +26,8 @@ def product(schedules: Sequence[Schedule], progress: float) -> Factors:
     return total
 
 
-def set_factors(
-    optimizer: torch.optim.Optimizer, bases: Sequence[Mapping[str, Any]], schedules: Sequence[Schedule], progress: float
-) -> None:
+def set_factors(optimizer: torch.optim.Optimizer, bases: Sequence[Mapping[str, Any]], factors: Factors) -> None:
     """Set every group to base · factor: the rate, the momentum or first beta, and the decays."""
-    factors = product(schedules, progress)
     for group, base in zip(optimizer.param_groups, bases, strict=True):
         group["lr"] = base["lr"] * factors.lr
         if "momentum" in base:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterable
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, call, evaluating, tree_map
+from quadriga.core.batch import Batch, call, evaluating
 from quadriga.core.metric import Loss
-from quadriga.train.step import reduce
+from quadriga.train.step import parts, reduce
 
 
 def mean_gradients(model: nn.Module, loss: Loss, batches: Iterable[Batch]) -> dict[str, Tensor]:
@@ -42,7 +41,7 @@ def fisher_diagonal(model: nn.Module, loss: Loss, batches: Iterable[Batch], exam
     Returns:
         parameter name → [the parameter's shape].
     """
-    singles = (one for batch in batches for one in _singles(batch))
+    singles = (one for batch in batches for one in parts(batch, 1))
     return _mean(model, loss, islice(singles, examples), Tensor.square)
 
 
@@ -59,11 +58,3 @@ def _mean(model: nn.Module, loss: Loss, batches: Iterable[Batch], of: Callable[[
                 sums[name].add_(of(part), alpha=len(batch))
         count += len(batch)
     return {name: total / max(count, 1) for name, total in sums.items()}
-
-
-def _singles(batch: Batch) -> Iterator[Batch]:
-    for i in range(len(batch)):
-        here = slice(i, i + 1)
-        inputs, target = (tree_map(lambda t: t[here], tree) for tree in (batch.inputs, batch.target))  # noqa: B023
-        weight = None if batch.weight is None else batch.weight[here]
-        yield replace(batch, inputs=inputs, target=target, index=batch.index[here], weight=weight)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.errors import Diverged
-from quadriga.core.setup import Hook
+from quadriga.core.slots import Hook
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from quadriga.core.errors import BadInput
 from quadriga.train.pack import like
 
-DRIVEN = frozenset(("lr", "momentum", "betas", "weight_decay", "l1", "l2"))  # group entries that the loop sets at each step
+# group entries that the loop sets at each step
+DRIVEN = frozenset(("lr", "momentum", "betas", "weight_decay", "l1", "l2", "group_l1"))
 REBUILD = "apply the same steps before loading"
 
 
@@ -52,6 +53,13 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], aliases:
     with torch.no_grad():
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+
+
+def kept_tensors(model: nn.Module) -> Callable[[], None]:
+    """Keep a copy of a model's tensors in main memory; what is returned puts them back."""
+    tensors, aliases = model_tensors(model)
+    kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+    return lambda: load_model_tensors(model, kept, aliases)
 
 
 def _spell(tensor: Tensor) -> str:

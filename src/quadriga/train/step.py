@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, device_of, tree_map
+from quadriga.core.batch import Batch, Tree, call, device_of, tensors, tree_map
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Loss
-from quadriga.core.setup import RuntimeSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import RuntimeSpec
 
 
 def reduce(losses: Tensor, batch: Batch) -> Tensor:
@@ -35,24 +36,104 @@ def reduce(losses: Tensor, batch: Batch) -> Tensor:
     return losses.mean() if batch.weight is None else (batch.weight * losses).sum() / batch.weight.sum()
 
 
+HALF = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def weight_of(batch: Batch) -> Tensor | int:
+    """Σ weight of a batch's examples."""
+    return len(batch) if batch.weight is None else batch.weight.sum()
+
+
+def parts(batch: Batch, size: int) -> Iterator[Batch]:
+    """The batch cut into parts of `size` examples; the last may be smaller."""
+    for start in range(0, len(batch), size):
+        here = slice(start, start + size)
+        inputs, target = (tree_map(lambda t: t[here], tree) for tree in (batch.inputs, batch.target))  # noqa: B023
+        weight = None if batch.weight is None else batch.weight[here]
+        yield replace(batch, inputs=inputs, target=target, index=batch.index[here], weight=weight)
+
+
+def in_float(output: Tree) -> Tree:
+    """The output with half-precision tensors as float32, in which losses are taken."""
+    half = (torch.bfloat16, torch.float16)
+    if isinstance(output, Tensor):
+        return output.float() if output.dtype in half else output
+    if any(t.dtype in half for t in tensors(output)):
+        return tree_map(lambda t: t.float() if t.dtype in half else t, output)
+    return output
+
+
 class Runner:
-    """How the runtime slot executes training: `forward_backward`, and where batches have to be.
+    """How the runtime slot executes training: `forward_backward`, `update`, and where batches have to be.
 
     Args:
         model: trained in place.
         loss: (output, batch) → [batch] or scalar.
         spec: the runtime slot.
+        micro: a larger batch is worked off in parts of at most so many examples.
+
+    Attributes:
+        losses: of the last batch, detached: [batch], or one number of a scalar loss.
     """
 
-    def __init__(self, model: nn.Module, loss: Loss, spec: RuntimeSpec) -> None:
+    def __init__(self, model: nn.Module, loss: Loss, spec: RuntimeSpec, micro: int | None = None) -> None:
         self.loss, self.device, self.channels_last = loss, torch.device(spec.device), spec.channels_last
         self.forward: Any = torch.compile(model) if spec.compile else model
+        self.micro, self.half = micro, HALF[spec.autocast]
+        scaled = self.half is torch.float16  # whose smallest number is 6e-8, larger than many gradients
+        self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
+        self.losses = torch.empty(0)
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Add the gradients of the reduced loss to the parameters' and return the loss, detached."""
-        loss = reduce(self.loss(call(self.forward, batch.inputs), batch), batch)
-        loss.backward()
-        return loss.detach()
+        if self.micro is None or len(batch) <= self.micro:
+            losses = self._losses(batch)
+            loss = reduce(losses, batch)
+            self._backward(loss)
+            self.losses = losses.detach()
+            return loss.detach()
+        whole, loss, kept = weight_of(batch), torch.zeros((), device=self.device), []
+        for part in parts(batch, self.micro):
+            losses = self._losses(part)
+            share = reduce(losses, part) * (weight_of(part) / whole)
+            self._backward(share)
+            loss = loss + share.detach()
+            kept.append(losses.detach())
+        self.losses = torch.cat(kept) if kept[0].dim() else loss
+        return loss
+
+    def _losses(self, batch: Batch) -> Tensor:
+        if self.half is None:
+            return self.loss(call(self.forward, batch.inputs), batch)
+        with torch.autocast(self.device.type, self.half):
+            output = call(self.forward, batch.inputs)
+        return self.loss(in_float(output), batch)
+
+    def _backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gradients in their own scale, before anybody looks at them."""
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+
+    def update(self, optimizer: torch.optim.Optimizer) -> None:
+        """The optimizer's step, left out where scaled gradients overflowed; gradients are gone afterwards."""
+        if self.scaler is None:
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint has to keep."""
+        return dict(self.scaler.state_dict()) if self.scaler is not None else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take back what `state` gave."""
+        if self.scaler is not None and state:
+            self.scaler.load_state_dict(state)
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the runtime's device."""
@@ -104,7 +185,7 @@ def prepared(setup: Setup) -> Iterator[Runner]:
         if spec.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         try:
-            yield Runner(model.train(), setup.training.loss, spec)
+            yield Runner(model.train(), setup.training.loss, spec, setup.training.micro)
         finally:
             model.zero_grad(set_to_none=True)
             model.to(home).train(was)

@@ -9,7 +9,8 @@ from torch import nn
 
 from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
 from quadriga.core.method import Family, Method, Numerics
-from quadriga.core.setup import QuantSpec, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import QuantSpec
 
 PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)
 TYPES = (*PRODUCTS, nn.RNNBase, nn.Embedding)

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
-from quadriga.core.setup import Factors, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Factors
 
 DECAYS = ("weight_decay", "l1", "l2")
 

@@ -10,7 +10,8 @@ from torch import nn
 
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
-from quadriga.core.setup import OptimizerSlot, Setup, plain_sgd
+from quadriga.core.setup import Setup, plain_sgd
+from quadriga.core.slots import OptimizerSlot
 
 KINDS = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "rmsprop": torch.optim.RMSprop}
 RATES = {"sgd": 0.1, "adam": 1e-3, "adamw": 1e-3, "rmsprop": 1e-3}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, primary, tensors
 from quadriga.core.data import Data
-from quadriga.core.setup import Hook
+from quadriga.core.slots import Hook
 from quadriga.methods.structure._teacher import Teacher, refusal
 
 LIMIT = 2 * 2**30  # bytes of answers

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quadriga.core.batch import Batch, device_of, tensors
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
-from quadriga.core.setup import Hook
+from quadriga.core.slots import Hook
 
 TIMES = 24  # that the choice is made anew, until all that has to go has gone
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch
-from quadriga.core.setup import Hook
+from quadriga.core.slots import Hook
 
 Keep = Callable[[Tensor], Tensor]  # a weight after a step → the weight in its form
 

@@ -14,7 +14,8 @@ from torch import nn
 from quadriga.core.axes.importance import rounded
 from quadriga.core.batch import Tree
 from quadriga.core.errors import NotApplicable
-from quadriga.core.setup import Arm, RuntimeSpec
+from quadriga.core.setup import Arm
+from quadriga.core.slots import RuntimeSpec
 from quadriga.methods.structure._latency_pieces import Piece
 
 Array = np.ndarray

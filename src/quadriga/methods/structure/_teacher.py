@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from quadriga.core.batch import Batch, Tree, call, device_of, evaluating, primary, tensors, to_device
 from quadriga.core.data import Data
 from quadriga.core.errors import NotApplicable
-from quadriga.core.setup import Hook, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Hook
 
 Source = Literal["baseline", "present"]
 

@@ -13,6 +13,7 @@ from quadriga.core.batch import Batch, tree_map
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.core.slots import Moment
 
 MODES = {"zero": "constant", "edge": "replicate", "reflect": "reflect"}
 
@@ -75,6 +76,6 @@ class Crop(Method):
         transforms = (*setup.training.transforms, self.transform)
         return replace(setup, training=replace(setup.training, transforms=transforms))
 
-    def transform(self, batch: Batch, generator: torch.Generator) -> Batch:
+    def transform(self, batch: Batch, moment: Moment) -> Batch:
         """The batch with every image shifted."""
-        return replace(batch, inputs=tree_map(lambda t: crop(t, self.padding, self.border, generator), batch.inputs))
+        return replace(batch, inputs=tree_map(lambda t: crop(t, self.padding, self.border, moment.generator), batch.inputs))

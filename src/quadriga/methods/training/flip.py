@@ -12,6 +12,7 @@ from quadriga.core.batch import Batch, tree_map
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.core.slots import Moment
 
 
 def flip(images: Tensor, chosen: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class Flip(Method):
         transforms = (*setup.training.transforms, self.transform)
         return replace(setup, training=replace(setup.training, transforms=transforms))
 
-    def transform(self, batch: Batch, generator: torch.Generator) -> Batch:
+    def transform(self, batch: Batch, moment: Moment) -> Batch:
         """The batch with some images mirrored."""
-        chosen = torch.rand(len(batch), generator=generator, device=generator.device) < self.probability
+        chosen = moment.uniform(len(batch)) < self.probability
         return replace(batch, inputs=tree_map(lambda t: flip(t, chosen), batch.inputs))

@@ -15,6 +15,7 @@ from quadriga.core.batch import Batch, tree_map
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.core.slots import Moment
 
 MODES = {"edge": "border", "zero": "zeros", "reflect": "reflection"}
 
@@ -78,9 +79,7 @@ class Rotate(Method):
         transforms = (*setup.training.transforms, self.transform)
         return replace(setup, training=replace(setup.training, transforms=transforms))
 
-    def transform(self, batch: Batch, generator: torch.Generator) -> Batch:
+    def transform(self, batch: Batch, moment: Moment) -> Batch:
         """The batch with every image turned."""
-        angles = (
-            torch.rand(len(batch), generator=generator, device=generator.device).sub_(0.5).mul_(2 * math.radians(self.degrees))
-        )
+        angles = moment.uniform(len(batch)).sub_(0.5).mul_(2 * math.radians(self.degrees))
         return replace(batch, inputs=tree_map(lambda t: rotate(t, angles, self.border), batch.inputs))

@@ -8,7 +8,8 @@ from typing import ClassVar, Literal
 
 from quadriga.core.errors import BadInput
 from quadriga.core.method import Family, Method, Numerics
-from quadriga.core.setup import Factors, Setup
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Factors
 
 
 @dataclass(frozen=True, kw_only=True)

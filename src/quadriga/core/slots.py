@@ -1,0 +1,205 @@
+"""The values of the four slots, one per family, and what acts in the training loop: schedules, transforms and hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadriga.core.batch import Batch
+from quadriga.core.data import Data
+from quadriga.core.metric import Loss
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What a schedule returns: multipliers of learning rate, momentum, decay and batch size. Schedules multiply."""
+
+    lr: float = 1.0
+    momentum: float = 1.0
+    decay: float = 1.0
+    batch: float = 1.0
+
+    def __mul__(self, other: Factors) -> Factors:
+        mine, theirs = (self.lr, self.momentum, self.decay, self.batch), (other.lr, other.momentum, other.decay, other.batch)
+        return Factors(*(a * b for a, b in zip(mine, theirs, strict=True)))
+
+
+Schedule = Callable[[float], Factors]  # progress in [0, 1] = samples seen / samples of this train step
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When and with which random numbers a batch is transformed; equal for equal (seed, step).
+
+    Args:
+        generator: on the batch's device, seeded from (seed, step).
+        progress: of this train step, in [0, 1].
+        epoch: [batch] int64, how often the stream of examples has passed over each of them before.
+    """
+
+    generator: torch.Generator
+    progress: float
+    epoch: Tensor
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Random numbers in [0, 1) on the batch's device."""
+        return torch.rand(shape, generator=self.generator, device=self.generator.device)
+
+
+Transform = Callable[[Batch, Moment], Batch]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a hook is shown when it asked for a look.
+
+    Args:
+        progress: in [0, 1].
+        loss: mean of the last training losses.
+        quality: measures the metric on val, as the hooks want the model evaluated; computed once a look, when first called.
+            None where there is no such service.
+        gain: (quality, other) → how much better the first is, in the metric's unit.
+    """
+
+    progress: float
+    loss: float
+    quality: Callable[[], float] | None
+    gain: Callable[[float, float], float]
+
+
+class Hook:
+    """Places in the loop where a method may act. Every method does nothing unless overridden.
+
+    Attributes:
+        interval: of progress, after which `look` is called; 0 for never.
+        stopped: whether the train step is to end now.
+        factors: multiply the schedules' factors.
+    """
+
+    interval: float = 0.0
+    stopped: bool = False
+    factors: Factors = Factors()
+
+    def select(self, index: Tensor, moment: Moment) -> Tensor | None:
+        """Weights [n] of the examples that come next in the stream, of which those of weight 0 are passed over; None: all."""
+        return None
+
+    def seen(self, batch: Batch, losses: Tensor) -> None:
+        """The losses of a batch's examples, detached: [batch], or one number of a scalar loss."""
+
+    def train(self, model: nn.Module, data: Data) -> AbstractContextManager[Any]:
+        """Entered around all steps of a train step, and left however they end; `data` is the split, untransformed."""
+        return nullcontext()
+
+    def after_backward(self, model: nn.Module, progress: float) -> None:
+        """Gradients are there; the optimizer has not stepped."""
+
+    def after_step(self, model: nn.Module, progress: float) -> None:
+        """The optimizer has stepped."""
+
+    def look(self, model: nn.Module, look: Look) -> None:
+        """Another `interval` of progress is over."""
+
+    def eval(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Entered around an evaluation, such as one with averaged weights."""
+        return nullcontext()
+
+    def end(self, model: nn.Module, data: Iterable[Batch]) -> None:
+        """The train step is over; `data` gives training batches."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers to be kept in a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """The training slot: how a batch becomes a step.
+
+    `transforms` act in order on each training batch; `make_hooks` are called at the start of a train step,
+    with the model, so that hooks have state per run. A batch of more than `micro` examples is worked off in parts of at most
+    so many, whose gradients add up to its own. `finish` is called once a train step and those that continue it are
+    over, in every process that rebuilds the network: model → the model that later steps see, such as one without the units
+    that faded out.
+    """
+
+    loss: Loss
+    batch_size: int
+    transforms: tuple[Transform, ...] = ()
+    schedules: tuple[Schedule, ...] = ()
+    make_hooks: tuple[Callable[[nn.Module], Hook], ...] = ()
+    finish: tuple[Callable[[nn.Module], nn.Module], ...] = ()
+    micro: int | None = None
+
+
+MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class OptimizerSlot:
+    """The optimizer slot: how a gradient becomes an update.
+
+    `make` is called with the model when `train` starts. `schedules` act like the training slot's; their decay
+    factor scales the group entries weight_decay, l1, l2 and group_l1. `make_hooks` are called with the model and its
+    optimizer, for one that keeps other weights while it trains than those to be evaluated.
+    """
+
+    make: MakeOptimizer
+    schedules: tuple[Schedule, ...] = ()
+    make_hooks: tuple[Callable[[nn.Module, torch.optim.Optimizer], Hook], ...] = ()
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """What to quantize, for each runtime to realise in its own best form.
+
+    Args:
+        weights: bits of weights, 8.
+        activations: "static" (calibrated), "dynamic" or "none" (weights only: a smaller file, float products).
+        per_channel: one scale per output channel.
+        calibration: "minmax" or "percentile".
+        keep_float: names of layers left out.
+    """
+
+    weights: int = 8
+    activations: str = "static"
+    per_channel: bool = True
+    calibration: str = "minmax"
+    keep_float: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class RuntimeSpec:
+    """The runtime slot: where and how the model executes, realised once after the last step.
+
+    Args:
+        name: of the runtime: "eager", "inductor", "onnxruntime", "openvino".
+        threads: of the CPU; None leaves the runtime's default.
+        channels_last: memory format of 4-d tensors, in training and in PyTorch runtimes.
+        matmul: "highest" or "medium", torch.set_float32_matmul_precision ("medium" goes through oneDNN).
+        compile: torch.compile the training step.
+        autocast: "none", "bf16" or "fp16": in training, operations that allow it compute in that type.
+        quant: quantization, or None.
+        device: "cpu" or "cuda".
+        storage: "plain", or "entropy": weights are entropy-coded in the files and decoded when they are loaded.
+        options: further plain data for the runtime.
+    """
+
+    name: str = "eager"
+    threads: int | None = None
+    channels_last: bool = False
+    matmul: str = "highest"
+    compile: bool = False
+    autocast: str = "none"
+    quant: QuantSpec | None = None
+    device: str = "cpu"
+    storage: str = "plain"
+    options: Mapping[str, Any] = field(default_factory=dict)

@@ -1,0 +1,164 @@
+"""One train step's moving state: opened, saved, resumed, reported."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from quadriga.core.batch import keeping_mode
+from quadriga.core.data import Data
+from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.setup import Setup
+from quadriga.core.slots import Factors, Hook
+from quadriga.train import rng
+from quadriga.train.checkpoint import State, read_state, save_state
+from quadriga.train.config import check_same, config_of, machine
+from quadriga.train.data import Loader, Sampler, count_steps
+from quadriga.train.factors import group_bases, product
+from quadriga.train.outcome import Outcome, Watch
+from quadriga.train.step import Runner, entered
+
+WINDOW = 32  # steps between looks at the loss where a look has to wait for the device
+
+
+class Run:
+    """The moving state of one train step.
+
+    `done` counts its own steps and `samples` the examples they saw; `step`, `position` and `covered` count steps, entries of
+    the stream and epochs over all train steps that continue one another. It is over when `span` entries are behind `begun`.
+    """
+
+    def __init__(
+        self, setup: Setup, data: Data, runner: Runner, epochs: float, seed: int, clock: Callable[[], float],
+        slower: float = 1.0, spent: tuple[float, float] = (0.0, 0.0),
+    ) -> None:  # fmt: skip
+        rng.seed_all(rng.derive("global", seed))
+        self.setup, self.data, self.runner, self.epochs, self.seed, self.clock = setup, data, runner, epochs, seed, clock
+        self.model, training = setup.model, setup.training
+        self.optimizer = setup.optimizer.make(self.model)
+        self.bases = group_bases(self.optimizer)
+        self.schedules = (*training.schedules, *setup.optimizer.schedules)
+        self.hooks: tuple[Hook, ...] = (
+            *(make(self.model, self.optimizer) for make in setup.optimizer.make_hooks),
+            *(make(self.model) for make in training.make_hooks),
+        )
+        self.watching, self.looking = overriding(self.hooks, "seen"), [h for h in self.hooks if h.interval]
+        self.sampler = Sampler(len(data), training.batch_size, seed, runner.device)
+        selects = [h.select for h in overriding(self.hooks, "select")]
+        self.loader = Loader(data, self.sampler, training.transforms, runner.place, runner.layout, selects)
+        self.watch = Watch(1 if runner.device.type == "cpu" else WINDOW)
+        self.done = self.samples = self.step = self.position = self.begun = 0
+        self.covered, self.origin, self.note, self.finished = 0.0, "", "", False
+        self.slower, self.spent, self.since = slower, spent, (clock(), time.process_time())
+
+    def opened(self, start: str | Path | None, folder: Path | None) -> Run:
+        """At its start, or where the folder's checkpoint stands."""
+        if start:
+            self.begin(Path(start))
+        self.settle()
+        if folder and (state := read_state(folder, fall_back=True)):
+            self.resume(state, folder)
+        return self
+
+    def begin(self, folder: Path) -> None:
+        """Take over from a finished train step."""
+        state = read_state(folder)
+        extra = state.extra if state else {}
+        if state is None or not extra["finished"]:
+            raise BadInput(f"{folder} holds no finished checkpoint", "finish that train step first")
+        try:
+            self.load(state, extra)
+        except BadInput as error:
+            raise NotApplicable(f"train cannot continue: {error.problem}", "train anew after such a step") from error
+        self.origin, self.step = state.digest, extra["step"]
+        self.covered, self.position = extra["covered"], extra["position"]
+        if extra["config"]["examples"] != len(self.data):  # other data: their stream goes on at the next whole epoch
+            self.covered = float(math.ceil(self.covered))
+            self.position = int(self.covered) * len(self.data)
+        if extra["config"]["seed"] != self.seed:
+            rng.seed_all(rng.derive("global", self.seed))
+
+    def settle(self) -> None:
+        """Fix the length, and what a resumption has to share."""
+        steps = count_steps(len(self.data), self.sampler.batch_size, self.epochs, self.covered, self.position)
+        self.begun, self.span = self.position, steps * self.sampler.batch_size
+        self.covered += self.epochs
+        self.config = config_of(self.setup, self.optimizer, self.bases, self.hooks, len(self.data))
+        self.config |= {"epochs": float(self.epochs), "seed": self.seed, "start": self.origin}
+
+    def resume(self, state: State, folder: Path) -> None:
+        """Go on where a state of this same run stands."""
+        extra = state.extra
+        notes = check_same(self.config, machine(), extra, str(folder))
+        self.load(state, extra)
+        self.done, self.samples, self.step, self.position = (extra[k] for k in ("done", "samples", "step", "position"))
+        self.finished, self.slower = extra["finished"], min(self.slower, extra["slower"])
+        self.spent = max(self.spent, tuple(extra["spent"]))
+        self.watch.recent.extend(extra["recent"])
+        self.note = "; ".join(filter(None, [extra["note"], state.note, *([] if self.finished else notes)]))
+
+    def load(self, state: State, extra: dict[str, Any]) -> None:
+        """Weights, optimizer, hooks and generators of a state."""
+        state.load_model(self.model)
+        state.load_optimizer(self.model, self.optimizer)
+        for hook, (name, kept) in zip(self.hooks, extra["hooks"], strict=False):
+            if type(hook).__qualname__ == name:
+                hook.load_state_dict(kept)
+        self.runner.load_state(extra["runner"])
+        rng.restore(extra["rng"])
+
+    @property
+    def progress(self) -> float:
+        """Of this train step, in [0, 1]."""
+        return min(1.0, (self.position - self.begun) / self.span)
+
+    @property
+    def over(self) -> bool:
+        """Whether its length is done, or a hook wants to stop."""
+        return self.position - self.begun >= self.span or any(hook.stopped for hook in self.hooks)
+
+    @property
+    def rate(self) -> float:
+        """The learning rate now."""
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def factors(self) -> Factors:
+        """Of all schedules and hooks, now."""
+        total = product(self.schedules, self.progress) * Factors(lr=self.slower)
+        for hook in self.hooks:
+            total = total * hook.factors
+        return total
+
+    def quality(self) -> float:
+        """Of the model as the hooks want it evaluated, on val."""
+        evaluate = self.setup.context.evaluate
+        assert evaluate is not None
+        with keeping_mode(self.model), entered(hook.eval(self.model) for hook in self.hooks):
+            return evaluate(self.model)
+
+    def costs(self) -> tuple[float, float]:
+        """Wall and processor seconds, over all resumptions."""
+        if self.finished:
+            return self.spent
+        return self.spent[0] + self.clock() - self.since[0], self.spent[1] + time.process_time() - self.since[1]
+
+    def save(self, folder: Path) -> None:
+        """Write the complete state."""
+        self.watch.look()  # weights that an infinite loss made are not worth keeping
+        names = ("done", "samples", "step", "position", "covered", "finished", "note", "slower")
+        hooks = [(type(h).__qualname__, h.state_dict()) for h in self.hooks]
+        facts = {"config": self.config, "machine": machine(), "recent": list(self.watch.recent), "spent": self.costs()}
+        extra = {**{k: getattr(self, k) for k in names}, **facts, "hooks": hooks, "runner": self.runner.state()}
+        save_state(folder, self.model, self.optimizer, {**extra, "rng": rng.capture()})
+
+    def outcome(self, folder: Path | None) -> Outcome:
+        """The report."""
+        return Outcome(self.samples, self.done, *self.spent, self.watch.mean, folder, self.note, self.hooks)
+
+
+def overriding(hooks: Iterable[Hook], name: str) -> list[Hook]:
+    """The hooks that have a method of this name of their own, so that nobody pays for one that does nothing."""
+    return [h for h in hooks if getattr(type(h), name) is not getattr(Hook, name)]
