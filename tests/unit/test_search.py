@@ -23,6 +23,8 @@ def card(family: str, requires=(), adds=(), removes=(), writes=(), shapes=True, 
         "removes": list(removes),
         "writes": list(writes),
         "shapes": shapes,
+        "trains": False,
+        "control": {},
         "search": search or {},
         "fields": fields or {},
     }

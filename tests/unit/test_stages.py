@@ -24,7 +24,12 @@ FLOOR = Floor.parse("-0.5pt")
 
 def made(minimize="latency", limits=None):
     """A study with a baseline and nothing else."""
-    base = Trial(0, "baseline", Recipe(), values={"bytes": 1000.0, "seconds": 10.0, "parameters": 250.0, "train_flops": 3e6})
+    base = Trial(
+        0,
+        "baseline",
+        Recipe(),
+        values={"bytes": 1000.0, "seconds": 10.0, "parameters": 250.0, "train_flops": 3e6, "samples": 1000.0},
+    )
     options = Options(FLOOR, minimize, limits or {})
     workload = SimpleNamespace(metric=accuracy, train=range(100), val=range(2000), test=range(10_000))
     study = SimpleNamespace(baseline=base, options=options, batches=(1, 64), workload=workload, eager=None)
@@ -65,7 +70,9 @@ def test_options_say_what_is_wrong(changes, words):
 def test_gains_are_logarithms_of_improvements():
     assert gain_of(made(), {"speed/1": 4.0, "speed/64": 1.0}) == pytest.approx(math.log(2))
     assert gain_of(made("bytes"), {"bytes": 250.0}) == pytest.approx(math.log(4))
-    assert gain_of(made("train_cost"), {"flops": 1000.0}, epochs=2.0) == pytest.approx(math.log(3e6 / (3 * 2 * 100 * 1000)))
+    cheap = made("train_cost")
+    assert gain_of(cheap, {"pace": 0.5}, epochs=2.0) == pytest.approx(math.log(1000 / (2 * 100 * 0.5)))
+    assert gain_of(cheap, {"pace": 0.5, "samples": 50.0}, epochs=2.0) == pytest.approx(math.log(1000 / (50 * 0.5)))
 
 
 def test_speeds_are_against_eager_whatever_the_workers_reference_was():

@@ -23,6 +23,7 @@ from quadriga.core.setup import Arm, Context, Setup
 from quadriga.core.slots import RuntimeSpec
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
+from quadriga.engine.pace import Paces, paced
 from quadriga.engine.timing import timed
 from quadriga.engine.walk import Walked, walk
 from quadriga.measure.arm import load_folder
@@ -35,6 +36,7 @@ from quadriga.train.loop import fit
 from quadriga.verify.equal import equal
 from quadriga.verify.fake import fakes
 
+PATIENCE = 6.0  # seconds, after which training steps are not timed again
 Progress = Callable[[float], None]
 Run = Callable[[Tree], Tree]
 
@@ -53,6 +55,7 @@ class Desk:
         self.workload, self.folder, self.seed, self.progress = workload, folder, seed, progress
         self._reference: Run | None = None
         self._context: Context | None = None  # for timings: made when one is asked for
+        self._plain: Setup | None = None
         self._scrap: list[Path] = []
 
     def do(self, task: str, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -81,7 +84,11 @@ class Desk:
 
     def _cost(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Bytes, parameters and speed of a recipe whose train steps are skipped; its weights are not trained."""
-        return {"values": self._measure(self._probe(recipe), args)}
+        if args.get("objective") != "train_cost":
+            return {"values": self._measure(self._probe(recipe), args)}
+        paces = self._paces(recipe)
+        walked = self._probe(recipe, before_train=paces.note)
+        return {"values": {**self._measure(walked, args), "pace": paces.ratio(PATIENCE)}}
 
     def _measure(self, walked: Walked, args: Mapping[str, Any]) -> dict[str, float]:
         model = walked.setup.model.eval()
@@ -165,13 +172,14 @@ class Desk:
         model = walked.setup.model
         sizes = {"bytes": float(size), "parameters": float(parameters(model))}
         values = {"quality": scores["quality"], **sizes, **self._training_cost(walked)}
-        decided = list(walked.decisions)
-        return {"values": values, "info": {"scores": scores["path"], "checkpoint": _name(walked), "decisions": decided}}
+        kept = {"checkpoint": _name(walked), "decisions": list(walked.decisions), "notes": list(walked.notes)}
+        return {"values": values, "info": {"scores": scores["path"], **kept}}
 
     def _training_cost(self, walked: Walked) -> dict[str, float]:
         """Samples, seconds, and FLOPs: forward and backward of the finished network are three forward passes a sample."""
         forward = forward_flops(walked.setup.model, self.workload.inputs(1))
-        return {"samples": float(walked.samples), "seconds": walked.seconds, "train_flops": 3.0 * walked.samples * forward}
+        seconds = {"seconds": walked.seconds, "cpu_seconds": walked.cpu_seconds}
+        return {"samples": float(walked.samples), **seconds, "train_flops": 3.0 * walked.samples * forward}
 
     def _walk(self, recipe: Recipe, args: Mapping[str, Any]) -> Walked:
         teacher = Path(args["teacher"]) if args.get("teacher") else None
@@ -180,21 +188,34 @@ class Desk:
             self.workload, recipe, seed=self.seed, store=store, teacher=teacher, progress=self.progress, **self._places()
         )
 
-    def _probe(self, recipe: Recipe, until: int | None = None) -> Walked:
+    def _probe(self, recipe: Recipe, **options: Any) -> Walked:
         """A walk that trains nothing. What it decides by measurement, a training of the same recipe takes over."""
         ready = self.folder / "checkpoints"
-        return walk(self.workload, recipe, seed=self.seed, store=None, until=until, ready=ready, **self._places())
+        return walk(self.workload, recipe, seed=self.seed, store=None, ready=ready, **self._places(), **options)
 
     def _places(self) -> dict[str, Any]:
         """What methods may ask of a model on their way, its quality on val and its latency; and where decisions are kept."""
         evaluate = lambda model: score(model, self.workload.val, self.workload.metric).value  # noqa: E731
-        return {"services": {"evaluate": evaluate, "time": self._time}, "decisions": self.folder / "decisions"}
+        services = {"evaluate": evaluate, "time": self._time, "pace": self._step_seconds}
+        return {"services": services, "decisions": self.folder / "decisions"}
+
+    def _step_seconds(self, setups: Sequence[Setup]) -> list[float]:
+        """Seconds of training per example of each setup; for decisions and for ranking."""
+        return paced(setups, self.workload.train, seconds=PATIENCE, seed=self.seed)
 
     def _time(self, arms: Sequence[Arm], spec: RuntimeSpec) -> list[float]:
         """Seconds per call of each arm; for decisions inside a method, not for claims."""
         if self._context is None:
             self._context = Setup.of(self.workload, self.seed).context
         return timed(arms, spec, self._context, self.folder / "built")
+
+    def plain_setup(self) -> Setup:
+        """The baseline as it stands before its train step; or the untouched model, where it needs none."""
+        if self._plain is None:
+            recipe = self.workload.baseline or Recipe()
+            first = next((i for i, s in enumerate(recipe.steps) if s.is_train), None)
+            self._plain = self._probe(recipe, until=first).setup
+        return self._plain
 
     def _scored(self, run: Run, split: str, name: str) -> dict[str, Any]:
         with torch.inference_mode():
@@ -257,6 +278,15 @@ class Desk:
             evidence=args["evidence"], probes_inputs=probes, batches=args["batches"], card=args.get("card"),
         )  # fmt: skip
         return {"values": {"bytes": float(artifact.bytes_of(folder))}}
+
+    def _paces(self, recipe: Recipe) -> Paces:
+        return Paces(recipe, self.workload.baseline or Recipe(), self.plain_setup(), self.workload.train, self.seed)
+
+    def _step_cost(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Blocks of training steps of the baseline and of a recipe in turn: seconds per example, for a claim."""
+        paces = self._paces(recipe)
+        self._probe(recipe, before_train=paces.note)
+        return {"values": {}, "info": {"blocks": paces.blocks(args["blocks"])}}
 
     def _hello(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         return {"values": {}}

@@ -35,15 +35,19 @@ class Walked:
         setup: the finished setup; its model is trained if the recipe trains.
         samples: training examples seen, over all train steps, cached ones included.
         seconds: of training, cached steps included.
+        cpu_seconds: processor time of training, cached steps included.
         checkpoint: folder of the last train step, or None.
         decisions: what methods decided by measurement: rows with "step", "key" and "value".
+        notes: what happened in train steps, such as a return to an earlier state.
     """
 
     setup: Setup
     samples: int
     seconds: float
+    cpu_seconds: float
     checkpoint: Path | None
     decisions: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def walk(
@@ -58,6 +62,7 @@ def walk(
     decisions: Path | None = None,
     until: int | None = None,
     ready: Path | None = None,
+    before_train: Callable[[Setup, int], None] | None = None,
 ) -> Walked:
     """Apply every step of a recipe to a fresh setup.
 
@@ -72,6 +77,8 @@ def walk(
         until: only so many steps are carried out; what the later ones say of the runtime is known all the same.
         ready: where a probe finds checkpoints: a train step that is finished there gives its weights, others are skipped.
 
+        before_train: of a probe, called with the setup and the number of the step where a train step stands.
+
     Raises:
         NotApplicable: a method refuses; Diverged: the loss is not finite.
     """
@@ -82,14 +89,16 @@ def walk(
     runtime = final_runtime(start, methods)
     decide = Decisions(decisions, lambda: [workload_key(workload), seed], runtime)
     start = replace(start, context=replace(start.context, runtime=runtime, decide=decide))
-    walker = _Walker(workload, recipe, seed, store, progress, start, decide, ready)
+    walker = _Walker(workload, recipe, seed, store, progress, start, decide, ready, before_train)
     for index, method in enumerate(methods[:until]):
         decide.prefix = shaping(recipe, methods, index)
         if method is None:
             walker.train(index)
         else:
             walker.apply(method, index)
-    return Walked(walker.setup, walker.samples, walker.seconds, walker.last, tuple(decide.plain()))
+    return Walked(
+        walker.setup, walker.samples, walker.seconds, walker.cpu_seconds, walker.last, tuple(decide.plain()), walker.notes
+    )
 
 
 @dataclass
@@ -104,8 +113,11 @@ class _Walker:
     setup: Setup
     decisions: Decisions
     ready: Path | None = None
+    before_train: Callable[[Setup, int], None] | None = None
     samples: int = 0
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    notes: tuple[str, ...] = ()
     last: Path | None = None
     changed: str = ""
 
@@ -131,6 +143,8 @@ class _Walker:
         if going_on and self.last is None and self.store is not None:
             raise NotApplicable("train has nothing to continue", "put a train step without continue before it")
         name = prefix_key(self.workload, self.recipe, index, self.seed, self.decisions.mark)
+        if self.before_train is not None:
+            self.before_train(self.setup, index)
         if self.store is not None:
             self._fit(self.store / name, fields.get("epochs", 10), going_on)
         elif self.ready is not None:
@@ -141,6 +155,8 @@ class _Walker:
         data, start = self.workload.train, self.last if going_on else None
         outcome = fit(self.setup, data, epochs=epochs, seed=self.seed, start=start, checkpoint=folder, progress=self.progress)
         self.samples, self.seconds, self.last = self.samples + outcome.samples, self.seconds + outcome.seconds, folder
+        self.cpu_seconds += outcome.cpu_seconds
+        self.notes += (outcome.note,) if outcome.note else ()
 
 
 def _start(
@@ -183,6 +199,7 @@ def final_runtime(setup: Setup, methods: Iterable[Method | None]) -> RuntimeSpec
         setup: as the walk starts; it is left as it is.
         methods: all of the recipe; train steps are None. Traits that a step needs are granted, one that refuses is left out.
     """
+    setup = replace(setup, context=replace(setup.context, time=None, pace=None))  # nothing is measured to know what is asked
     for method in methods:
         if method is None or method.family is not Family.HARDWARE:
             continue

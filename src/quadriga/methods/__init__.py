@@ -100,6 +100,8 @@ def card(method: type[Method]) -> dict[str, Any]:
         "fields": fields(method),
         "search": {k: [_plain(v) for v in choices] for k, choices in method.search.items()},
         "shapes": method.shapes,
+        "trains": method.trains,
+        "control": dict(method.control),
         **{k: sorted(getattr(method, k)) for k in ("requires", "adds", "removes", "writes")},
     }
 

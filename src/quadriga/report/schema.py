@@ -51,7 +51,8 @@ class Winner(TypedDict):
     parameters_ratio: float
     memory_ratio: NotRequired[float | None]  # of peak memory beyond what torch itself takes; None where not measured
     train_cost_ratio: float | None  # of seconds; None where only the baseline needs no training
-    train_cost: NotRequired[dict[str, float | None]]  # "samples", "seconds", "flops", each a ratio
+    train_cost: NotRequired[dict[str, float | None]]  # "samples", "seconds", "flops", "cpu_seconds", each a ratio
+    train_speed: NotRequired[Ratio | None]  # the baseline's training cost over the winner's, timed in turn, if minimized
 
 
 class Result(TypedDict):
@@ -97,7 +98,8 @@ class AblationRow(TypedDict):
 
 
 class Opponent(TypedDict):
-    """One strong opponent: "eager", "tuned_eager", "lossless_export", "same_training", "from_scratch"."""
+    """One strong opponent: "eager", "tuned_eager", "lossless_export", "same_training", "from_scratch",
+    "by_chance"."""
 
     name: str
     about: str

@@ -14,6 +14,7 @@ OPPONENTS = {
     "lossless_export": "best lossless export",
     "same_training": "original network, winner's training",
     "from_scratch": "small network from scratch",
+    "by_chance": "the winner, by chance",
 }
 
 

@@ -72,6 +72,13 @@ def _training(cost: Mapping[str, Any]) -> str:
     return ", ".join(f"{text.ratio(cost[k])} the {word}" for k, word in words.items() if cost.get(k) is not None)
 
 
+def _training_figure(best: Mapping[str, Any]) -> tuple[str, str, str]:
+    detail = _training(best.get("train_cost") or {})
+    if speed := best.get("train_speed"):  # it was the objective: timed in turn, with an interval
+        return text.ratio(speed["value"]), "less processor time of training", f"{text.interval(speed)}; {detail}"
+    return text.ratio(best["train_cost_ratio"]), "the training time", detail
+
+
 def key_figures(records: Records) -> tuple[tuple[str, str, str], ...]:
     """(value, what, detail) of the five numbers that matter; none without a winner."""
     best = records["result"]["winner"]
@@ -86,5 +93,5 @@ def key_figures(records: Records) -> tuple[tuple[str, str, str], ...]:
     bound = f"at least {text.signed(quality['low'], quality['unit'])}, n = {text.number(quality['n'])}"
     figures.append((text.signed(quality["difference"], quality["unit"]), quality["metric"], bound))
     figures.append((text.ratio(best["bytes_ratio"]), "the bytes", f"{text.ratio(best['parameters_ratio'])} the parameters"))
-    figures.append((text.ratio(best["train_cost_ratio"]), "the training time", _training(best.get("train_cost") or {})))
+    figures.append(_training_figure(best))
     return tuple(figures)

@@ -44,6 +44,7 @@ class Candidate:
         trains: whether it has train steps of its own; one that has not is measured once, at the top.
         dead: why it is out, or "".
         running: whether a trial of it is under way.
+        price: of training it, in trainings of the baseline; None: as its rung says.
     """
 
     recipe: Recipe
@@ -52,6 +53,7 @@ class Candidate:
     trains: bool = True
     dead: str = ""
     running: bool = False
+    price: float | None = None
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,8 @@ class Allocator:
     def _price(self, candidate: Candidate, rung: int) -> float:
         if not candidate.trains:
             return 0.02
+        if candidate.price is not None:
+            return candidate.price
         done = self.rungs[rung - 1] if rung else 0.0
         return (self.rungs[rung] - 0.7 * done) / self.rungs[-1]
 

@@ -21,12 +21,14 @@ class Space:
         traits: of the untouched setup.
         baseline: the recipe that trains the unchanged model; empty for a trained one.
         families: those that may be used.
+        training: whether what training costs is the objective, so that every step decides the cost, but not its length.
     """
 
     cards: Mapping[str, Card]
     traits: frozenset[str]
     baseline: Recipe
     families: frozenset[str]
+    training: bool = False
 
     def illegal(self, recipe: Recipe) -> str | None:
         """Why a recipe cannot be, by the facts that its steps require, add and remove; None if it can."""
@@ -80,11 +82,19 @@ class Space:
         is kept whole before a change of the network, which may go by the weights.
         """
         first = self.fixed(recipe)
+        if self.training:
+            own = [s for s in recipe.steps[first:] if s.is_train]
+            return recipe if len(own) > 1 else self._without_length(recipe, first)
         kept = [s for s in recipe.steps[first:] if s.is_train or self._costs(s)]
         plain = [step("train") if s.is_train else s for s in kept]
         if first and any(self.cards.get(s.method, {}).get("family") == "structure" for s in kept):
             return Recipe((*recipe.steps[:first], *self._marked(plain)))
         return Recipe(tuple(self._marked([*([step("train")] if first else []), *plain])))
+
+    @staticmethod
+    def _without_length(recipe: Recipe, first: int) -> Recipe:
+        steps = (Step("train") if s.is_train and i >= first else s for i, s in enumerate(recipe.steps))
+        return Recipe(tuple(steps))
 
     def _marked(self, plain: list[Step]) -> list[Step]:
         """Without repeated marks of training, and without any where no step waits for one."""
@@ -107,6 +117,8 @@ class Space:
         yield from self._starts(recipe, first)
         for index, one in enumerate(recipe.steps[first:], first):
             if one.is_train:
+                for changed in self._lengths(one):
+                    yield self._named(recipe.replaced(index, changed), "trained for another time")
                 continue
             for changed in self._neighbours(one):
                 yield self._named(recipe.replaced(index, changed), f"{one.method} changed")
@@ -115,6 +127,11 @@ class Space:
         for name in self._in_turn(set(self.cards) - present):
             for fields in _starts(self.cards[name]):
                 yield self._insert(recipe, Step(name, fields), self.cards[name], first)
+
+    def _lengths(self, one: Step) -> Iterator[Step]:
+        """A train step three quarters and four thirds as long, where its length is part of what is searched."""
+        for factor in (0.75, 4 / 3) if self.training else ():
+            yield Step("train", {**one.fields, "epochs": float(f"{one.fields.get('epochs', 10) * factor:.3g}")})
 
     def _starts(self, recipe: Recipe, first: int) -> Iterator[Recipe]:
         """A recipe that changes the network and trains it: from fresh weights where it starts from trained ones, or else so."""
@@ -142,7 +159,7 @@ class Space:
 
     def _insert(self, recipe: Recipe, new: Step, card: Card, first: int) -> Recipe:
         trains = [i for i, s in enumerate(recipe.steps) if s.is_train and i >= first]
-        late = card["family"] == "hardware"
+        late = card["family"] == "hardware" and not card["trains"]
         if late:
             runtimes = [i for i, s in enumerate(recipe.steps) if i > max(trains, default=first - 1)]
             place = runtimes[0] if runtimes else len(recipe.steps)

@@ -91,6 +91,7 @@ class Ablator:
         indices = [i for i, s in enumerate(template.steps) if not s.is_train and i >= first]
         rows = [Row(i, str(template.steps[i]), template.steps[i].method, self._family(template, i)) for i in indices]
         self._train([template.without(i) for i in indices])
+        self._pace([template.without(i) for i in indices])
         ratios = self._time({r.index: template.without(r.index) for r in rows if self._changes_cost(template, r.index)})
         for row in rows:
             self._judge(row, template.without(row.index), ratios.get(row.index))
@@ -119,6 +120,17 @@ class Ablator:
             study.collect(min(1.0, max(0.01, study.budget.left - self.reserve)))
             study.say("ablation", f"{len(waiting) + study.running} of {len(templates)} left")
         study.forget()
+
+    def _pace(self, templates: list[Recipe]) -> None:
+        """Time the training steps of each, where training is the objective."""
+        study = self.study
+        if study.options.minimize == "train_cost":
+            for template in templates:
+                if study.space.illegal(template) is None and self.explorer.pace(template) is None:
+                    study.submit("cost", "cost", study.space.cost_part(template), limit=60)
+            for trial in study.collect_all(self.reserve):
+                self.explorer.costs[trial.recipe.hash] = trial
+            study.forget()
 
     def _submit(self, template: Recipe) -> None:
         study = self.study
@@ -181,8 +193,19 @@ class Ablator:
         row.quality_gain = self.study.paired(self.whole)[0] - self.study.paired(trial)[0]
         row.latency_ratio = timing
         row.bytes_ratio = trial.values["bytes"] / self.whole.values["bytes"]
-        if self.whole.values.get("train_flops"):
-            row.train_cost_ratio = trial.values["train_flops"] / self.whole.values["train_flops"]
+        row.train_cost_ratio = self._training_ratio(row.index, trial)
+
+    def _training_ratio(self, index: int, trial: Trial) -> float | None:
+        """Training cost without a step over that with it: in processor time where that is the objective, else in FLOPs."""
+        assert self.whole is not None
+        if self.study.options.minimize != "train_cost":
+            flops = self.whole.values.get("train_flops")
+            return trial.values["train_flops"] / flops if flops else None
+        recipes = (self.candidate.recipe.without(index), self.candidate.recipe)
+        paces = [self.explorer.pace(r) for r in recipes]
+        if None in paces:
+            return None
+        return paces[0] * trial.values["samples"] / (paces[1] * self.whole.values["samples"])  # type: ignore[operator]
 
     def _verdict(self, row: Row, trial: Trial) -> tuple[bool | None, str]:
         chance = self.bar.chance(Score(*self.study.paired(trial)))
@@ -201,7 +224,10 @@ class Ablator:
         if objective == "bytes" and (row.bytes_ratio or 1) > 1.001:
             return True, f"without it {row.bytes_ratio:.2f} times the bytes"
         if (row.train_cost_ratio or 1) > 1.02:
-            return True, f"without it {row.train_cost_ratio:.2f} times the training FLOPs"
+            of = "processor time of training" if objective == "train_cost" else "training FLOPs"
+            return True, f"without it {row.train_cost_ratio:.2f} times the {of}"
+        if objective == "train_cost" and row.train_cost_ratio is None:
+            return None, "the budget did not allow to time the training without it"
         if objective == "latency" and row.latency_ratio is None and self._changes_cost(self.candidate.recipe, row.index):
             return None, "the budget did not allow to time the recipe without it"
         return False, "without it nothing is worse"

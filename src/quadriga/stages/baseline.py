@@ -149,6 +149,6 @@ def gain_of(study: Study, values: Mapping[str, float], epochs: float = 0.0) -> f
     base = study.baseline.values
     if study.options.minimize == "train_cost":
         examples = len(study.workload.train) if study.workload.train is not None else 0
-        cost = 3.0 * epochs * examples * values["flops"]
-        return math.log(base["train_flops"] / cost) if cost and base["train_flops"] else 0.0
+        cost = values.get("samples", epochs * examples) * values.get("pace", 1.0)
+        return math.log(base["samples"] / cost) if cost and base["samples"] else 0.0
     return math.log(base[study.options.minimize] / values[study.options.minimize])

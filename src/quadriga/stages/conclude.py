@@ -17,6 +17,7 @@ from quadriga.measure.timings import Timings
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import fastest, lossless_trials
 from quadriga.stages.state import LEVEL, TIMING_LEVEL, Study
+from quadriga.stages.training_cost import time_training
 from quadriga.verify.fake import told
 from quadriga.verify.quality import compare, without_labels
 
@@ -26,6 +27,7 @@ OPPONENTS = {
     "lossless_export": "the unchanged model in the fastest runtime that keeps its numerics, chosen for each batch size",
     "same_training": "the original network under the winner's training",
     "from_scratch": "the winner's network, trained from fresh weights at the winner's total cost",
+    "by_chance": "the winner, with chance in the place of what chooses, such as which examples are passed over",
 }
 
 
@@ -40,6 +42,7 @@ class Finalist:
         trial: of realising it.
         quality: the record of `verify.quality.compare`, with "holds", and "certificate": what `without_labels` says.
         ratios: opponent → batch → ratio.
+        training: the baseline's training cost over its own, where that is the objective.
         why_not: what keeps it from being the winner, or "".
     """
 
@@ -49,6 +52,7 @@ class Finalist:
     trial: Trial | None = None
     quality: dict[str, Any] | None = None
     ratios: dict[str, dict[str, Any]] | None = None
+    training: dict[str, Any] | None = None
     why_not: str = ""
 
 
@@ -86,6 +90,8 @@ class Judge:
         self._judge_quality(finalists, scores)
         timings = self._time(arms)
         for number, finalist in enumerate(finalists):
+            if self.study.options.minimize == "train_cost" and not finalist.why_not:
+                self._time_training(finalist)
             self._judge_cost(finalist, f"final-{number}", timings)
         good = [f for f in finalists if not f.why_not]
         best = max(good, key=self._gain) if good else None
@@ -221,6 +227,11 @@ class Judge:
             folder=study.folder / "timing", budget=max(10.0, study.budget.left - 4),
         )  # fmt: skip
 
+    def _time_training(self, finalist: Finalist) -> None:
+        assert finalist.trial is not None
+        self.study.say("verification", "timing training steps in turn, each time in a fresh process")
+        finalist.training = time_training(self.study, finalist.recipe, finalist.trial.values["samples"])
+
     def _judge_cost(self, finalist: Finalist, arm: str, timings: Timings) -> None:
         """Ratios against each opponent; the winner has to be better in the objective by more than chance."""
         finalist.ratios = opponents_ratios(timings, arm)
@@ -236,8 +247,8 @@ class Judge:
             finalist.why_not = "it is not shown to be faster than the unchanged model in eager PyTorch"
         elif objective in ("bytes", "parameters") and mine[objective] >= base[objective]:
             finalist.why_not = f"it has no fewer {objective} than the unchanged model"
-        elif objective == "train_cost" and mine["seconds"] >= base["seconds"]:
-            finalist.why_not = "its training costs no less than the baseline's"
+        elif objective == "train_cost" and (finalist.training or {}).get("verdict") != "faster":
+            finalist.why_not = "its training is not shown to cost less than the baseline's"
 
     def _note_fakes(self, best: Finalist | None) -> None:
         """Say of the winner what looks like compression and is none."""
@@ -249,8 +260,9 @@ class Judge:
         assert finalist.trial is not None and finalist.ratios is not None
         if self.study.options.minimize == "latency":
             return sum(math.log(r["value"]) for r in finalist.ratios["eager"].values())
-        key = {"train_cost": "seconds"}.get(self.study.options.minimize, self.study.options.minimize)
-        return -finalist.trial.values[key]
+        if self.study.options.minimize == "train_cost":
+            return finalist.training["value"] if finalist.training else 0.0
+        return -finalist.trial.values[self.study.options.minimize]
 
     def _control_recipes(self, recipe: Recipe) -> dict[str, Recipe]:
         """The original network under the winner's training; the winner's network from fresh weights at equal cost."""
@@ -264,11 +276,17 @@ class Judge:
         def family(one: Step) -> str:
             return "" if one.is_train else str(space.cards[one.method]["family"])
 
-        training = tuple(s for s in own[: last + 1] if family(s) in ("", "training", "optimizer"))
+        def learns(one: Step) -> bool:
+            return family(one) in ("", "training", "optimizer") or bool(space.cards[one.method]["trains"])
+
+        training = tuple(s for s in own[: last + 1] if learns(s))
         structure = tuple(s for s in own[: last + 1] if family(s) == "structure" and space.cards[s.method]["shapes"])
         found = {"same_training": Recipe((*recipe.steps[:fixed], *training), "original network, winner's training")}
         if fixed and structure and not any("TRAINED" in space.cards[s.method]["requires"] for s in structure):
             found["from_scratch"] = Recipe((*structure, *training, *own[last + 1 :]), "winner's network from fresh weights")
+        chance = tuple(s if s.is_train else Step(s.method, {**s.fields, **space.cards[s.method]["control"]}) for s in own)
+        if chance != own:
+            found["by_chance"] = Recipe((*recipe.steps[:fixed], *chance), "the winner by chance")
         return found
 
     def _controls(self, scores: dict[str, Scores]) -> dict[str, dict[str, Any]]:
@@ -276,7 +294,7 @@ class Judge:
         metric, base = self.study.workload.metric, scores["baseline"]
         return {
             name: compare(base, scores[name], metric, self.study.options.floor.margin(base.value), LEVEL)
-            for name in ("same_training", "from_scratch")
+            for name in ("same_training", "from_scratch", "by_chance")
             if name in scores
         }
 

@@ -157,12 +157,14 @@ class Explorer:
         rung = max(candidate.scores, default=-1) + 1
         if rung > self.allocator.top:
             return False
-        length = trained_epochs(candidate.recipe) if self._cheap_training else self.rungs[rung]
+        length = self.rungs[rung]
         done = self.rungs[rung - 1] * 0.7 if rung else 0.0
         base = self.study.baseline
         own = base.values["samples"] or 1.0
         pace = base.values["seconds"] / own if base.values["samples"] else 0.0
         examples = len(self.study.workload.train) if self.study.workload.train is not None else 0
+        if self._cheap_training:  # what it gains is what it costs less
+            return base.values["seconds"] * math.exp(-candidate.gain) < self.study.budget.left - self._until()
         return pace * (length - done) * examples < self.study.budget.left - self._until()
 
     def _propose(self) -> bool:
@@ -209,7 +211,8 @@ class Explorer:
         if cost.ok:
             dead = over_limit(self.study, cost.values) or ("" if gain > 0.02 else "no gain in the objective")
         self.known.add(recipe.hash)
-        self.candidates[recipe.hash] = Candidate(recipe, gain, trains=trains, dead=dead)
+        price = math.exp(-gain) if self._cheap_training else None
+        self.candidates[recipe.hash] = Candidate(recipe, gain, trains=trains, dead=dead, price=price)
         if cost.status is Status.REFUSED:
             self._leave_out(recipe, cost)
 
@@ -242,6 +245,11 @@ class Explorer:
         values = {**self.costs[self.study.space.cost_part(recipe).hash].values, **trial.values}  # bytes may go by the weights
         candidate.gain = gain_of(self.study, values, trained_epochs(recipe))
         candidate.dead = over_limit(self.study, values)
+
+    def pace(self, recipe: Recipe) -> float | None:
+        """What its training costs per example, over the baseline's; None where it was not timed."""
+        trial = self.costs.get(self.study.space.cost_part(recipe).hash)
+        return trial.values.get("pace") if trial is not None else None
 
     def finalists(self) -> list[Candidate]:
         """At most two: the best gain that is likely to pass, and one that is likelier to."""

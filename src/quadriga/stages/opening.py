@@ -39,7 +39,9 @@ def open_study(workload: Workload, options: Options, out: Path, progress: Progre
         model = workload.build(options.seed)
         traits = Setup.of(workload, options.seed, model).traits | {"TEACHER"}
         cards = {c["name"]: {**c, "fields": {k: f.get("default") for k, f in c["fields"].items()}} for c in methods.cards()}
-        space = Space(cards, traits, workload.baseline or Recipe(), frozenset(options.families))
+        space = Space(
+            cards, traits, workload.baseline or Recipe(), frozenset(options.families), options.minimize == "train_cost"
+        )
         pool = open_pool(workload, out, options.seed)
         study = Study(workload, options, out, store, pool, space, progress)
         study.notes += notes + _notes(workload, pool) + _left_out(space)

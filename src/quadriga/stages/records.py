@@ -20,7 +20,12 @@ from quadriga.stages.profile import profile_of
 from quadriga.stages.state import LEVEL, Study
 
 QUALITY = ("metric", "unit", "value", "baseline", "difference", "low", "n", "disagreement", "certificate")
-COSTS = {"samples": "samples", "seconds": "seconds", "flops": "train_flops"}  # in the record, in a trial's values
+COSTS = {
+    "samples": "samples",
+    "seconds": "seconds",
+    "cpu_seconds": "cpu_seconds",
+    "flops": "train_flops",
+}  # in the record, in a trial's values
 
 
 def result(study: Study, status: str, conclusion: Conclusion | None, artifact: str | None) -> dict[str, Any]:
@@ -82,7 +87,8 @@ def _winner(study: Study, winner: Finalist, conclusion: Conclusion) -> dict[str,
         "bytes_ratio": mine["bytes"] / base["bytes"],
         "parameters_ratio": mine["parameters"] / base["parameters"],
         "memory_ratio": _over(_memory(conclusion, arm), _memory(conclusion, "eager")),
-        "train_cost_ratio": cost["seconds"],
+        "train_cost_ratio": 1 / winner.training["value"] if winner.training else cost["seconds"],
+        "train_speed": winner.training,
         "train_cost": cost,
     }
 

@@ -144,7 +144,8 @@ class Study:
     def submit(self, stage: str, task: str, recipe: Recipe, *, limit: float | None = None, **info: Any) -> int:
         """Send a recipe to the pool; `info` is kept in the trial."""
         self._count += 1
-        args = {"recipe": recipe.plain(), "hash": recipe.hash, "batches": self.batches, **info.pop("args", {})}
+        always = {"batches": self.batches, "objective": self.options.minimize}
+        args = {"recipe": recipe.plain(), "hash": recipe.hash, **always, **info.pop("args", {})}
         self._orders[self._count] = (stage, recipe, info)
         self.pool.submit(Order(self._count, task, args, limit if limit is not None else max(5.0, self.budget.left)))
         return self._count

@@ -1,0 +1,50 @@
+"""Mixed precision: training computes in bfloat16 or float16 where that is safe, and keeps its weights in float32."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+
+from quadriga.core.errors import NotApplicable
+from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.setup import Setup
+from quadriga.methods.hardware._measured import faster
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedPrecision(Method):
+    """Train under autocast: products and convolutions compute in half precision, sums, norms and losses in float32.
+
+    Weights, gradients and the optimizer stay float32, and so does the finished model. With "fp16" the loss is scaled, so that
+    small gradients do not become zero, and a step whose scaled gradients overflow is left out.
+
+    Args:
+        kind: "bf16", the range of float32 with 8 bits of precision, or "fp16".
+        keep: "faster": only if a few training steps in the recipe's own runtime are measured to be faster with it, else the
+            step is refused (bf16 alone trained a small CNN at 0.83× on a CPU, with channels-last at 1.17×); "always".
+
+    Source: Micikevicius et al. 2018, arXiv:1710.03740; Kalamkar et al. 2019, arXiv:1905.12322 (bfloat16).
+    """
+
+    family = Family.HARDWARE
+    numerics = Numerics.CHANGED
+    source = "arXiv:1710.03740, arXiv:1905.12322"
+    search: ClassVar = {"kind": ("bf16", "fp16")}
+    requires = frozenset({"TRAIN_DATA", "FLOAT_WEIGHTS"})
+    trains = True
+
+    kind: Literal["bf16", "fp16"] = "bf16"
+    keep: Literal["faster", "always"] = "faster"
+
+    def apply(self, setup: Setup) -> Setup:
+        """Ask for autocast. NotApplicable where it is there already, weights are not float32, or it is not faster."""
+        if setup.runtime.autocast != "none":
+            raise NotApplicable(f"training is in {setup.runtime.autocast} already", "keep one mixed_precision step")
+        if any(p.is_floating_point() and p.dtype is not torch.float32 for p in setup.model.parameters()):
+            raise NotApplicable("the model's weights are not float32", "autocast starts from float32 weights")
+        after = replace(setup, runtime=replace(setup.runtime, autocast=self.kind))
+        if self.keep == "faster":
+            faster(setup, f"training in {self.kind}", autocast=self.kind)
+        return after
