@@ -17,6 +17,7 @@ from quadriga.core.setup import Arm, Setup
 from quadriga.core.slots import OptimizerSlot, RuntimeSpec
 from quadriga.core.workload import Workload
 from quadriga.measure.flops import flops
+from quadriga.measure.quality import score
 from quadriga.testing.workloads import TINY
 from quadriga.train.gradients import fisher_diagonal, mean_gradients
 
@@ -27,8 +28,8 @@ DECIDED: dict[Callable[..., Workload], dict[str, str]] = {}  # what trained setu
 def make_setups(workloads: dict[str, Callable[..., Workload]] | None = None) -> dict[str, MakeSetup]:
     """Name → a function that builds a fresh setup: each tiny workload untrained, and as a trained one.
 
-    The trained ones have a teacher, the gradient service, a clock (`fake_time`) and an optimizer with weight decay, so that
-    whatever needs one of these finds it. What is decided by measurement is decided once in a process.
+    The trained ones have a teacher, the gradient service, quality on val, a clock (`fake_time`) and an optimizer with weight
+    decay, so that whatever needs one of these finds it. What is decided by measurement is decided once in a process.
     """
     made: dict[str, MakeSetup] = {}
     for name, build in (workloads or TINY).items():
@@ -59,6 +60,7 @@ def trained_setup(build: Callable[..., Workload]) -> Setup:
     loss = setup.training.loss
     context = replace(
         setup.context,
+        evaluate=lambda m: score(m, workload.val, setup.context.metric).value,
         gradients=lambda m: mean_gradients(m, loss, batches),
         curvature=lambda m: fisher_diagonal(m, loss, batches, examples=8),
     )
