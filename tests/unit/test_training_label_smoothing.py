@@ -9,7 +9,8 @@ from torch.nn import functional
 from quadriga.core.batch import Batch
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
-from quadriga.methods.training.label_smoothing import LabelSmoothing, smooth
+from quadriga.methods.training._targets import smooth
+from quadriga.methods.training.label_smoothing import LabelSmoothing
 from quadriga.testing import tiny_lstm, tiny_mlp, tiny_transformer
 
 torch.set_num_threads(1)

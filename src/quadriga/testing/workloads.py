@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from quadriga.core.workload import Workload
 
-ALL_INVARIANCES = frozenset({"horizontal_flip", "rotation", "translation"})
+ALL_INVARIANCES = frozenset({"color", "horizontal_flip", "rotation", "translation"})
 
 
 class TinyCnn(nn.Module):

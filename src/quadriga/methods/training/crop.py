@@ -14,6 +14,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Moment
+from quadriga.methods.training._images import demand, with_transform
 
 MODES = {"zero": "constant", "edge": "replicate", "reflect": "reflect"}
 
@@ -62,19 +63,14 @@ class Crop(Method):
             raise BadInput(f"crop.padding is {self.padding}", "give at least 1 pixel")
 
     def apply(self, setup: Setup) -> Setup:
-        if "translation" not in setup.context.invariances:
-            raise NotApplicable(
-                "the workload does not say that a shifted image keeps its label",
-                'declare invariances={"translation"} if it does',
-            )
+        demand(setup, "translation", "a shifted image")
         sizes: list[int] = []
         tree_map(lambda t: sizes.extend(t.shape[2:]), setup.context.example)
         if self.padding >= min(sizes):
             raise NotApplicable(
                 f"images of {sizes[0]}×{sizes[1]} are too small to be shifted by {self.padding}", "lower padding"
             )
-        transforms = (*setup.training.transforms, self.transform)
-        return replace(setup, training=replace(setup.training, transforms=transforms))
+        return with_transform(setup, self.transform)
 
     def transform(self, batch: Batch, moment: Moment) -> Batch:
         """The batch with every image shifted."""

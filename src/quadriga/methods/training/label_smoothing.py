@@ -5,32 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from quadriga.core.batch import Batch, Tree, call, device_of, evaluating, primary
-from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.errors import BadInput
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-
-
-def smooth(target: Tensor, classes: int, amount: float) -> Tensor:
-    """(1 - amount) · one-hot + amount / classes, as [batch, classes].
-
-    Args:
-        target: [batch] int64, or [batch, classes] float (soft already). A class outside of [0, classes), such as the
-            −100 that losses ignore, gives a row of zeros.
-        classes: their number.
-        amount: in [0, 1).
-
-    Example:
-        >>> smooth(torch.tensor([1, -100]), 2, 0.5).tolist()
-        [[0.25, 0.75], [0.0, 0.0]]
-    """
-    if target.is_floating_point():
-        return (1 - amount) * target + amount / classes * target.sum(-1, keepdim=True)
-    known = (target[:, None] == torch.arange(classes, device=target.device)).float()
-    return (1 - amount) * known + amount / classes * known.sum(-1, keepdim=True)
+from quadriga.methods.training._targets import check_soft_targets, softened
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,24 +34,6 @@ class LabelSmoothing(Method):
             raise BadInput(f"label_smoothing.amount is {self.amount}", "give a number in (0, 1)")
 
     def apply(self, setup: Setup) -> Setup:
-        inner = setup.training.loss  # wrapped, not replaced: other loss methods keep their effect
-
-        def loss(output: Tree, batch: Batch) -> Tensor:
-            soft = smooth(batch.target, primary(output).shape[-1], self.amount)
-            return inner(output, replace(batch, target=soft))
-
+        loss = softened(setup.training.loss, self.amount)  # wrapped, not replaced: other loss methods keep their effect
         check_soft_targets(setup, loss)
         return replace(setup, training=replace(setup.training, loss=loss))
-
-
-def check_soft_targets(setup: Setup, loss: object) -> None:
-    """Try the loss on a calibration batch. Raises NotApplicable if it only takes class numbers."""
-    model, batch = setup.model, setup.context.calibration[0].to(device_of(setup.model))
-    try:
-        with evaluating(model), torch.no_grad():
-            losses = loss(call(model, batch.inputs), batch)  # type: ignore[operator]
-    except (RuntimeError, TypeError, ValueError, IndexError) as error:
-        reason = f"the loss does not take soft targets [batch, classes]: {error}"
-        raise NotApplicable(reason, "let the loss accept class probabilities, as cross_entropy does") from error
-    if losses.shape != batch.index.shape:
-        raise NotApplicable(f"with soft targets the loss returns the shape {tuple(losses.shape)}", "one value per example")

@@ -12,10 +12,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from quadriga.core.batch import Batch, tree_map
-from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.errors import BadInput
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Moment
+from quadriga.methods.training._images import demand, with_transform
 
 MODES = {"edge": "border", "zero": "zeros", "reflect": "reflection"}
 
@@ -72,12 +73,8 @@ class Rotate(Method):
             raise BadInput(f"rotate.degrees is {self.degrees}", "give a number in (0, 180]")
 
     def apply(self, setup: Setup) -> Setup:
-        if "rotation" not in setup.context.invariances:
-            raise NotApplicable(
-                "the workload does not say that a turned image keeps its label", 'declare invariances={"rotation"} if it does'
-            )
-        transforms = (*setup.training.transforms, self.transform)
-        return replace(setup, training=replace(setup.training, transforms=transforms))
+        demand(setup, "rotation", "a turned image")
+        return with_transform(setup, self.transform)
 
     def transform(self, batch: Batch, moment: Moment) -> Batch:
         """The batch with every image turned."""

@@ -54,6 +54,6 @@ def workload(source: str | None = None, download: bool = False) -> Workload:
         name="lenet_fashion",
         batch_size=64,
         baseline=Recipe((step("optimizer", kind="sgd", lr=0.1), step("train", epochs=25)), "baseline"),
-        invariances=frozenset({"horizontal_flip", "translation", "rotation"}),  # small ones: clothes, mostly upright
+        invariances=frozenset({"horizontal_flip", "translation", "rotation", "color"}),  # small ones: clothes, mostly upright
         data_note=data.note,
     )

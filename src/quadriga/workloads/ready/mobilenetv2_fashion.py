@@ -126,6 +126,6 @@ def workload(source: str | None = None, download: bool = False, examples: int | 
         name="mobilenetv2_fashion",
         batch_size=64,
         baseline=Recipe(steps, "baseline"),
-        invariances=frozenset({"horizontal_flip", "translation", "rotation"}),
+        invariances=frozenset({"horizontal_flip", "translation", "rotation", "color"}),
         data_note={**data.note, "weights": fetch.note("mobilenetv2")},
     )

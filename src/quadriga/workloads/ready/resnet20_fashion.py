@@ -73,6 +73,6 @@ def workload(source: str | None = None, download: bool = False) -> Workload:
         name="resnet20_fashion",
         batch_size=128,
         baseline=Recipe((step("optimizer", kind="sgd", lr=0.1, momentum=0.9), step("train", epochs=10)), "baseline"),
-        invariances=frozenset({"horizontal_flip", "translation", "rotation"}),
+        invariances=frozenset({"horizontal_flip", "translation", "rotation", "color"}),
         data_note=data.note,
     )
