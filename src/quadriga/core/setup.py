@@ -33,6 +33,7 @@ class Context:
         seed: for anything random.
         teacher: the trained baseline, frozen and in eval mode, or None.
         invariances: changes of the input that keep its label.
+        examples: number of training examples, or None where nobody says.
         classes: number of classes where outputs are [batch, classes] and targets integer, else None.
         gradients: (model) → {parameter name: mean gradient of the loss over calibration}.
         curvature: (model) → {parameter name: diagonal of the loss's Hessian, estimated over calibration}.
@@ -51,6 +52,7 @@ class Context:
     seed: int = 0
     teacher: nn.Module | None = None
     invariances: frozenset[str] = frozenset()
+    examples: int | None = None
     classes: int | None = None
     gradients: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     curvature: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
@@ -88,9 +90,12 @@ class Setup:
         calibration = tuple(source.batch(i) for i in torch.arange(count).split(workload.batch_size))
         classes = class_count(model, workload)
         assert isinstance(workload.metric, Metric), "a workload replaces names when it is made"
-        context = Context(
-            workload.example, calibration, workload.metric, seed, invariances=workload.invariances, classes=classes, **services
-        )
+        facts = {
+            "invariances": workload.invariances,
+            "examples": len(source) if workload.train is not None else None,
+            "classes": classes,
+        }
+        context = Context(workload.example, calibration, workload.metric, seed, **{**facts, **services})
         return cls(
             model,
             plain_training(workload),

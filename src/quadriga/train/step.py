@@ -44,6 +44,13 @@ def weight_of(batch: Batch) -> Tensor | int:
     return len(batch) if batch.weight is None else batch.weight.sum()
 
 
+def share(losses: Tensor, part: Batch, whole: Tensor | int) -> Tensor:
+    """What a part adds to the reduced loss of a batch of weight `whole`: Σ weight·loss / whole, 0 for a part of weight 0."""
+    if losses.dim() == 0 or part.weight is None or losses.shape != part.weight.shape:
+        return reduce(losses, part) * (weight_of(part) / whole)
+    return (part.weight * losses).sum() / whole
+
+
 def parts(batch: Batch, size: int) -> Iterator[Batch]:
     """The batch cut into parts of `size` examples; the last may be smaller."""
     for start in range(0, len(batch), size):
@@ -95,9 +102,9 @@ class Runner:
         whole, loss, kept = weight_of(batch), torch.zeros((), device=self.device), []
         for part in parts(batch, self.micro):
             losses = self._losses(part)
-            share = reduce(losses, part) * (weight_of(part) / whole)
-            self._backward(share)
-            loss = loss + share.detach()
+            part_of_loss = share(losses, part, whole)
+            self._backward(part_of_loss)
+            loss = loss + part_of_loss.detach()
             kept.append(losses.detach())
         self.losses = torch.cat(kept) if kept[0].dim() else loss
         return loss
