@@ -1,9 +1,12 @@
 """Accumulation, clipping and batch ramps, against big batches, torch's own functions and naive references."""
 
+import math
 from dataclasses import replace
+from itertools import groupby, pairwise
 
 import pytest
 import torch
+from pytorch_optimizer.optimizer.agc import agc
 from torch import nn
 
 from quadriga.core.batch import Batch, call
@@ -13,8 +16,10 @@ from quadriga.core.metric import cross_entropy
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Hook, OptimizerSlot, RuntimeSpec
 from quadriga.methods.training.accumulate import Accumulate
+from quadriga.methods.training.batch_ramp import BatchRamp, plateaus
+from quadriga.methods.training.clip_gradients import ClipGradients, clip_adaptively
 from quadriga.methods.training.crop import Crop
-from quadriga.testing import tiny_cnn, tiny_mlp, tiny_transformer
+from quadriga.testing import fingerprint, tiny_cnn, tiny_mlp, tiny_transformer
 from quadriga.train.loop import fit
 from quadriga.train.step import Runner, reduce
 
@@ -156,3 +161,173 @@ def test_accumulate_refuses():
         Accumulate()(Setup.of(scalar))
     with pytest.raises(BadInput, match="steps is 1"):
         Accumulate(steps=1)
+
+
+def gradients(setup, scale=1.0):
+    """The model's parameters with the gradients of a batch, times a number."""
+    batch = setup.context.calibration[0]
+    setup.model.eval()  # no dropout
+    (cross_entropy(call(setup.model, batch.inputs), batch).mean() * scale).backward()
+    return list(setup.model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["norm", "value"])
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+@pytest.mark.parametrize("build", [tiny_cnn, tiny_transformer])
+def test_clipping_equals_torch(kind, scale, build):
+    """As torch does it tensor by tensor, to rounding; what is small enough stays to the bit."""
+    ours, theirs = Setup.of(build(), seed=0), Setup.of(build(), seed=0)
+    found, expected = gradients(ours, scale), gradients(theirs, scale)
+    before = [p.grad.clone() for p in found]
+    ClipGradients(kind=kind, limit=0.5).hook(ours.model).after_backward(ours.model, 0.0)
+    if kind == "norm":
+        nn.utils.clip_grad_norm_(expected, 0.5, foreach=False)
+        total = math.sqrt(sum(float(p.grad.double().square().sum()) for p in found))
+        assert total == pytest.approx(0.5, rel=1e-5) if scale > 1 else total < 0.5
+    else:
+        nn.utils.clip_grad_value_(expected, 0.5, foreach=False)
+        assert max(float(p.grad.abs().max()) for p in found) <= 0.5
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-6, atol=0)
+    unchanged = all(torch.equal(p.grad, b) for p, b in zip(found, before, strict=True))
+    assert unchanged == (scale < 1)
+
+
+@pytest.mark.parametrize("shape", [(6, 3, 5, 5), (7, 4), (9,), ()])
+def test_adaptive_clipping_equals_a_naive_one(shape):
+    """Unit by unit in Python, and as in pytorch_optimizer; some gradients small, some large, one unit's weights at zero."""
+    generator = torch.Generator().manual_seed(0)
+    p = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    factor = 10.0 ** -torch.arange(shape[0]).double().view(-1, *(1,) * (len(shape) - 1)) if len(shape) > 1 else 1.0
+    grad = torch.randn(shape, generator=generator, dtype=torch.float64) * factor
+    if len(shape) > 1:
+        with torch.no_grad():
+            p[0] = 0.0
+        grad[1] = 0.0
+    expected = grad.clone()
+    for unit, g in zip(p.detach(), expected, strict=True) if len(shape) > 1 else [(p.detach(), expected)]:
+        largest = 0.02 * max(float(unit.square().sum().sqrt()), 1e-3)
+        if (size := float(g.square().sum().sqrt())) > largest:
+            g *= largest / size
+    library = agc(p.detach(), grad.clone(), agc_eps=1e-3, agc_clip_val=0.02)
+    p.grad = grad
+    clip_adaptively([p], 0.02, 1e-3)
+    torch.testing.assert_close(p.grad, expected, rtol=1e-12, atol=0)
+    if shape:
+        torch.testing.assert_close(p.grad, library, rtol=1e-12, atol=0)
+
+
+def test_clipping_acts_in_the_order_of_the_recipe():
+    """A hook before it is clipped, one behind it is not; with plain SGD at rate 1 the step is as long as the gradient."""
+
+    class Enlarge(Hook):
+        def after_backward(self, model, progress):
+            for p in model.parameters():
+                p.grad.mul_(1000.0)
+
+    lengths = []
+    for first in (True, False):
+        setup = replace(Setup.of(tiny_mlp()), optimizer=OptimizerSlot(lambda m: torch.optim.SGD(m.parameters(), lr=1.0)))
+        if first:
+            setup = replace(setup, training=replace(setup.training, make_hooks=(lambda m: Enlarge(),)))
+        setup = ClipGradients(limit=0.01)(setup)
+        if not first:
+            hooks = (*setup.training.make_hooks, lambda m: Enlarge())
+            setup = replace(setup, training=replace(setup.training, make_hooks=hooks))
+        before = [p.detach().clone() for p in setup.model.parameters()]
+        fit(setup, tiny_mlp().train, epochs=1 / 6, seed=0)
+        moved = [(p.detach() - b).double().square().sum() for p, b in zip(setup.model.parameters(), before, strict=True)]
+        lengths.append(float(sum(moved).sqrt()))
+    assert lengths == pytest.approx([0.01, 10.0], rel=1e-3)
+
+
+@pytest.mark.parametrize("fields", [{"limit": 0.0}, {"scale": -1.0}, {"eps": 0.0}, {"kind": "norms"}])
+def test_bad_clipping(fields):
+    with pytest.raises(BadInput, match=next(iter(fields))):
+        ClipGradients.parse(fields)
+
+
+@pytest.mark.parametrize("kind", ["steps", "linear"])
+@pytest.mark.parametrize("size", [16, 20, 64, 96, 128, 500])
+@pytest.mark.parametrize("start", [0.01, 0.125, 0.25, 0.9])
+def test_plateaus_are_few_rising_multiples_of_8(kind, size, start):
+    sizes = plateaus(size, kind, start, 4)
+    assert sizes == sorted(set(sizes)) and len(sizes) <= 7
+    assert all(s % 8 == 0 and 0 < s < size for s in sizes)
+    if size >= 64 and start * size >= 8 and kind == "steps" and size % 64 == 0:
+        assert all(b == 2 * a for a, b in pairwise(sizes)) or start == 0.9
+
+
+@pytest.mark.parametrize(("rate", "power"), [("none", 0.0), ("sqrt", 0.5), ("linear", 1.0)])
+def test_the_rate_follows_the_batch(rate, power):
+    setup = grown(Setup.of(tiny_mlp()), 4)
+    (schedule,) = BatchRamp(start=0.25, until=0.5, rate=rate)(setup).training.schedules
+    assert [schedule(p).batch for p in (0, 0.24, 0.25, 0.49, 0.5, 1)] == [0.25, 0.25, 0.5, 0.5, 1, 1]
+    for progress in (0.0, 0.3, 0.7):
+        assert schedule(progress).lr == pytest.approx(schedule(progress).batch ** power)
+
+
+class Sizes(Hook):
+    """Notes every batch's size and examples."""
+
+    log = None
+
+    def seen(self, batch, losses):
+        assert len(batch) == len(losses)
+        self.log.append(batch.index.clone())
+
+
+def ramped(log, method, *hooks):
+    setup = replace(grown(Setup.of(tiny_cnn()), 2), optimizer=OptimizerSlot(momentum))
+    noting = type("Noting", (Sizes,), {"log": log})
+    makers = (lambda m: noting(), *hooks)
+    return method(replace(setup, training=replace(setup.training, make_hooks=makers)))
+
+
+@pytest.mark.parametrize(
+    "method", [BatchRamp(rate="sqrt"), BatchRamp(kind="linear", start=0.25, stages=3, until=0.8)], ids=repr
+)
+def test_a_ramp_sees_as_many_examples_in_more_steps(method):
+    """Sizes rise in plateaus, each of about until / n of all examples; the stream is the plain one, cut otherwise."""
+    log, plain = [], []
+    setup = ramped(log, method)
+    outcome = fit(setup, tiny_cnn().train, epochs=10, seed=1)
+    fit(ramped(plain, lambda s: s), tiny_cnn().train, epochs=10, seed=1)
+    sizes, total = [len(i) for i in log], 960
+    assert sizes == sorted(sizes) and sizes[-1] == 32 and all(s % 8 == 0 for s in sizes)
+    assert outcome.steps == len(sizes) > len(plain) and total <= outcome.samples == sum(sizes) < total + 32
+    assert torch.equal(torch.cat(log)[:total], torch.cat(plain)[:total])
+    expected = plateaus(32, method.kind, method.start, method.stages)
+    runs = [(size, len(list(group)) * size) for size, group in groupby(sizes)]
+    assert [size for size, _ in runs] == [*expected, 32]
+    for size, examples in runs[:-1]:
+        assert abs(examples - total * method.until / len(expected)) <= 2 * size
+
+
+@pytest.mark.parametrize("at", [3, 11, 25])
+def test_a_ramp_with_accumulation_and_clipping_resumes_bit_exactly(tmp_path, at):
+    """Stopped on each of its plateaus and resumed, the weights and the sizes are those of a run that never stopped."""
+
+    def make(log, *hooks):
+        setup = ramped(log, BatchRamp(start=0.25, rate="sqrt"), *hooks)
+        return ClipGradients(kind="adaptive")(Accumulate(steps=3, keep_batch=True)(Crop()(setup)))
+
+    whole, first, second = [], [], []
+    straight = make(whole, lambda m: StopAt(0))
+    fit(straight, tiny_cnn().train, epochs=6, seed=2)
+    broken = make(first, lambda m: StopAt(at))
+    with pytest.raises(Stop):
+        fit(broken, tiny_cnn().train, epochs=6, seed=2, checkpoint=tmp_path, every=0.0)
+    resumed = make(second, lambda m: StopAt(0))
+    outcome = fit(resumed, tiny_cnn().train, epochs=6, seed=2, checkpoint=tmp_path, every=0.0)
+    assert outcome.exact and fingerprint(resumed.model) == fingerprint(straight.model)
+    assert [i.tolist() for i in (*first[: at - 1], *second)] == [i.tolist() for i in whole]
+
+
+def test_batch_ramp_refuses():
+    setup = Setup.of(tiny_mlp())
+    with pytest.raises(NotApplicable, match="batch of 8 "):
+        BatchRamp()(replace(setup, training=replace(setup.training, batch_size=8)))
+    for fields in ({"start": 1.0}, {"until": 0.0}, {"stages": 0}):
+        with pytest.raises(BadInput, match=next(iter(fields))):
+            BatchRamp.parse(fields)
