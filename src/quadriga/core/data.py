@@ -79,6 +79,8 @@ class DatasetData(Data):
         dataset: with `__len__` and `__getitem__`.
         collate: joins a list of items.
         separate: collated item → (inputs, target); by default a pair, or a dict with "labels" or "label".
+        workers: processes that read training examples ahead; 0: the loop reads them itself.
+        timeout: seconds that a batch may take a worker.
     """
 
     resident = False
@@ -88,15 +90,25 @@ class DatasetData(Data):
         dataset: Dataset[Any],
         collate: Callable[[list[Any]], Any] = default_collate,
         separate: Callable[[Any], tuple[Tree, Tree]] | None = None,
+        workers: int = 0,
+        timeout: float = 300.0,
     ) -> None:
         self.dataset, self.collate, self.separate = dataset, collate, separate or split_item
+        self.workers, self.timeout = workers, timeout
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def batch(self, index: Tensor) -> Batch:
-        inputs, target = self.separate(self.collate([self.dataset[int(i)] for i in index]))
+        inputs, target = self.separate(self.collate([self._item(i) for i in index.tolist()]))
         return Batch(inputs, target, index)
+
+    def _item(self, i: int) -> Any:
+        try:
+            return self.dataset[i]
+        except Exception as error:
+            error.add_note(f"example {i} of the data set")
+            raise
 
 
 def split_item(item: Any) -> tuple[Tree, Tree]:
@@ -121,7 +133,8 @@ def split_item(item: Any) -> tuple[Tree, Tree]:
 def as_data(source: Any, name: str = "data") -> Data:
     """Make a split of what a user has: a `Data`, tensors `(inputs, target)`, a `DataLoader` or a `Dataset`.
 
-    A loader keeps its collate function; order and batch size are the loop's, so that runs can be resumed.
+    A loader keeps its collate function, its workers and their timeout; order, batch size and the seeds of workers are the
+    loop's, so that runs can be resumed.
 
     Raises:
         BadInput: empty, without a length, or of another type.
@@ -132,8 +145,9 @@ def as_data(source: Any, name: str = "data") -> Data:
         dataset = source.dataset if isinstance(source, DataLoader) else source
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise BadInput(f"{name} is an iterable data set without a length", "give a map-style data set or tensors")
-        collate = source.collate_fn if isinstance(source, DataLoader) else default_collate
-        data = DatasetData(dataset, collate)
+        data = DatasetData(dataset)
+        if isinstance(source, DataLoader):
+            data = DatasetData(dataset, source.collate_fn, workers=source.num_workers, timeout=source.timeout or 300.0)
     elif isinstance(source, tuple | list) and len(source) == 2:
         data = TensorData(source[0], source[1])
     elif isinstance(source, Mapping):

@@ -12,6 +12,7 @@ from torch import Tensor
 from quadriga.core.batch import Batch
 from quadriga.core.data import Data
 from quadriga.core.slots import Moment, Transform
+from quadriga.train.feed import Feed
 from quadriga.train.rng import derive
 
 Select = Callable[[Tensor, Moment], Tensor | None]  # as Hook.select
@@ -88,6 +89,7 @@ class Loader:
         place: moves a batch to the device.
         layout: gives it the memory format of the runtime, after the transforms.
         selects: (indices, moment) → weights, by which examples of the stream are passed over.
+        feed: reads the examples of a split that is not resident.
     """
 
     def __init__(
@@ -98,16 +100,18 @@ class Loader:
         place: Callable[[Batch], Batch],
         layout: Callable[[Batch], Batch],
         selects: Sequence[Select] = (),
+        feed: Feed | None = None,
     ) -> None:
-        self.data, self.sampler, self.transforms = data, sampler, tuple(transforms)
+        self.data, self.sampler, self.transforms, self.feed = data, sampler, tuple(transforms), feed
         self.place, self.layout, self.selects = place, layout, tuple(selects)
         self._generators: dict[tuple[str, torch.device], torch.Generator] = {}
 
     def draw(self, position: int, step: int, size: int, progress: float) -> tuple[Batch, int]:
         """The transformed batch of `size` examples from `position` of the stream, for the global step `step`; and the position
         behind it."""
+        start = position
         index, epochs, weights, position = self._choose(position, step, size, progress)
-        batch = self.place(self.data.batch(index))
+        batch = self.place(self.data.batch(index) if self.feed is None else self.feed.batch(index, start))
         if weights is not None:
             weights = weights.to(batch.index.device)
             batch = replace(batch, weight=weights if batch.weight is None else weights * batch.weight)
@@ -118,6 +122,11 @@ class Loader:
                 batch = transform(batch, moment)
             batch = replace(batch, augmented=True)
         return self.layout(batch), position
+
+    def close(self) -> None:
+        """No more batches are wanted now; processes that read ahead end."""
+        if self.feed is not None:
+            self.feed.close()
 
     def _choose(self, position: int, step: int, size: int, progress: float) -> tuple[Tensor, Tensor, Tensor | None, int]:
         """Indices, epochs and weights of the next `size` examples that are not passed over, and the position behind them."""

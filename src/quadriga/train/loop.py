@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from quadriga.train.outcome import Outcome
 from quadriga.train.run import Run
 from quadriga.train.state import kept_tensors
 from quadriga.train.step import entered, prepared
+from quadriga.train.track import Tracker, current
 
 SHOW = 0.5  # seconds between calls of `progress`
 SLOWER = 0.1  # of the rate, after a loss that was not finite
@@ -34,6 +36,7 @@ def fit(
     every: float = 30.0,
     clock: Callable[[], float] = time.monotonic,
     progress: Callable[[float], None] | None = None,
+    tracker: Tracker | None = None,
 ) -> Outcome:
     """Train `setup.model` in place.
 
@@ -48,6 +51,8 @@ def fit(
         every: seconds between checkpoints.
         clock: for `every`, and for the seconds reported.
         progress: called now and then with the fraction done.
+        tracker: is given loss, rate and progress now and then, and the quality where a hook looks at it; that of
+            `tracking` by default. One that fails is left alone from then on, and the outcome's note says so.
 
     A loss that is not finite sends the run back to its last checkpoint, or to its start, once, at a tenth of the rate; the
     outcome's note says so.
@@ -63,6 +68,7 @@ def fit(
     with rng.isolated(), prepared(setup) as runner:
         put_back = kept_tensors(setup.model)
         run = Run(setup, data, runner, epochs, seed, clock).opened(start, folder)
+        tracked = run.tracked = current(tracker)
         try:
             train(run, folder, every, progress)
         except Diverged as error:
@@ -71,9 +77,11 @@ def fit(
             put_back()
             setup.model.zero_grad(set_to_none=True)
             run = Run(setup, data, runner, epochs, seed, clock, SLOWER, run.costs()).opened(start, folder)
+            run.tracked = tracked
             back = f"{error}; went back to step {run.done} and on at {SLOWER:g} of the rate"
             run.note = "; ".join(filter(None, [run.note, back]))
             train(run, folder, every, progress)
+        tracked.passed(run.done)
         return run.outcome(folder)
 
 
@@ -82,9 +90,10 @@ def train(run: Run, folder: Path | None, every: float, progress: Callable[[float
     if run.finished:
         return
     saved = shown = run.clock()
-    with entered(hook.train(run.model, run.data) for hook in run.hooks):
+    with closing(run.loader), entered(hook.train(run.model, run.data) for hook in run.hooks):
         while not run.over:
             advance(run)
+            run.tracked.tell(run)
             now = run.clock()
             if folder and now - saved >= every and not run.over:
                 run.save(folder)
@@ -97,16 +106,17 @@ def train(run: Run, folder: Path | None, every: float, progress: Callable[[float
         hook.end(run.model, (run.runner.layout(run.runner.place(batch)) for batch in plain))
     run.watch.look_at_weights(run.model, run.done - 1, run.rate)
     run.spent, run.finished = run.costs(), True
+    run.tracked.tell(run)
     if folder:
         run.save(folder)
 
 
 def advance(run: Run) -> None:
     """One step: factors, batch, loss and gradients, update."""
-    progress, factors = run.progress, run.factors()
+    progress = run.progress
+    factors = run.factors(progress)
     set_factors(run.optimizer, run.bases, factors)
-    size = max(1, round(run.sampler.batch_size * factors.batch))
-    batch, run.position = run.loader.draw(run.position, run.step, size, progress)
+    batch, run.position = run.loader.draw(run.position, run.step, run.size(factors), progress)
     run.watch.see(run.done, run.rate, run.runner.forward_backward(batch))
     run.runner.unscale(run.optimizer)
     for hook in run.watching:

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from quadriga.core.batch import keeping_mode
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput, NotApplicable
@@ -18,8 +21,10 @@ from quadriga.train.checkpoint import State, read_state, save_state
 from quadriga.train.config import check_same, config_of, machine
 from quadriga.train.data import Loader, Sampler, count_steps
 from quadriga.train.factors import group_bases, product
+from quadriga.train.feed import Feed, home_of, resident
 from quadriga.train.outcome import Outcome, Watch
 from quadriga.train.step import Runner, entered
+from quadriga.train.track import Tracked
 
 WINDOW = 32  # steps between looks at the loss where a look has to wait for the device
 
@@ -46,9 +51,11 @@ class Run:
             *(make(self.model) for make in training.make_hooks),
         )
         self.watching, self.looking = overriding(self.hooks, "seen"), [h for h in self.hooks if h.interval]
-        self.sampler = Sampler(len(data), training.batch_size, seed, runner.device)
-        selects = [h.select for h in overriding(self.hooks, "select")]
-        self.loader = Loader(data, self.sampler, training.transforms, runner.place, runner.layout, selects)
+        here, selects = resident(data, runner.device), [h.select for h in overriding(self.hooks, "select")]
+        self.sampler = Sampler(len(data), training.batch_size, seed, home_of(here))
+        feed = None if here.resident else Feed(here, seed, None if selects else self.upcoming, runner.device)
+        self.loader = Loader(here, self.sampler, training.transforms, runner.place, runner.layout, selects, feed)
+        self.tracked = Tracked(None)
         self.watch = Watch(1 if runner.device.type == "cpu" else WINDOW)
         self.done = self.samples = self.step = self.position = self.begun = 0
         self.covered, self.origin, self.note, self.finished = 0.0, "", "", False
@@ -113,7 +120,11 @@ class Run:
     @property
     def progress(self) -> float:
         """Of this train step, in [0, 1]."""
-        return min(1.0, (self.position - self.begun) / self.span)
+        return self.progress_at(self.position)
+
+    def progress_at(self, position: int) -> float:
+        """The progress that a position of the stream stands for."""
+        return min(1.0, (position - self.begun) / self.span)
 
     @property
     def over(self) -> bool:
@@ -125,19 +136,32 @@ class Run:
         """The learning rate now."""
         return float(self.optimizer.param_groups[0]["lr"])
 
-    def factors(self) -> Factors:
-        """Of all schedules and hooks, now."""
-        total = product(self.schedules, self.progress) * Factors(lr=self.slower)
+    def factors(self, progress: float) -> Factors:
+        """Of all schedules at a progress, and of the hooks now."""
+        total = product(self.schedules, progress) * Factors(lr=self.slower)
         for hook in self.hooks:
             total = total * hook.factors
         return total
+
+    def size(self, factors: Factors) -> int:
+        """Of a batch under these factors."""
+        return max(1, round(self.sampler.batch_size * factors.batch))
+
+    def upcoming(self, position: int) -> Tensor:
+        """Indices [batch] of the batch that starts at a position, unless hooks change their mind; none after the last."""
+        if position - self.begun >= self.span:
+            return torch.empty(0, dtype=torch.int64)
+        size = self.size(self.factors(self.progress_at(position)))
+        return self.sampler.indices(position, min(size, self.sampler.length))
 
     def quality(self) -> float:
         """Of the model as the hooks want it evaluated, on val."""
         evaluate = self.setup.context.evaluate
         assert evaluate is not None
         with keeping_mode(self.model), entered(hook.eval(self.model) for hook in self.hooks):
-            return evaluate(self.model)
+            found = evaluate(self.model)
+        self.tracked.log(self.done, {"quality": found})
+        return found
 
     def costs(self) -> tuple[float, float]:
         """Wall and processor seconds, over all resumptions."""
@@ -156,7 +180,9 @@ class Run:
 
     def outcome(self, folder: Path | None) -> Outcome:
         """The report."""
-        return Outcome(self.samples, self.done, *self.spent, self.watch.mean, folder, self.note, self.hooks)
+        notes = (self.note, self.loader.feed.note if self.loader.feed else "", self.tracked.note)
+        note = "; ".join(filter(None, notes))
+        return Outcome(self.samples, self.done, *self.spent, self.watch.mean, folder, note, self.hooks)
 
 
 def overriding(hooks: Iterable[Hook], name: str) -> list[Hook]:
