@@ -107,4 +107,6 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sav
 
 
 def _placed(value: Any, parameter: Tensor) -> Any:
+    if isinstance(value, list):  # such as SOAP's bases
+        return [_placed(v, parameter) for v in value]
     return like(value, parameter) if isinstance(value, Tensor) else value

@@ -8,7 +8,7 @@ from importlib import import_module, util
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from quadriga.core.errors import NotApplicable
 from quadriga.methods.optimizer._muon import Muon
@@ -58,6 +58,8 @@ class Kind:
         keeps = cls is torch.optim.SGD and not any(g["momentum"] or g["weight_decay"] for g in made.param_groups)
         if sparse and not keeps:  # plain SGD alone leaves the rows that were not looked up as they are
             made.register_step_pre_hook(densify)
+        if self.name == "SOAP":
+            made.register_step_post_hook(row_major)
         return made
 
 
@@ -83,6 +85,13 @@ def densify(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         for p in group["params"]:
             if p.grad is not None and p.grad.is_sparse:
                 p.grad = p.grad.to_dense()
+
+
+def row_major(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """Keep SOAP's bases as a checkpoint gives them back; products of column-major ones round otherwise."""
+    for state in optimizer.state.values():
+        if state.get("Q") is not None:
+            state["Q"] = [q.contiguous() if isinstance(q, Tensor) else q for q in state["Q"]]
 
 
 KINDS = {

@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
             group |= {"momentum": momentum} if group["matrix"] else {"betas": tuple(betas), "fused": True}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update."""
         loss = value_of(closure)
         for group in self.param_groups:

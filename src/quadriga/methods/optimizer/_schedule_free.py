@@ -45,7 +45,7 @@ class ScheduleFree(torch.optim.Optimizer):
         super().__init__(list(groups), {"lr": lr, "betas": tuple(betas), "weight_decay": 0.0, **shared, **moving})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update; the parameters hold y before and after."""
         loss = value_of(closure)
         for group in self.param_groups:
@@ -109,17 +109,18 @@ class Averaged(Hook):
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         assert isinstance(optimizer, ScheduleFree)
-        self.optimizer, self.data = optimizer, None
+        self.optimizer = optimizer
+        self.data: Data | None = None
 
     @contextmanager
-    def train(self, model: nn.Module, data: Data) -> Iterator[None]:  # type: ignore[override]
+    def train(self, model: nn.Module, data: Data) -> Iterator[None]:
         """From where a finished train step left off, back to y."""
-        self.data: Data | None = data
+        self.data = data
         self.optimizer.train()
         yield
 
     @contextmanager
-    def eval(self, model: nn.Module) -> Iterator[None]:  # type: ignore[override]
+    def eval(self, model: nn.Module) -> Iterator[None]:
         """x and its batch statistics for a while; afterwards all is as before to the bit."""
         norms = [b for m in model.modules() if isinstance(m, NORMS) for b in m.buffers(recurse=False)]
         kept = [(t, t.detach().clone()) for t in (*model.parameters(), *norms)]
