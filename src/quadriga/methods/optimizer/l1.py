@@ -7,20 +7,21 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from quadriga.core.errors import BadInput
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.optimizer._penalty import penalized
+from quadriga.methods.optimizer._penalty import penalized, rate
 
 
 @dataclass(frozen=True, kw_only=True)
 class L1(Method):
     """Add amount · Σ|w| to what is minimized.
 
+    Averages of weights (schedule-free, `ema`, `swa`) end with small values where the proximal form alone has zeros.
+
     Args:
-        amount: at least 0, per unit of learning rate.
+        amount: positive, per unit of learning rate.
         form: "proximal": after the update, w ← sign(w) max(|w| - lr·amount, 0), which gives exact zeros;
             "subgradient": amount · sign(w) joins the gradient before the update, which hovers about zero.
         biases: penalize biases and norms (parameters of at most one dimension) too.
@@ -48,12 +49,25 @@ class L1(Method):
         return penalized(setup, "l1", self.amount, "before", self.biases, add_signs)
 
 
+def soft_threshold(weights: list[Tensor], threshold: float) -> None:
+    """w ← sign(w) max(|w| - threshold, 0), in place, as w less its own clipped value.
+
+    Example:
+        >>> w = torch.tensor([2.0, -0.5, -1.5])
+        >>> soft_threshold([w], 1.0)
+        >>> w
+        tensor([ 1.0000,  0.0000, -0.5000])
+    """
+    clipped = torch._foreach_clamp_max(weights, threshold)
+    torch._foreach_clamp_min_(clipped, -threshold)
+    torch._foreach_sub_(weights, clipped)
+
+
 def shrink_weights(weights: list[Tensor], group: dict[str, Any]) -> None:
     """Soft-threshold in place at lr · l1."""
-    for weight in weights:
-        weight.copy_(functional.softshrink(weight, float(group["lr"]) * group["l1"]))
+    soft_threshold(weights, rate(group) * group["l1"])
 
 
 def add_signs(weights: list[Tensor], group: dict[str, Any]) -> None:
     """Add l1 · sign(w) to the gradients."""
-    torch._foreach_add_([w.grad for w in weights if w.grad is not None], torch._foreach_sign(weights), alpha=group["l1"])
+    torch._foreach_add_([w.grad for w in weights], torch._foreach_sign(weights), alpha=group["l1"])  # type: ignore[misc]
