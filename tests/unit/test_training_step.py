@@ -31,14 +31,14 @@ class Stop(Exception):
 
 
 class StopAt(Hook):
-    """Raises before the step with this number is taken."""
+    """Raises before the step with this number is taken; a list holds it, so that it is no part of what the run is."""
 
-    def __init__(self, step):
-        self.left = step
+    def __init__(self, left):
+        self.left = left
 
     def after_backward(self, model, progress):
-        self.left -= 1
-        if self.left == 0:
+        self.left[0] -= 1
+        if self.left[0] == 0:
             raise Stop
 
 
@@ -308,17 +308,18 @@ def test_a_ramp_sees_as_many_examples_in_more_steps(method):
 def test_a_ramp_with_accumulation_and_clipping_resumes_bit_exactly(tmp_path, at):
     """Stopped on each of its plateaus and resumed, the weights and the sizes are those of a run that never stopped."""
 
-    def make(log, *hooks):
-        setup = ramped(log, BatchRamp(start=0.25, rate="sqrt"), *hooks)
+    def make(log, stop=0):
+        left = [stop]
+        setup = ramped(log, BatchRamp(start=0.25, rate="sqrt"), lambda m: StopAt(left))
         return ClipGradients(kind="adaptive")(Accumulate(steps=3, keep_batch=True)(Crop()(setup)))
 
     whole, first, second = [], [], []
-    straight = make(whole, lambda m: StopAt(0))
+    straight = make(whole)
     fit(straight, tiny_cnn().train, epochs=6, seed=2)
-    broken = make(first, lambda m: StopAt(at))
+    broken = make(first, at)
     with pytest.raises(Stop):
         fit(broken, tiny_cnn().train, epochs=6, seed=2, checkpoint=tmp_path, every=0.0)
-    resumed = make(second, lambda m: StopAt(0))
+    resumed = make(second)
     outcome = fit(resumed, tiny_cnn().train, epochs=6, seed=2, checkpoint=tmp_path, every=0.0)
     assert outcome.exact and fingerprint(resumed.model) == fingerprint(straight.model)
     assert [i.tolist() for i in (*first[: at - 1], *second)] == [i.tolist() for i in whole]

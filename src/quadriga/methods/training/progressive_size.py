@@ -70,7 +70,7 @@ class ProgressiveSize(Method):
 
     def apply(self, setup: Setup) -> Setup:
         inputs = to_device(setup.context.example, device_of(setup.model))
-        full: tuple[int, int] = next(tuple(t.shape[2:]) for t in tensors(inputs) if is_image(t))
+        full = next((t.shape[2], t.shape[3]) for t in tensors(inputs) if is_image(t))
         times = [self.until * (k + 0.5) / self.stages for k in range(self.stages)]
         sizes = [s for s in dict.fromkeys(self.size(full, t) for t in times) if s != full]
         if not sizes:
