@@ -21,12 +21,13 @@ from quadriga.stages.explore import Explorer, load_portfolio
 from quadriga.stages.handover import clear, keep_winner
 from quadriga.stages.opening import open_study
 from quadriga.stages.profile import order_profile
+from quadriga.stages.rates import learning_rates
 from quadriga.stages.records import records, result
 from quadriga.stages.state import Options, Progress, Study
 from quadriga.stages.verbs import profile, train
 from quadriga.workloads import load
 
-__all__ = ["compare", "open_study", "optimize", "profile", "run", "train"]
+__all__ = ["compare", "learning_rates", "open_study", "optimize", "profile", "run", "train"]
 Seconds = float
 
 
@@ -98,7 +99,7 @@ def optimize(workload: Workload | str, *, budget: str | float = "10m", quiet: bo
 
 def _stations(study: Study) -> dict[str, Any]:
     """All stations in order; each takes up what its trials say was done before."""
-    study.portfolio = [study.space.complete(study.space.adapt(r)) for r in load_portfolio()]
+    study.portfolio = [study.space.complete(study.space.adapt(r)) for r in load_portfolio(study.options.minimize)]
     measure_baseline(study)
     smallest = check_floor(study)
     order_profile(study)

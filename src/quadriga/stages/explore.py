@@ -316,10 +316,11 @@ def rungs(study: Study, reserve: float) -> tuple[float, ...]:
     return lengths
 
 
-def load_portfolio() -> list[Recipe]:
-    """The shipped recipes, in the order of their file names."""
+def load_portfolio(objective: str = "latency") -> list[Recipe]:
+    """The shipped recipes for an objective, in the order of their file names: `train-*` where training is to be cheaper."""
     here = Path(__file__).resolve().parents[1]
     folder = next((f for f in (here / "recipes", here.parents[1] / "recipes") if f.is_dir()), None)
     if folder is None:
         raise BadInput("the shipped recipes are missing", "install Quadriga again")
-    return [Recipe.load(path) for path in sorted(folder.glob("*.toml")) if path.stem[0].isdigit()]
+    pattern = "train-[0-9]*.toml" if objective == "train_cost" else "[0-9]*.toml"
+    return [Recipe.load(path) for path in sorted(folder.glob(pattern))]

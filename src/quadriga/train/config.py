@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import inspect
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,6 +37,15 @@ def describe(function: Any, depth: int = 8) -> str:
     return f"{name}[{', '.join(parts)}]" if parts else name
 
 
+def methods_of(make: Any) -> list[str]:
+    """The methods, with all their fields, that a maker of hooks belongs to or was made with."""
+    if isinstance(make, partial):
+        return [repr(v) for v in (*make.args, *make.keywords.values()) if isinstance(v, Method)] + methods_of(make.func)
+    bound = getattr(make, "__self__", None)
+    cells = inspect.getclosurevars(make).nonlocals.values() if inspect.isfunction(make) else ()
+    return [repr(v) for v in (bound, *cells) if isinstance(v, Method)]
+
+
 def digest(value: Any) -> str:
     """Twelve hexadecimal digits of plain data."""
     return hashlib.sha256(repr(value).encode()).hexdigest()[:12]
@@ -55,7 +65,7 @@ def config_of(
         "loss": describe(training.loss),
         "transforms": [describe(t) for t in training.transforms],
         "schedules": digest([dataclasses.astuple(product(schedules, i / POINTS)) for i in range(POINTS + 1)]),
-        "hooks": [type(h).__qualname__ for h in hooks],
+        "hooks": [type(h).__qualname__ for h in hooks] + [t for make in training.make_hooks for t in methods_of(make)],
         "optimizer": type(optimizer).__qualname__,
         "optimizer's values": digest([sorted(b.items()) for b in bases]),
         "optimizer's groups": digest(parameter_names(setup.model, optimizer)),

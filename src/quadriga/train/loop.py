@@ -106,6 +106,7 @@ def train(run: Run, folder: Path | None, every: float, progress: Callable[[float
         hook.end(run.model, (run.runner.layout(run.runner.place(batch)) for batch in plain))
     run.watch.look_at_weights(run.model, run.done - 1, run.rate)
     run.spent, run.finished = run.costs(), True
+    run.covered = min(run.covered, run.position / len(run.data))  # less where a hook stopped: what continues goes on from here
     run.tracked.tell(run)
     if folder:
         run.save(folder)
