@@ -80,7 +80,14 @@ def run(
 
 @app.command
 def train(
-    workload: str, /, *, recipe: Path | None = None, out: Path = Path("out"), seed: int = 0, as_json: Json = False
+    workload: str,
+    /,
+    *,
+    recipe: Path | None = None,
+    out: Path = Path("out"),
+    track: Literal["jsonl", "tensorboard", "mlflow"] | None = None,
+    seed: int = 0,
+    as_json: Json = False,
 ) -> int:
     """Carry out one recipe, without a search, and measure what comes out.
 
@@ -88,6 +95,7 @@ def train(
         workload: a ready-made name, or file.py:function.
         recipe: a .toml or .json file; the workload's own training without it.
         out: the folder for checkpoint and artifact.
+        track: write losses, rates and quality for others to watch, below out/track.
         seed: of everything random.
         as_json: print the result as one JSON object.
     """
@@ -96,25 +104,36 @@ def train(
 
     steps = Recipe.load(recipe) if recipe else None
     with Progress() as progress:
-        result = study.train(workloads.load(workload), recipe=steps, out=out, seed=seed, progress=progress)
+        result = study.train(workloads.load(workload), recipe=steps, out=out, seed=seed, track=track, progress=progress)
     return _done(result, as_json)
 
 
 @app.command
-def profile(workload: str, /, *, batch: int | None = None, seed: int = 0, as_json: Json = False) -> int:
-    """Show where a model's time, bytes and parameters are.
+def profile(
+    workload: str,
+    /,
+    *,
+    batch: int | None = None,
+    lr: Annotated[bool, Parameter(negative="")] = False,
+    seed: int = 0,
+    as_json: Json = False,
+) -> int:
+    """Show where a model's time, bytes and parameters are; or which learning rates it can be trained with.
 
     Args:
         workload: a ready-made name, or file.py:function.
         batch: the batch size; the workload's without it.
+        lr: the learning-rate range test in place of the profile, with the workload's own training.
         seed: of the initial weights.
         as_json: print the profile as one JSON object.
     """
     from quadriga import study, workloads
 
     with Progress() as progress:
-        result = study.profile(workloads.load(workload), batch=batch, seed=seed, progress=progress)
-    return _done(result, as_json)
+        look = study.learning_rates if lr else study.profile
+        result = look(workloads.load(workload), batch=batch, seed=seed, progress=progress)
+    thinned = {} if as_json or not lr else {"series": result["series"][::10]}
+    return _done({**result, **thinned}, as_json)
 
 
 @app.command

@@ -74,8 +74,10 @@ class Hanging(Noisy):
 class Noting(Hook):
     """Keeps the examples seen, and kills its process at a step."""
 
-    def __init__(self, kill: int) -> None:
-        self.indices, self.left = [], kill
+    kill = 0  # of the class: what a hook is made with has to be the same in a run that goes on
+
+    def __init__(self, model) -> None:
+        self.indices, self.left = [], self.kill
 
     def seen(self, batch, losses):
         self.indices.append(batch.index.clone())
@@ -94,7 +96,8 @@ def trained(dataset, workers, folder=None, kill=0, epochs=2, timeout=60.0):
     """The weights' fingerprint, the outcome and the examples seen, in order."""
     workload = tiny_mlp()
     setup = Setup.of(workload)
-    training = replace(setup.training, make_hooks=(lambda model: Noting(kill),))
+    Noting.kill = kill
+    training = replace(setup.training, make_hooks=(Noting,))
     optimizer = OptimizerSlot(lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9))
     setup = replace(setup, training=training, optimizer=optimizer)
     data = DatasetData(dataset, workers=workers, timeout=timeout)

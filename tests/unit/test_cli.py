@@ -23,8 +23,8 @@ from quadriga.report.schema import empty_result
 
 FROZEN = {
     "run": {"--floor", "--minimize", "--limit", "--budget", "--out", "--only", "--families", "--seed", "--json"},
-    "train": {"--recipe", "--out", "--seed", "--json"},
-    "profile": {"--batch", "--seed", "--json"},
+    "train": {"--recipe", "--out", "--track", "--seed", "--json"},
+    "profile": {"--batch", "--lr", "--seed", "--json"},
     "compare": {"--workload", "--batch", "--out", "--seed", "--json"},
     "verify": {"--json"},
     "report": {"--json"},
@@ -54,7 +54,11 @@ def fake(monkeypatch):
     weights = SimpleNamespace(fetch=lambda name, say: {"name": name, "bytes": 5}, present=lambda: {"some": False})
     parts = {
         "study": SimpleNamespace(
-            run=run, train=lambda w, **_: {"quality": 1.0}, compare=lambda a, b, **_: {"verdict": "faster"}
+            run=run,
+            train=lambda w, track=None, **_: {"quality": 1.0} | ({"track": track} if track else {}),
+            compare=lambda a, b, **_: {"verdict": "faster"},
+            profile=lambda w, **_: {"layers": []},
+            learning_rates=lambda w, **_: {"series": [{"rate": float(k)} for k in range(40)]},
         ),
         "workloads": SimpleNamespace(load=lambda name: f"<{name}>", fetch=weights),
         "methods": SimpleNamespace(cards=lambda: [CARD]),
@@ -267,3 +271,19 @@ def test_progress_on_a_terminal_shows_names_as_they_are(capsys):
 
 def test_an_event_needs_nothing_but_a_stage():
     assert describe({"stage": "report"}) == "[report] "
+
+
+def test_training_may_be_tracked(fake, capsys):
+    assert call("train", "w", "--track", "tensorboard", "--json") == 0
+    assert last_json(capsys)["track"] == "tensorboard"
+    assert call("train", "w", "--track", "nowhere") == 2
+
+
+def test_profile_shows_layers_or_rates(fake, capsys):
+    """People see every tenth row of the series, programs see all."""
+    assert call("profile", "w", "--json") == 0
+    assert last_json(capsys) == {"layers": []}
+    assert call("profile", "w", "--lr", "--json") == 0
+    assert len(last_json(capsys)["series"]) == 40
+    assert call("profile", "w", "--lr") == 0
+    assert len(re.findall(r"^ *\d+\.?\d* *$", capsys.readouterr().out, re.M)) == 4

@@ -130,7 +130,7 @@ def test_a_worker_killed_from_outside_is_replaced():
             assert torch.equal(feed.batch(index, 8 * step).inputs, alone.batch(index, 8 * step).inputs)
             if step in (1, 8, 15):
                 os.kill(next(iter(feed.pool._processes)), signal.SIGKILL)
-        assert "replaced 3 times" in feed.note and feed.workers == 2
+        assert 1 <= feed.replaced <= 3 and "no example was lost" in feed.note and feed.workers == 2
     finally:
         feed.close()
 
@@ -187,7 +187,9 @@ def test_a_killed_run_goes_on_with_each_example_once(straight, tmp_path):
     """Killed at step 8 of 12 while workers read ahead; resumed with another number of them. No worker outlives its parent."""
     before = {p.pid for p in psutil.process_iter()}
     assert run(tmp_path, 2, kill=8).returncode == -signal.SIGKILL
-    mark, exact, *indices = run(tmp_path, 1).stdout.split()
+    again = run(tmp_path, 1)
+    assert again.returncode == 0, again.stderr
+    mark, exact, *indices = again.stdout.split()
     assert (mark, exact) == (straight[0], "True")
     assert [int(i) for i in indices] == straight[1].tolist()
     end = time.monotonic() + 20

@@ -16,11 +16,18 @@ from quadriga.core.workload import Workload
 from quadriga.engine.tasks import Desk
 from quadriga.measure.roofline import ceilings
 from quadriga.measure.roofline import profile as layers
+from quadriga.train.track import open_tracker, tracking
 from quadriga.workloads.check import check
 
 
 def train(
-    workload: Workload, *, recipe: Recipe | None = None, out: str | Path = "out", seed: int = 0, progress: Any = None
+    workload: Workload,
+    *,
+    recipe: Recipe | None = None,
+    out: str | Path = "out",
+    seed: int = 0,
+    track: str | None = None,
+    progress: Any = None,
 ) -> dict[str, Any]:
     """Carry out one recipe, measure it on val, and write its artifact. Killed and called again, it goes on.
 
@@ -29,6 +36,7 @@ def train(
         recipe: the workload's baseline by default.
         out: folder for checkpoints and the artifact.
         seed: of everything random.
+        track: "jsonl", "tensorboard" or "mlflow": where the course of the training is written, below out/track.
         progress: called with plain data.
 
     Raises:
@@ -40,7 +48,9 @@ def train(
     say = progress or (lambda event: None)
     folder = folder_for(out)
     desk = Desk(workload, folder, seed, lambda part: say({"stage": "train", "text": f"{part:.0%} of this train step"}))
-    trained = done(desk.do("train", {"recipe": recipe.plain(), "hash": recipe.hash}), "the recipe")
+    with tracking(open_tracker(track, folder / "track", recipe.hash) if track else None) as tracked:
+        trained = done(desk.do("train", {"recipe": recipe.plain(), "hash": recipe.hash}), "the recipe")
+        tracked.log(0, {name: trained["values"][name] for name in ("quality", "bytes", "parameters")})
     args = {
         "recipe": recipe.plain(),
         "batches": (1, workload.batch_size),
@@ -49,7 +59,8 @@ def train(
     written = desk.do("artifact", args)
     made = written["status"] == Status.COMPLETE
     facts = {"status": "complete", "workload": workload.name, "recipe": recipe.plain(), "metric": workload.metric.name}
-    note = {} if made else {"note": f"no artifact: {written['reason']}"}
+    notes = [tracked.note, "" if made else f"no artifact: {written['reason']}"]
+    note = {"note": "; ".join(filter(None, notes))} if any(notes) else {}
     result = {**facts, "unit": workload.metric.unit, **trained["values"], "artifact": "artifact" if made else None, **note}
     write_json(folder / "train.json", result)
     return result

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -69,7 +70,9 @@ class Tracked:
 
     def _guarded(self, name: str, *given: Any) -> None:
         try:
-            getattr(self.tracker, name)(*given)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of other people's packages about one another
+                getattr(self.tracker, name)(*given)
         except Exception as error:  # a full disk or a missing server is no reason to stop training
             self.note = f"the tracker {type(self.tracker).__name__} was switched off: {type(error).__name__}: {error}"
             self.tracker = None
