@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.axes import AxisGraph, Group, select
+from quadriga.core.axes import AxisGraph, Group, Member, select
 from quadriga.core.batch import Tree
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
@@ -85,7 +85,7 @@ class Width:
     slices: tuple[tuple[str, int, Tensor], ...]
 
 
-def weights_of(group: Group) -> list[Any]:
+def weights_of(group: Group) -> list[Member]:
     """The members that are trained, as buffers are not."""
     return [m for m in group.members if isinstance(m.tensor, nn.Parameter) and m.tensor.is_floating_point()]
 

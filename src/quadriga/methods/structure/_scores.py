@@ -57,3 +57,19 @@ def widths(scores: Mapping[K, Tensor], ratio: float, scope: str, round_to: int =
     stays[relative.argsort(stable=True)[: round(ratio * len(relative))]] = False
     kept = dict(zip(scores, stays.split([len(s) for s in scores.values()]), strict=True))
     return {g: rounded(max(int(k.sum()), LEAST * len(k)), len(k), round_to) for g, k in kept.items()}
+
+
+def nonzero(scores: Mapping[K, Tensor], round_to: int = 1) -> dict[K, int]:
+    """How many units of each group stay when those go whose importance is 0: at least one, rounded up.
+
+    Raises:
+        NotApplicable: there are none.
+
+    Example:
+        >>> nonzero({"a": torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]), "b": torch.zeros(3)}, 2)
+        {'a': 4, 'b': 2}
+    """
+    kept = {g: min(len(s), -(-max(int((s > 0).sum()), 1) // round_to) * round_to) for g, s in scores.items()}
+    if all(count == len(scores[g]) for g, count in kept.items()):
+        raise NotApplicable("no channel is zero in all its weights", "train with group_lasso before it, or with more of it")
+    return kept

@@ -14,7 +14,7 @@ from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._gradual import check_gradual
 from quadriga.methods.structure._replace import computed
-from quadriga.methods.structure._scores import Importance, widths
+from quadriga.methods.structure._scores import Importance, nonzero, widths
 from quadriga.methods.structure._units import prune, why_not
 
 KINDS = ("conv", "linear", "recurrent")
@@ -28,6 +28,8 @@ class PruneChannels(Method):
 
     Args:
         ratio: share of channels that go, in (0, 1).
+        zeros: instead of a share, exactly the channels go that are zero in all their weights, such as `group_lasso` makes.
+            Outputs stay what they were, save where something takes a mean over channels, as a LayerNorm does.
         importance: "magnitude" (L2 norm over all coupled weights), "taylor" (squared gradient times weight) or "hessian"
             (curvature times squared weight), both from calibration data, or "bn_scale" (scale of the batch normalization;
             layers without one stay).
@@ -55,6 +57,7 @@ class PruneChannels(Method):
     }
 
     ratio: float = 0.5
+    zeros: bool = False
     importance: Importance = "magnitude"
     scope: Literal["global", "layer"] = "global"
     round_to: int = 1
@@ -67,6 +70,8 @@ class PruneChannels(Method):
         if self.round_to < 1:
             raise BadInput(f"prune_channels.round_to is {self.round_to!r}", "give at least 1")
         check_gradual(self.name, self.gradual)
+        if self.zeros and (self.importance != "magnitude" or self.gradual):
+            raise BadInput("prune_channels.zeros goes by weights, at once", 'use importance = "magnitude" and gradual = 0')
 
     def needs(self) -> frozenset[str]:
         """Gradual pruning takes place in training."""
@@ -82,7 +87,7 @@ class PruneChannels(Method):
 
     def kept(self, scores: Mapping[Group, Tensor], ratio: float) -> dict[Group, int]:
         """How many channels of each width stay."""
-        return widths(scores, ratio, self.scope, self.round_to)
+        return nonzero(scores, self.round_to) if self.zeros else widths(scores, ratio, self.scope, self.round_to)
 
     def apply(self, setup: Setup) -> Setup:
         return prune(self, setup)
