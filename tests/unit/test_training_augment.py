@@ -17,6 +17,7 @@ from quadriga.core.setup import Setup
 from quadriga.core.slots import Moment
 from quadriga.methods.training import _operations
 from quadriga.methods.training._images import boxes
+from quadriga.methods.training._operations import identities
 from quadriga.methods.training.color import Color, recolor
 from quadriga.methods.training.crop import crop
 from quadriga.methods.training.erase import Erase
@@ -27,6 +28,7 @@ from quadriga.methods.training.rotate import rotate
 from quadriga.testing import tiny_cnn, tiny_lstm
 
 torch.set_num_threads(1)
+CPU = torch.device("cpu")
 EVERYTHING = frozenset({"color", "rotation", "translation"})
 NAMES = operations(EVERYTHING, 3)
 UNIT = torch.rand(6, 3, 40, 30, generator=torch.Generator().manual_seed(0))
@@ -169,7 +171,7 @@ def test_colour_operations_equal_kornia(name, strength):
 @pytest.mark.parametrize("name", [*_operations.TURNS, *_operations.SHIFTS])
 def test_geometry_equals_kornia(name):
     """One operation through `warp_affine`, about the centre."""
-    inverse = _operations.geometry(name, 0.4, SIGNS, (40, 30))
+    inverse = _operations.geometry(identities(6, CPU), name, 0.4, SIGNS, (40, 30))
     centre = torch.eye(3, dtype=torch.float64)
     centre[0, 2], centre[1, 2] = 29 / 2, 39 / 2
     forward = torch.linalg.inv(centre @ inverse @ torch.linalg.inv(centre))[:, :2].float()
@@ -196,7 +198,7 @@ def test_randaugment_is_its_operations_one_image_at_a_time():
             if name in _operations.COLOURS:
                 one = _operations.COLOURS[name](one.clone(), strength, signs[i : i + 1])
             elif name != "identity":
-                matrix = matrix @ _operations.geometry(name, strength, signs[i : i + 1], (17, 13))[0]
+                matrix = matrix @ _operations.geometry(identities(1, CPU), name, strength, signs[i : i + 1], (17, 13))[0]
         torch.testing.assert_close(total[i], matrix)
         expected.append(_operations.sample(one * (high - low) + low, matrix[None]))
     torch.testing.assert_close(randaugment(x, drawn, strength), torch.cat(expected), atol=2e-5, rtol=0)

@@ -94,30 +94,33 @@ TURNS = {"rotate": math.radians(30), "shear_x": 0.3, "shear_y": 0.3}  # at full 
 SHIFTS = {"translate_x": 150 / 331, "translate_y": 150 / 331}  # of the image's side
 
 
-def geometry(name: str, strength: float, signs: Tensor, size: tuple[int, int]) -> Tensor:
-    """Matrices [batch, 3, 3] float64 from places in the new image to places in the old one, in pixels from the centre.
+def identities(count: int, device: torch.device) -> Tensor:
+    """So many matrices [count, 3, 3] float64 that change nothing."""
+    return torch.eye(3, dtype=torch.float64, device=device).repeat(count, 1, 1)
+
+
+def geometry(out: Tensor, name: str, strength: float, signs: Tensor, size: tuple[int, int]) -> Tensor:
+    """Turn identities, in place, into maps from places in the new image to places in the old one, in pixels from the centre.
 
     Args:
+        out: [batch, 3, 3] float64, as of `identities`; also what is returned.
         name: "rotate", "shear_x", "shear_y", "translate_x" or "translate_y".
         strength: in [0, 1].
         signs: [batch], ±1.
         size: height and width.
     """
-    signs = signs.double()
-    out = torch.zeros(len(signs), 3, 3, dtype=torch.float64, device=signs.device)
-    out.diagonal(dim1=1, dim2=2).fill_(1)
     if name == "rotate":
         angle = TURNS[name] * strength
         out[:, 0, 0] = out[:, 1, 1] = math.cos(angle)
-        out[:, 0, 1], out[:, 1, 0] = -math.sin(angle) * signs, math.sin(angle) * signs
-    elif name == "shear_x":
-        out[:, 0, 1] = TURNS[name] * strength * signs
-    elif name == "shear_y":
-        out[:, 1, 0] = TURNS[name] * strength * signs
-    elif name == "translate_x":
-        out[:, 0, 2] = SHIFTS[name] * strength * size[1] * signs
-    else:
-        out[:, 1, 2] = SHIFTS[name] * strength * size[0] * signs
+        out[:, 0, 1], out[:, 1, 0] = signs * -math.sin(angle), signs * math.sin(angle)
+        return out
+    row, column, amount = {
+        "shear_x": (0, 1, TURNS["shear_x"]),
+        "shear_y": (1, 0, TURNS["shear_y"]),
+        "translate_x": (0, 2, SHIFTS["translate_x"] * size[1]),
+        "translate_y": (1, 2, SHIFTS["translate_y"] * size[0]),
+    }[name]
+    out[:, row, column] = signs * (amount * strength)
     return out
 
 

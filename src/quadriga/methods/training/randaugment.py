@@ -17,7 +17,7 @@ from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Moment
 from quadriga.methods.training._images import with_transform
-from quadriga.methods.training._operations import COLOURS, SHIFTS, TURNS, geometry, sample
+from quadriga.methods.training._operations import COLOURS, SHIFTS, TURNS, geometry, identities, sample
 
 MAGNITUDES = 30  # magnitude of full strength
 Round = tuple[list[tuple[str, slice]], Tensor, Tensor]  # shares of an order, the order [batch], signs [batch]
@@ -68,23 +68,27 @@ def recoloured(images: Tensor, drawn: Sequence[Round], strength: float) -> Tenso
     """The images after the operations on colours, with the batch's least and greatest value of a channel for 0 and 1."""
     low, high = images.amin((0, 2, 3), keepdim=True), images.amax((0, 2, 3), keepdim=True)
     span = (high - low).clamp_min(torch.finfo(images.dtype).tiny)
-    unit = ((images - low) / span).clamp_(0, 1)
+    unit, place = ((images - low) / span).clamp_(0, 1), None
     for shares, order, signs in drawn:
+        unit, place = unit[order if place is None else place[order]], order.argsort()  # so that a share is a slice, and no copy
+        signs = signs[order]
         for name, share in shares:
             if name in COLOURS:
-                here = order[share]
-                unit[here] = COLOURS[name](unit[here], strength, signs[here])
-    return torch.addcmul(low, unit, span)
+                unit[share] = COLOURS[name](unit[share], strength, signs[share])
+    return torch.addcmul(low, unit if place is None else unit[place], span)
 
 
 def matrices(drawn: Sequence[Round], strength: float, size: tuple[int, int]) -> Tensor:
     """The composed geometry of each image: [batch, 3, 3] float64, from places in the new image to those in the old one."""
-    total = torch.eye(3, dtype=torch.float64, device=drawn[0][1].device).repeat(len(drawn[0][1]), 1, 1)
+    total = None
     for shares, order, signs in drawn:
+        dealt, signs = identities(len(order), order.device), signs[order].double()
         for name, share in shares:
             if name in TURNS or name in SHIFTS:
-                here = order[share]
-                total[here] = total[here] @ geometry(name, strength, signs[here], size)
+                geometry(dealt[share], name, strength, signs[share], size)
+        own = dealt[order.argsort()]
+        total = own if total is None else total @ own
+    assert total is not None, "there is at least one round"
     return total
 
 
