@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from quadriga.methods.optimizer._fused import adamw_step, begin, value_of, with_
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the quintic that takes singular values towards one
 STEPS, TINY = 5, 1e-7
+WIDE = 128  # rows from which bfloat16 pays on processors that have it
 
 
 def orthogonal(x: Tensor, steps: int = STEPS) -> Tensor:
-    """U V^T of each matrix U S V^T, roughly: singular values come to lie between 0.7 and 1.2.
+    """U Vᵀ of each matrix U S Vᵀ, roughly: singular values come to lie between 0.7 and 1.2.
 
-    A step X ← (a + b A + c A²) X with A = X Xᵀ.
+    A step is X ← P X with P = a + b A + c A² and A = X Xᵀ. All P and A are polynomials of the first A and commute, so for wide
+    matrices the steps are taken on A ← P A P alone, and the product of all P meets X once: 0.4 to 0.7 of the work from
+    n = 2m on. In bfloat16 A is taken anew after two steps, before the small singular values drown.
 
     Args:
         x: [count, m, n], m ≤ n.
@@ -33,10 +37,26 @@ def orthogonal(x: Tensor, steps: int = STEPS) -> Tensor:
     """
     a, b, c = COEFFICIENTS
     x = x / x.flatten(1).norm(dim=1).clamp(min=TINY)[:, None, None]
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    if x.shape[2] < 2 * x.shape[1]:
+        for _ in range(steps):
+            gram = x @ x.mT
+            x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        return x
+    for stage in (min(2, steps), max(0, steps - 2)) if x.dtype is torch.bfloat16 else (steps,):
+        x = several(x, stage)
     return x
+
+
+def several(x: Tensor, steps: int) -> Tensor:
+    """Steps of the iteration for wide matrices [count, m, n], on their products [count, m, m]."""
+    a, b, c = COEFFICIENTS
+    gram, product = x @ x.mT, None
+    for left in reversed(range(steps)):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=1, dim2=2).add_(a)
+        product = factor if product is None else factor @ product
+        gram = factor @ (gram @ factor) if left else gram
+    return x if product is None else product @ x
 
 
 def rate_factor(rows: int, columns: int) -> float:
@@ -47,11 +67,23 @@ def rate_factor(rows: int, columns: int) -> float:
     return 0.2 * math.sqrt(max(rows, columns))
 
 
-def compute_type(p: Tensor) -> torch.dtype:
-    """In which the iteration is computed."""
+@cache
+def has_bf16_products() -> bool:
+    """Whether the processor multiplies bfloat16 faster than float32."""
+    known: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
+def compute_type(p: Tensor, rows: int) -> torch.dtype:
+    """In which the iteration is computed for matrices with so many rows, the shorter side.
+
+    Measured on one thread of a processor with avx512_bf16, milliseconds for four matrices in float32 and bfloat16: 192x576
+    25 and 17, 192x192 23 and 9; but six of 32x288 0.3 and 0.7. GPUs take bfloat16, as torch.optim.Muon.
+    """
     if p.dtype is torch.float64:
         return p.dtype
-    return torch.bfloat16 if p.device.type == "cuda" else torch.float32
+    half = rows >= WIDE and has_bf16_products() if p.device.type == "cpu" else p.device.type == "cuda"
+    return torch.bfloat16 if half else torch.float32
 
 
 class Muon(torch.optim.Optimizer):
@@ -111,7 +143,7 @@ class Muon(torch.optim.Optimizer):
 def move(bucket: Sequence[tuple[Tensor, Tensor]], lr: float) -> None:
     """Orthogonalise updates of equal shape together, and take them off their parameters."""
     first, wide = bucket[0]
-    results = orthogonal(torch.stack([u for _, u in bucket]).to(compute_type(first))).to(first.dtype)
+    results = orthogonal(torch.stack([u for _, u in bucket]).to(compute_type(first, len(wide)))).to(first.dtype)
     params = [p for p, _ in bucket]
     turned = [(u if len(p) == len(u) else u.mT).reshape(p.shape) for p, u in zip(params, results, strict=True)]
     torch._foreach_add_(params, turned, alpha=-lr * rate_factor(*wide.shape))
