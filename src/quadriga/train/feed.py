@@ -189,6 +189,8 @@ class Feed:
 
     def _started(self) -> ProcessPoolExecutor:
         if self.pool is None:
+            if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that runs its parent's script again
+                raise BadInput("the script trains while it is imported", "put it under `if __name__ == '__main__':`")
             if not self.methods:
                 self.methods, self.reason = start_methods(self.data)
             context: Any = multiprocessing.get_context(self.methods[0])
