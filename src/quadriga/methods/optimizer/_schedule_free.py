@@ -122,6 +122,7 @@ class Averaged(Hook):
     @contextmanager
     def eval(self, model: nn.Module) -> Iterator[None]:
         """x and its batch statistics for a while; afterwards all is as before to the bit."""
+        training = any(group["training"] for group in self.optimizer.param_groups)
         norms = [b for m in model.modules() if isinstance(m, NORMS) for b in m.buffers(recurse=False)]
         kept = [(t, t.detach().clone()) for t in (*model.parameters(), *norms)]
         self.optimizer.eval()
@@ -129,7 +130,8 @@ class Averaged(Hook):
             reestimate(model, self._some(model))
             yield
         finally:
-            self.optimizer.train()
+            if training:
+                self.optimizer.train()
             with torch.no_grad():
                 for tensor, value in kept:
                     tensor.copy_(value)
