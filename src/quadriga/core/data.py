@@ -56,20 +56,22 @@ class TensorData(Data):
         return self.length
 
     def batch(self, index: Tensor) -> Batch:
-        if index.device.type == "cpu" and _consecutive(index):
-            rows: Any = slice(int(index[0]), int(index[-1]) + 1)  # a view, not a copy
-        else:
-            rows = index
+        return self._rows(index, index)
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """All examples in order, `size` at a time, as views; the last may be smaller."""
+        for start in range(0, len(self), size):
+            yield self._rows(slice(start, start + size), torch.arange(start, min(start + size, len(self))))
+
+    def _rows(self, rows: Any, index: Tensor) -> Batch:
+        if isinstance(self.inputs, Tensor) and isinstance(self.target, Tensor):  # the usual case, in each step
+            return Batch(self.inputs[rows], self.target[rows], index)
         return Batch(tree_map(lambda t: t[rows], self.inputs), tree_map(lambda t: t[rows], self.target), index)
 
     def part(self, index: Tensor) -> TensorData:
         """The examples at `index` as a split of their own."""
         batch = self.batch(index)
         return TensorData(batch.inputs, batch.target)
-
-
-def _consecutive(index: Tensor) -> bool:
-    return len(index) > 0 and int(index[-1]) - int(index[0]) + 1 == len(index) and bool((index.diff() == 1).all())
 
 
 class DatasetData(Data):

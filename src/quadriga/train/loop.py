@@ -116,7 +116,9 @@ def advance(run: Run) -> None:
     """One step: factors, batch, loss and gradients, update."""
     progress = run.progress
     factors = run.factors(progress)
-    set_factors(run.optimizer, run.bases, factors)
+    if run.hooks or factors != run.applied:  # hooks may change a group's entries
+        set_factors(run.optimizer, run.bases, factors)
+        run.applied = factors
     batch, run.position = run.loader.draw(run.position, run.step, run.size(factors), progress)
     run.watch.see(run.done, run.rate, run.runner.forward_backward(batch))
     run.runner.unscale(run.optimizer)

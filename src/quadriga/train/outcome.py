@@ -76,7 +76,10 @@ class Watch:
         Raises:
             Diverged: with the first step whose loss was not finite.
         """
-        losses = torch.stack([loss for _, _, loss in self.pending]).tolist() if self.pending else []
+        one = len(self.pending) == 1
+        losses = (
+            [float(self.pending[0][2])] if one else torch.stack([p[2] for p in self.pending]).tolist() if self.pending else []
+        )
         for (step, rate, _), loss in zip(self.pending, losses, strict=True):
             if not math.isfinite(loss):
                 raise Diverged(step, float(rate), loss)

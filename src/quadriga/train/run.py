@@ -28,6 +28,8 @@ from quadriga.train.track import Tracked
 
 WINDOW = 32  # steps between looks at the loss where a look has to wait for the device
 
+PLAIN = Factors()
+
 
 class Run:
     """The moving state of one train step.
@@ -58,6 +60,7 @@ class Run:
         self.tracked = Tracked(None)
         self.watch = Watch(1 if runner.device.type == "cpu" else WINDOW)
         self.done = self.samples = self.step = self.position = self.begun = 0
+        self.applied: Factors | None = None  # that the optimizer's groups have now
         self.covered, self.origin, self.note, self.finished = 0.0, "", "", False
         self.slower, self.spent, self.since = slower, spent, (clock(), time.process_time())
 
@@ -138,7 +141,9 @@ class Run:
 
     def factors(self, progress: float) -> Factors:
         """Of all schedules at a progress, and of the hooks now."""
-        total = product(self.schedules, progress) * Factors(lr=self.slower)
+        total = product(self.schedules, progress) if self.schedules else PLAIN
+        if self.slower != 1:
+            total = total * Factors(lr=self.slower)
         for hook in self.hooks:
             total = total * hook.factors
         return total

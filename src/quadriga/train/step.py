@@ -144,6 +144,10 @@ class Runner:
 
     def place(self, batch: Batch) -> Batch:
         """The batch on the runtime's device."""
+        inputs, target = batch.inputs, batch.target
+        plain = isinstance(inputs, Tensor) and isinstance(target, Tensor) and batch.weight is None  # as it usually is
+        if plain and inputs.device == target.device == batch.index.device == self.device:
+            return batch
         return batch.to(self.device)
 
     def layout(self, batch: Batch) -> Batch:
