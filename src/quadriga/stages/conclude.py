@@ -88,10 +88,11 @@ class Judge:
         if "baseline" not in scores:
             return Conclusion(finalists, None, None, {})
         self._judge_quality(finalists, scores)
+        if self.study.options.minimize == "train_cost":  # the objective first, latency in the time that is left
+            for finalist in finalists:
+                self._time_training(finalist)
         timings = self._time(arms)
         for number, finalist in enumerate(finalists):
-            if self.study.options.minimize == "train_cost" and not finalist.why_not:
-                self._time_training(finalist)
             self._judge_cost(finalist, f"final-{number}", timings)
         good = [f for f in finalists if not f.why_not]
         best = max(good, key=self._gain) if good else None
@@ -228,7 +229,8 @@ class Judge:
         )  # fmt: skip
 
     def _time_training(self, finalist: Finalist) -> None:
-        assert finalist.trial is not None
+        if finalist.why_not or finalist.trial is None:
+            return
         self.study.say("verification", "timing training steps in turn, each time in a fresh process")
         finalist.training = time_training(self.study, finalist.recipe, finalist.trial.values["samples"])
 
