@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench bench-spine bench-structure matrix bench-gpu kills clean
+.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training matrix bench-gpu kills clean
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -55,8 +55,8 @@ types: .venv/.dev-stamp  ## mypy, strict over the core, the composer and the pub
 	$(BIN)/mypy
 
 # The data that every checkout has, so that tables can be compared.
-bench bench-spine bench-structure: export QUADRIGA_DATA = shipped
-bench: bench-spine bench-structure matrix  ## every table of docs/, in one go (hours; each goes on where it stopped)
+bench bench-spine bench-structure bench-training: export QUADRIGA_DATA = shipped
+bench: bench-spine bench-structure bench-training matrix  ## every table of docs/, in one go (hours; each goes on where it stopped)
 
 bench-spine: .venv/.run-stamp  ## the mission's own combination, as a table; coverage of every interval and the A/A test
 	$(BIN)/python benchmarks/mission.py
@@ -71,7 +71,14 @@ bench-structure: .venv/.dev-stamp  ## bytes of LeNet; gradual pruning; to_latenc
 	$(BIN)/python benchmarks/recovery.py
 	$(BIN)/python benchmarks/zoo.py
 
-matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (a quarter of an hour)
+bench-training: .venv/.dev-stamp  ## the loop beside other trainers; augmentations and optimizers beside others'; what training costs (2 hours)
+	@$(PIP) --no-build-isolation -e ".[onnx,openvino,dev,bench]"
+	$(BIN)/python benchmarks/loop.py
+	$(BIN)/python benchmarks/augment.py
+	$(BIN)/python benchmarks/optimizers.py
+	$(BIN)/python benchmarks/train_cost.py
+
+matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (half an hour)
 	$(BIN)/python benchmarks/matrix.py --jobs 2
 
 kills: .venv/.run-stamp  ## SIGKILL a study at ten random times, each time run the same command again (15 minutes)
