@@ -191,3 +191,37 @@ def test_the_front_has_no_beaten_row():
     for row, on in zip(rows, best, strict=True):
         beaten = any(o["a"] >= row["a"] and o["b"] >= row["b"] and o != row for o in rows)
         assert on == (not beaten)
+
+
+def cheap() -> Space:
+    """The space where what training costs is the objective; `half` acts on train steps."""
+    cards = {**CARDS, "half": {**card("hardware"), "trains": True}}
+    return Space(cards, frozenset(("TRAIN_DATA", "FLOAT_WEIGHTS")), BASELINE, ALL, training=True)
+
+
+def test_where_training_is_the_objective_every_step_decides_the_cost_but_not_its_length():
+    one = Recipe((step("optimizer", lr=0.01), step("train", epochs=1), step("onnx")))
+    other = Recipe((step("optimizer", lr=0.01), step("train", epochs=9), step("onnx")))
+    third = Recipe((step("optimizer", lr=0.003), step("train", epochs=1), step("onnx")))
+    assert cheap().cost_part(one) == cheap().cost_part(other) != cheap().cost_part(third)
+    two = Recipe((step("train", epochs=1), step("schedule"), step("train", epochs=3)))
+    assert cheap().cost_part(two) == two  # which of them is longer decides it
+
+
+def test_where_training_is_the_objective_its_length_is_edited():
+    lengths = [trained_epochs(r) for r in cheap().edits(Recipe((step("optimizer", lr=0.01), step("train", epochs=4))))]
+    assert {3.0, 5.33} <= set(lengths)
+    assert {trained_epochs(r) for r in space().edits(Recipe((step("optimizer"), step("train", epochs=4))))} == {4.0}
+
+
+def test_hardware_that_acts_on_training_is_put_before_it():
+    recipe = Recipe((step("optimizer", lr=0.01), step("train", epochs=4)))
+    added = [[s.method for s in r.steps] for r in cheap().edits(recipe)]
+    assert ["optimizer", "half", "train"] in added and ["optimizer", "train", "onnx"] in added
+
+
+def test_a_candidate_is_priced_by_what_it_costs():
+    allocator = Allocator(Bar(0.5, 2.0, 2000, 10_000), (10.0,))
+    dear, cheaper = (Candidate(Recipe((step("train", epochs=e),)), g, price=math.exp(-g)) for e, g in ((9, 1.0), (1, 1.2)))
+    assert allocator.next([dear, cheaper])[0] is cheaper
+    assert allocator._price(cheaper, 0) == pytest.approx(math.exp(-1.2))
