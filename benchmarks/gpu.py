@@ -1,8 +1,8 @@
 """Steps of training on an NVIDIA GPU: `make bench-gpu`.
 
-On lenet_fashion and gpt_shakespeare it times `train.loop.fit` against a bare loop, written by hand, and what two settings
-of the hardware family give inside `fit`: channels-last memory, and TF32 products (matmul precision "medium"). Each restart
-is a fresh process in which all arms train in turn, block by block; ratios and their intervals are those of
+On lenet_fashion and gpt_shakespeare it times `train.loop.fit` against a bare loop, written by hand, and what settings of
+the hardware family give inside `fit`: channels-last memory, TF32 products (matmul precision "medium"), and autocast. Each
+restart is a fresh process in which all arms train in turn, block by block; ratios and their intervals are those of
 `measure.stats.ratio`. The last line is one of JSON; without a CUDA device it says so, and the exit status is 0.
 """
 
@@ -32,8 +32,17 @@ from quadriga.train.loop import fit
 from quadriga.workloads import load
 
 LEVEL = 0.99
-SPECS: dict[str, dict[str, Any]] = {"fit": {}, "channels_last": {"channels_last": True}, "medium": {"matmul": "medium"}}
-PAIRS = (("bare", "fit"), ("fit", "channels_last"), ("fit", "medium"))  # a ratio above 1: the second is the faster
+SPECS: dict[str, dict[str, Any]] = {
+    "fit": {}, "channels_last": {"channels_last": True}, "medium": {"matmul": "medium"}, "bf16": {"autocast": "bf16"},
+    "fp16": {"autocast": "fp16"},
+}  # fmt: skip
+PAIRS = (
+    ("bare", "fit"),
+    ("fit", "channels_last"),
+    ("fit", "medium"),
+    ("fit", "bf16"),
+    ("fit", "fp16"),
+)  # a ratio above 1: the second is the faster
 
 
 @dataclass(frozen=True)
@@ -61,7 +70,12 @@ def tasks(size: str, examples: int) -> list[Task]:
     """The network of images, and the language model in a size and with so many training windows."""
     return [
         Task("lenet_fashion", torch.optim.SGD, 0.1),
-        Task(f"gpt_shakespeare?examples={examples}&size={size}", torch.optim.AdamW, 1e-3, ("bare", "fit", "medium")),
+        Task(
+            f"gpt_shakespeare?examples={examples}&size={size}",
+            torch.optim.AdamW,
+            1e-3,
+            ("bare", "fit", "medium", "bf16", "fp16"),
+        ),
     ]
 
 

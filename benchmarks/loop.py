@@ -6,9 +6,9 @@ All arms train the same model with the same optimizer on the same data, batch si
 is the loop that one writes by hand for tensors in memory: a permutation, slices, loss, backward, step. *bare, DataLoader*
 reads the same tensors through a `TensorDataset`, as users of the trainers do. *Accelerate* is that loop through
 `Accelerator.prepare` and `backward`; *Lightning, lean* is a `Trainer` without logger, checkpoints, bar and summary;
-*Lightning* has its defaults, logs the loss, and writes into a scratch folder. Time is counted from the end of the first step to the end of the last, so that what
-trainers do at the start counts for none. Each restart is a fresh process in which all arms take turns, block by block; ratios
-are arm ÷ bare with their intervals (`measure.stats.ratio`). Prints a table and writes it.
+*Lightning* has its defaults, logs the loss, and writes into a scratch folder. Time is counted from the end of the first step to
+the end of the last, so that what trainers do at the start counts for none. Each restart is a fresh process in which all arms
+take turns, block by block; ratios are arm ÷ bare with their intervals (`measure.stats.ratio`). Prints a table and writes it.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from quadriga.workloads import load
 ROOT = Path(__file__).resolve().parents[1]
 LEVEL = 0.99
 SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-TASKS = {"lenet_fashion": ("sgd", 300), "gpt_shakespeare": ("adamw", 16)}  # optimizer, steps of a block
+TASKS = {"lenet_fashion": ("sgd", 150), "gpt_shakespeare": ("adamw", 8)}  # optimizer, steps of a block
 
 
 @dataclass

@@ -190,8 +190,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                                       if r["low"] is not None else "")  # fmt: skip
         lines.append(f"| {r['name']} | {r['seeds']} | **{t['value']:.2f}**{span} | {r['goal']:g} | {r['steps']:.2f} "
                      f"| {r['quality'][0]:.3f} → {r['quality'][1]:.3f} | {gain} |")  # fmt: skip
-    lines += ["", "Intervals of time at 99 %; of the gain in quality (positive is better, in the metric's unit) at 98 %, so that "
-              "each end is one-sided 99 %.", ""]  # fmt: skip
+    lines += ["", "Intervals of time at 99 %; of the gain in quality (positive is better, in the metric's unit) at 98 %, "
+              "so that each end is one-sided 99 %.", ""]  # fmt: skip
     for r in rows:
         lines += [f"- {r['name']}: `{r['baseline']}` against `{r['found']}`"]
     return "\n".join(lines) + "\n"

@@ -1,5 +1,6 @@
 """Training and scoring on an NVIDIA GPU; and what of it can be tried without one."""
 
+import contextlib
 import importlib.util
 import itertools
 import json
@@ -8,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import together
 import torch
 from torch import nn
 
@@ -149,6 +151,34 @@ def test_dropout_goes_on_where_it_stood(tmp_path):
     torch.testing.assert_close(flat(setups[2].model), flat(setups[0].model), rtol=0, atol=1e-5)
 
 
+@on_gpu
+@pytest.mark.parametrize("kind", ["bf16", "fp16"])
+@pytest.mark.parametrize("name", TINY)
+def test_mixed_precision_learns_and_keeps_float_weights(name, kind):
+    workload = TINY[name]()
+    first = fit(setup_of(workload, 0.01), workload.train, epochs=0.01, seed=0).loss
+    setup = setup_of(workload, 0.01, autocast=kind)
+    assert fit(setup, workload.train, epochs=20, seed=0).loss < 0.9 * first
+    assert {p.dtype for p in setup.model.parameters()} == {torch.float32} and flat(setup.model).isfinite().all()
+
+
+@on_gpu
+@pytest.mark.parametrize("name", together.RECIPES)
+def test_many_methods_at_once(name, tmp_path):
+    """All of them act on the device's own batches; a cut run ends where a straight one does."""
+    found = []
+    for folder, end in ((None, None), (tmp_path, cut), (tmp_path, None)):
+        setup, data = together.made(name)
+        setup = replace(setup, runtime=RuntimeSpec(device=DEVICE))
+        seconds = itertools.count()
+        options = {"checkpoint": folder, "every": 1, "clock": lambda s=seconds: next(s), "progress": end}
+        with pytest.raises(Cut) if end else contextlib.nullcontext():
+            fit(setup, data, epochs=together.EPOCHS, seed=together.SEED, **options)
+        found.append(flat(setup.model))
+    assert found[0].isfinite().all() and not torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[2], found[0], rtol=0, atol=1e-3)
+
+
 SQUARED = Metric("squared", "", False, whole=lambda output, target: float((output.float().sum(-1) - target).square().mean()))
 
 
@@ -214,9 +244,9 @@ def test_the_benchmark_pairs_its_arms(benchmark):
     """Both loops learn alike on the CPU, and every pair of arms that was timed has a ratio."""
     task = benchmark.tasks("0.8M", 100)[0]
     run = benchmark.restart(0, task, steps=30, blocks=2, device="cpu")
-    assert {name: len(blocks) for name, blocks in run.items()} == dict.fromkeys(("bare", "fit", "channels_last", "medium"), 2)
+    assert {name: len(blocks) for name, blocks in run.items()} == dict.fromkeys(("bare", *benchmark.SPECS), 2)
     row = benchmark.summary([run, run])
-    assert set(row["ratios"]) == {"bare/fit", "fit/channels_last", "fit/medium"}
+    assert set(row["ratios"]) == {"bare/fit", "fit/channels_last", "fit/medium", "fit/bf16", "fit/fp16"}
     expected = [b[0] / f[0] for b, f in zip(run["bare"], run["fit"], strict=True)]
     assert min(expected) <= row["ratios"]["bare/fit"]["value"] <= max(expected)
     assert row["loss"]["fit"] == pytest.approx(row["loss"]["bare"], rel=0.3)

@@ -54,7 +54,8 @@ class Run:
         )
         self.watching, self.looking = overriding(self.hooks, "seen"), [h for h in self.hooks if h.interval]
         here, selects = resident(data, runner.device), [h.select for h in overriding(self.hooks, "select")]
-        self.sampler = Sampler(len(data), training.batch_size, seed, home_of(here))
+        home = torch.device("cpu") if selects else home_of(here)  # what chooses looks at indices, and must not wait for them
+        self.sampler = Sampler(len(data), training.batch_size, seed, home)
         feed = None if here.resident else Feed(here, seed, None if selects else self.upcoming, runner.device)
         self.loader = Loader(here, self.sampler, training.transforms, runner.place, runner.layout, selects, feed)
         self.tracked = Tracked(None)
