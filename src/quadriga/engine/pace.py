@@ -71,7 +71,8 @@ def paced(
         data: to learn from.
         steps: of each run; the first is not counted.
         rounds: in each of which all setups run once, in turn.
-        seconds: after which no further round begins.
+        seconds: after which no further round begins; where steps are so slow that two rounds would take longer, they are
+            fewer, at least 3.
         seed: of data order and transforms.
         clock: seconds; by default processor time on a CPU and wall time elsewhere.
 
@@ -81,6 +82,9 @@ def paced(
     copies = [replace(s, model=deepcopy(s.model)) for s in setups]
     runs: list[list[tuple[list[float], int]]] = [[] for _ in copies]
     start = time.monotonic()
+    if seconds < math.inf:
+        _run(copies[0], data, 2, seed, clock)
+        steps = max(3, min(steps, int(seconds / (len(copies) * max(time.monotonic() - start, 1e-9)))))
     for number in range(rounds):
         if number and time.monotonic() - start > seconds:
             break
