@@ -129,7 +129,9 @@ def test_a_worker_killed_from_outside_is_replaced():
             index = order.indices(8 * step)
             assert torch.equal(feed.batch(index, 8 * step).inputs, alone.batch(index, 8 * step).inputs)
             if step in (1, 8, 15):
-                os.kill(next(iter(feed.pool._processes)), signal.SIGKILL)
+                alive = [p.pid for p in feed.pool._processes.values() if p.is_alive()]  # one that was hit may not be missed yet
+                for pid in alive[:1]:
+                    os.kill(pid, signal.SIGKILL)
         assert 1 <= feed.replaced <= 3 and "no example was lost" in feed.note and feed.workers == 2
     finally:
         feed.close()

@@ -75,8 +75,8 @@ def build(step: Step) -> Method:
         BadInput: unknown name or field, or a bad value.
 
     Example:
-        >>> build(Step("l2", {"amount": 0.001}))
-        L2(amount=0.001, biases=False)
+        >>> build(Step("flip", {"probability": 0.25}))
+        Flip(kind='random', probability=0.25)
     """
     known = available()
     if step.method not in known:
