@@ -20,8 +20,8 @@ class ChannelsLast(Method):
     Convolutions then skip a reordering. ONNX Runtime and OpenVINO choose their own layout and do not change.
 
     Args:
-        keep: "faster": before a train step only if a few training steps in the recipe's own runtime are measured to be faster
-            with it, else the step is refused; "always". Behind the last train step it is the search that measures.
+        keep: "always", or "faster": before a train step, only if a few training steps in the recipe's own runtime are measured
+            to be faster with it, else the step is refused.
 
     Source: PyTorch, "Channels Last Memory Format in PyTorch".
     """
@@ -32,7 +32,7 @@ class ChannelsLast(Method):
     source = "docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html"
     requires = frozenset({"IMAGES"})
 
-    keep: Literal["faster", "always"] = "faster"
+    keep: Literal["always", "faster"] = "always"
 
     def apply(self, setup: Setup) -> Setup:
         """Set the memory format. NotApplicable without a 2-d convolution."""
