@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -16,6 +17,7 @@ from quadriga.stages.baseline import bar, gain_of
 from quadriga.stages.state import Study
 
 OPEN = 6  # candidates kept in sight before new ones are proposed
+LEAST = 0.02  # gain in the objective, as a natural logarithm, that is worth a training
 ETA = 3.0  # each rung trains so many times longer than the one before
 
 
@@ -50,11 +52,19 @@ class Explorer:
         return self.study.options.minimize == "train_cost"
 
     def _lengths(self, recipe: Recipe) -> list[Recipe]:
-        """The recipe itself; where training is to be cheaper, at 1/2, 1/4 and 1/8 of the baseline's length."""
-        if not self._cheap_training:
-            return [recipe]
+        """The recipe itself; where training is to be cheaper at half of the baseline's length, and `_descend` goes on from there."""
         total = trained_epochs(self.study.workload.baseline)
-        return [scaled(recipe, total / 2**k) for k in (1, 2, 3)] if total else [recipe]
+        return [scaled(recipe, total / 2)] if self._cheap_training and total else [recipe]
+
+    def _descend(self, candidate: Candidate) -> None:
+        """Where training is to be cheaper: half as long if the floor is likely to hold, half as long again if it is not."""
+        recipe = candidate.recipe
+        length, total = trained_epochs(recipe), trained_epochs(self.study.workload.baseline)
+        wanted = length / 2 if self.allocator.chance(candidate) > 0.5 else length * 1.5
+        if total and wanted < total and not self.study.space.fixed(recipe):
+            new = scaled(recipe, wanted)
+            if new.hash not in self.known and candidate.gain > math.log(wanted / length) + LEAST:
+                self.queue.insert(0, new)
 
     def _fits(self, recipe: Recipe) -> bool:
         reason = self.study.space.illegal(recipe)
@@ -209,7 +219,7 @@ class Explorer:
         trains = trained_epochs(Recipe(recipe.steps[self.study.space.fixed(recipe) :])) > 0
         dead = "" if cost.ok else cost.reason
         if cost.ok:
-            dead = over_limit(self.study, cost.values) or ("" if gain > 0.02 else "no gain in the objective")
+            dead = over_limit(self.study, cost.values) or ("" if gain > LEAST else "no gain in the objective")
         self.known.add(recipe.hash)
         price = math.exp(-gain) if self._cheap_training else None
         self.candidates[recipe.hash] = Candidate(recipe, gain, trains=trains, dead=dead, price=price)
@@ -245,6 +255,8 @@ class Explorer:
         values = {**self.costs[self.study.space.cost_part(recipe).hash].values, **trial.values}  # bytes may go by the weights
         candidate.gain = gain_of(self.study, values, trained_epochs(recipe))
         candidate.dead = over_limit(self.study, values)
+        if self._cheap_training and not candidate.dead:
+            self._descend(candidate)
 
     def pace(self, recipe: Recipe) -> float | None:
         """What its training costs per example, over the baseline's; None where it was not timed."""
@@ -270,11 +282,12 @@ class Explorer:
 def scaled(recipe: Recipe, epochs: float) -> Recipe:
     """The recipe with its train steps scaled to so many epochs together."""
     total = trained_epochs(recipe)
+    name = re.sub(r", [\d.]+ epochs$", "", recipe.name)
     steps = (
         Step("train", {**s.fields, "epochs": float(f"{s.fields.get('epochs', 10) * epochs / total:.4g}")}) if s.is_train else s
         for s in recipe.steps
     )
-    return Recipe(tuple(steps), recipe.name and f"{recipe.name}, {epochs:g} epochs")
+    return Recipe(tuple(steps), name and f"{name}, {epochs:.4g} epochs")
 
 
 def over_limit(study: Study, values: dict[str, float]) -> str:
