@@ -52,7 +52,7 @@ class Explorer:
         return self.study.options.minimize == "train_cost"
 
     def _lengths(self, recipe: Recipe) -> list[Recipe]:
-        """The recipe itself; where training is to be cheaper at half of the baseline's length, from which `_descend` goes on."""
+        """The recipe itself; where training is to be cheaper, at half the baseline's length, where `_descend` goes on."""
         total = trained_epochs(self.study.workload.baseline)
         return [scaled(recipe, total / 2)] if self._cheap_training and total else [recipe]
 
