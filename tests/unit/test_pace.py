@@ -178,3 +178,16 @@ def test_fp16_resumes_bit_for_bit(tmp_path):
 def test_bad_values():
     with pytest.raises(BadInput, match="fp8"):
         MixedPrecision.parse({"kind": "fp8"})
+
+
+def test_a_run_that_begins_again_is_timed_from_its_second_beginning():
+    """A loss that is not finite sends the loop back; the steps before that are not counted twice."""
+    workload, left = tiny_mlp(), [2]
+    setup = costing(1.0, workload)
+
+    def breaking(output, batch):
+        left[0] -= 1
+        return setup.training.loss(output, batch) * (float("nan") if left[0] == 0 else 1.0)
+
+    broken = replace(setup, training=replace(setup.training, loss=breaking))
+    assert paced([broken], workload.train, steps=4, rounds=2, clock=lambda: spent[0]) == [1.0 / workload.batch_size]

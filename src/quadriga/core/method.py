@@ -102,6 +102,16 @@ class Method(ABC):
         assert after.context is setup.context, f"{self.name} replaced the context"
         return dataclasses.replace(after, traits=(after.traits - self.removes) | self.adds)
 
+    def insist(self, *rows: tuple[str, bool, str]) -> None:
+        """For `__post_init__`: each row is a field, what has to hold of it, and the remedy.
+
+        Raises:
+            BadInput: with the first field of which it does not hold.
+        """
+        for name, holds, remedy in rows:
+            if not holds:
+                raise BadInput(f"{self.name}.{name} is {getattr(self, name)}", remedy)
+
     @classmethod
     def fields(cls) -> dict[str, Any]:
         """Field names and defaults; a field without a default has `dataclasses.MISSING`."""

@@ -26,7 +26,7 @@ STEPS, ROUNDS = 8, 3
 
 @dataclass
 class Clocked(Hook):
-    """Notes the time at the start and after each step.
+    """Notes the time after each step.
 
     Args:
         device: waited for before the clock is read.
@@ -97,7 +97,13 @@ def _run(setup: Setup, data: Data, steps: int, seed: int, clock: Callable[[], fl
     """Seconds of each step after the first, and the examples of all these."""
     device = setup.runtime.device
     clocked = Clocked(device, clock or (time.process_time if device == "cpu" else time.perf_counter))
-    hooks = (*(partial(_blind, make) for make in setup.training.make_hooks), lambda model: clocked)
+
+    def start(model: nn.Module) -> Hook:  # once more where the loss was not finite and training begins again
+        clocked.times.clear()
+        clocked.examples.clear()
+        return clocked
+
+    hooks = (*(partial(_blind, make) for make in setup.training.make_hooks), start)
     entries = steps * min(setup.training.batch_size, len(data))
     fit(replace(setup, training=replace(setup.training, make_hooks=hooks)), data, epochs=entries / len(data), seed=seed)
     return [b - a for a, b in pairwise(clocked.times)], sum(clocked.examples[1:])

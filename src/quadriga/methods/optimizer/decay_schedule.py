@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Factors, Hook
@@ -62,14 +62,12 @@ class DecaySchedule(Method):
 
     def __post_init__(self) -> None:
         inside = all(0 < m < 1 for m in self.milestones) and list(self.milestones) == sorted(set(self.milestones))
-        for name, holds, remedy in (
+        self.insist(
             ("final", self.final >= 0, "give a number of at least 0"),
             ("final", self.kind != "exponential" or self.final > 0, "exponential needs a positive one"),
             ("milestones", self.milestones and inside, "give fractions of the train step, in (0, 1) and rising"),
             ("part", 0 < self.part <= 1, "give a number in (0, 1]"),
-        ):
-            if not holds:
-                raise BadInput(f"decay_schedule.{name} is {getattr(self, name)}", remedy)
+        )
 
     def apply(self, setup: Setup) -> Setup:
         if self.kind == "constant" and self.follow == "rate":

@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import nn
 
-from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup, plain_sgd
 from quadriga.methods.optimizer._groups import Roles, roles
@@ -88,7 +88,7 @@ class Optimizer(Method):
     def __post_init__(self) -> None:
         betas = self.values["betas"]
         count, averaged = len(KINDS[self.kind].betas), self.kind.startswith("schedule_free")
-        for name, holds, remedy in (
+        self.insist(
             ("lr", self.lr is None or self.lr > 0, "give a positive number"),
             ("scale", self.scale > 0, "give a positive number"),
             ("momentum", 0 <= self.values["momentum"] < 1, "give a number in [0, 1)"),
@@ -102,9 +102,7 @@ class Optimizer(Method):
             ("alpha", 0 <= self.alpha < 1, "give a number in [0, 1)"),
             ("eps", self.eps > 0, "give a positive number"),
             ("weight_decay", self.weight_decay is None or self.weight_decay >= 0, "give a number of at least 0"),
-        ):
-            if not holds:
-                raise BadInput(f"optimizer.{name} is {getattr(self, name)}", remedy)
+        )
 
     def apply(self, setup: Setup) -> Setup:
         if setup.optimizer.make is not plain_sgd:  # replacing it would drop what stands there

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Factors, Schedule
@@ -72,13 +72,11 @@ class BatchRamp(Method):
     rate: Literal["none", "sqrt", "linear"] = "none"
 
     def __post_init__(self) -> None:
-        for name, holds, remedy in (
+        self.insist(
             ("start", 0 < self.start < 1, "give a number in (0, 1)"),
             ("until", 0 < self.until <= 1, "give a number in (0, 1]"),
             ("stages", self.stages >= 1, "give at least 1"),
-        ):
-            if not holds:
-                raise BadInput(f"batch_ramp.{name} is {getattr(self, name)}", remedy)
+        )
 
     def apply(self, setup: Setup) -> Setup:
         full = min(setup.training.batch_size, setup.context.examples or setup.training.batch_size)

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from quadriga.core.data import Data
-from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Look
@@ -114,14 +114,12 @@ class EarlyStopping(Method):
     start: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, holds, remedy in (
+        self.insist(
             ("interval", 0 < self.interval <= 1, "give a part of the train step, in (0, 1]"),
             ("patience", self.patience >= 1, "give at least 1 look"),
             ("least", self.least >= 0, "give a gain of at least 0"),
             ("start", 0 <= self.start < 1, "give a part of the train step, in [0, 1)"),
-        ):
-            if not holds:
-                raise BadInput(f"early_stopping.{name} is {getattr(self, name)}", remedy)
+        )
 
     def apply(self, setup: Setup) -> Setup:
         if setup.context.evaluate is None:

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.training._average import Beside, check
@@ -60,13 +60,11 @@ class Lookahead(Method):
     power: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, holds, remedy in (
+        self.insist(
             ("alpha", 0 < self.alpha < 1, "give a number in (0, 1)"),
             ("every", self.every >= 2, "give at least 2 steps"),
             ("power", self.power >= 0, "give a number of at least 0"),
-        ):
-            if not holds:
-                raise BadInput(f"lookahead.{name} is {getattr(self, name)}", remedy)
+        )
 
     def share(self, progress: float) -> float:
         """How far the slow weights go at a progress in [0, 1].

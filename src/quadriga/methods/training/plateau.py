@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 
 from torch import nn
 
-from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Factors, Hook, Look
@@ -93,15 +93,13 @@ class Plateau(Method):
     smallest: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, holds, remedy in (
+        self.insist(
             ("factor", 0 < self.factor < 1, "give a number in (0, 1)"),
             ("patience", self.patience >= 0, "give a number of looks"),
             ("interval", 0 < self.interval <= 1, "give a part of the train step, in (0, 1]"),
             ("threshold", self.threshold >= 0, "give a number of at least 0"),
             ("smallest", 0 <= self.smallest < 1, "give a number in [0, 1)"),
-        ):
-            if not holds:
-                raise BadInput(f"plateau.{name} is {getattr(self, name)}", remedy)
+        )
 
     def apply(self, setup: Setup) -> Setup:
         if self.of == "quality" and setup.context.evaluate is None:

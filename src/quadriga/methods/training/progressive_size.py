@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from quadriga.core.batch import Batch, device_of, tensors, to_device, tree_map
-from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Moment
@@ -60,13 +60,11 @@ class ProgressiveSize(Method):
     stages: int = 3
 
     def __post_init__(self) -> None:
-        for name, holds, remedy in (
+        self.insist(
             ("start", 0 < self.start < 1, "give a number in (0, 1)"),
             ("until", 0 < self.until < 1, "give a number in (0, 1): the last part is at full size"),
             ("stages", self.stages >= 1, "give at least 1"),
-        ):
-            if not holds:
-                raise BadInput(f"progressive_size.{name} is {getattr(self, name)}", remedy)
+        )
 
     def apply(self, setup: Setup) -> Setup:
         inputs = to_device(setup.context.example, device_of(setup.model))

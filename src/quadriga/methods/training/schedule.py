@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-from quadriga.core.errors import BadInput
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Factors
@@ -69,7 +68,7 @@ class Schedule(Method):
     momentum_low: float = 0.895
 
     def __post_init__(self) -> None:
-        for name, holds, remedy in (
+        self.insist(
             ("warmup", 0 <= self.warmup < 1, "give a number in [0, 1)"),
             ("gamma", 0 < self.gamma <= 1, "give a number in (0, 1]"),
             ("milestones", all(0 < m < 1 for m in self.milestones), "give fractions of the train step, in (0, 1)"),
@@ -80,9 +79,7 @@ class Schedule(Method):
             ("rise", 0 < self.rise < 1, "give a number in (0, 1)"),
             ("div", self.div >= 1, "give a number of at least 1"),
             ("momentum_low", 0 < self.momentum_low <= 1, "give a number in (0, 1]"),
-        ):
-            if not holds:
-                raise BadInput(f"schedule.{name} is {getattr(self, name)}", remedy)
+        )
 
     def apply(self, setup: Setup) -> Setup:
         return replace(setup, training=replace(setup.training, schedules=(*setup.training.schedules, self.factors)))
