@@ -139,8 +139,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     rows = measure(options)
     print(table(rows), flush=True)
-    beside = f"against kornia {kornia.__version__} on one thread; what is compared stands there"
-    made = f"Made by `python benchmarks/augment.py`, {beside}."
+    made = (
+        f"Made by `python benchmarks/augment.py --seconds {options.seconds:g}`, against kornia {kornia.__version__} on one thread; "
+        f"what is compared stands there. The intervals are over {options.restarts} groups of blocks in one process, not over "
+        "processes, so that they may be too narrow: read them as the order of size. Of randaugment, kornia draws two operations "
+        "for a batch, ours two for each image."
+    )
     atomic_write(TABLE, f"# Augmentation beside kornia\n\n{made}\n\n{table(rows)}")
     given = {"restarts": options.restarts, "blocks": options.blocks, "seconds": options.seconds}
     facts_of = {"kornia": kornia.__version__, "machine": facts()}
