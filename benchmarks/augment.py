@@ -141,9 +141,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(table(rows), flush=True)
     made = (
         f"Made by `python benchmarks/augment.py --seconds {options.seconds:g}`, against kornia "
-        f"{kornia.__version__} on one thread; "
-        f"what is compared stands there. The intervals are over {options.restarts} groups of blocks in one process, not over processes, "
-        "so that they may be too narrow: read them as the order of size. Of randaugment, kornia draws two operations for a batch, "
+        f"{kornia.__version__} on one thread; what is compared stands there. The intervals are over "
+        f"{options.restarts} groups of blocks in one process, not over processes, so that they may be too "
+        "narrow: read them as the order of size. Of randaugment, kornia draws two operations for a batch, "
         "ours two for each image."
     )
     atomic_write(TABLE, f"# Augmentation beside kornia\n\n{made}\n\n{table(rows)}")
