@@ -71,8 +71,9 @@ def test_names_do_not_clash_and_neighbours_can_be_imported(write):
     assert not any(name in ("mine", "json_") for name in sys.modules)
 
 
-def test_an_edited_file_is_read_anew(write):
+def test_an_edited_file_is_read_anew(write, monkeypatch):
     """Also where size and time of the file are those it had, as after an edit within the same second."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     path = write(BODY)
     was = os.stat(path)
     assert len(load(path).train) == 40
