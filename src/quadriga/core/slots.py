@@ -29,6 +29,7 @@ class Factors:
         return Factors(*(a * b for a, b in zip(mine, theirs, strict=True)))
 
 
+PLAIN = Factors()
 Schedule = Callable[[float], Factors]  # progress in [0, 1] = samples seen / samples of this train step
 
 
@@ -83,7 +84,7 @@ class Hook:
 
     interval: float = 0.0
     stopped: bool = False
-    factors: Factors = Factors()
+    factors: Factors = PLAIN
 
     def select(self, index: Tensor, moment: Moment) -> Tensor | None:
         """Weights [n] of the examples that come next in the stream, of which those of weight 0 are passed over; None: all."""

@@ -15,7 +15,7 @@ from quadriga.core.batch import keeping_mode
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
-from quadriga.core.slots import Factors, Hook
+from quadriga.core.slots import PLAIN, Factors, Hook
 from quadriga.train import rng
 from quadriga.train.checkpoint import State, read_state, save_state
 from quadriga.train.config import check_same, config_of, machine
@@ -27,8 +27,6 @@ from quadriga.train.step import Runner, entered
 from quadriga.train.track import Tracked
 
 WINDOW = 32  # steps between looks at the loss where a look has to wait for the device
-
-PLAIN = Factors()
 
 
 class Run:
@@ -146,7 +144,8 @@ class Run:
         if self.slower != 1:
             total = total * Factors(lr=self.slower)
         for hook in self.hooks:
-            total = total * hook.factors
+            if hook.factors is not PLAIN:
+                total = total * hook.factors
         return total
 
     def size(self, factors: Factors) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -30,10 +31,15 @@ def reduce(losses: Tensor, batch: Batch) -> Tensor:
     """
     if losses.dim() == 0:
         return losses
+    check_shape(losses, batch)
+    return losses.mean() if batch.weight is None else (batch.weight * losses).sum() / batch.weight.sum()
+
+
+def check_shape(losses: Tensor, batch: Batch) -> None:
+    """Raises BadInput if there is not one loss per example."""
     if losses.shape != batch.index.shape:
         problem = f"the loss returned the shape {tuple(losses.shape)} for {len(batch)} examples"
         raise BadInput(problem, "return one value per example, or one number")
-    return losses.mean() if batch.weight is None else (batch.weight * losses).sum() / batch.weight.sum()
 
 
 HALF = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -44,11 +50,30 @@ def weight_of(batch: Batch) -> Tensor | int:
     return len(batch) if batch.weight is None else batch.weight.sum()
 
 
-def share(losses: Tensor, part: Batch, whole: Tensor | int) -> Tensor:
-    """What a part adds to the reduced loss of a batch of weight `whole`: Σ weight·loss / whole, 0 for a part of weight 0."""
-    if losses.dim() == 0 or part.weight is None or losses.shape != part.weight.shape:
-        return reduce(losses, part) * (weight_of(part) / whole)
-    return (part.weight * losses).sum() / whole
+@lru_cache(maxsize=16)
+def even(count: int, total: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[count] times 1 / total."""
+    return torch.full((count,), 1 / total, dtype=dtype, device=device)
+
+
+def shares(losses: Tensor, part: Batch, whole: Tensor | int) -> Tensor:
+    """The factors, of the losses' shape, with which a part's losses add up to the reduced loss of a batch of weight `whole`.
+
+    They are its gradient too, so that backward can start from the losses. Of a part of weight 0 they are 0.
+
+    Example:
+        >>> part = Batch(None, None, torch.arange(2), torch.tensor([1.0, 3.0]))
+        >>> shares(torch.tensor([4.0, 8.0]), part, 8)
+        tensor([0.1250, 0.3750])
+    """
+    if losses.dim() == 0:
+        return torch.ones_like(losses) * (weight_of(part) / whole)
+    check_shape(losses, part)
+    if part.weight is not None:
+        return (part.weight / whole).to(losses.dtype)
+    if isinstance(whole, Tensor):
+        return torch.ones_like(losses) / whole
+    return even(len(part), whole, losses.dtype, losses.device)
 
 
 def parts(batch: Batch, size: int) -> Iterator[Batch]:
@@ -93,21 +118,22 @@ class Runner:
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Add the gradients of the reduced loss to the parameters' and return the loss, detached."""
+        whole = weight_of(batch)
         if self.micro is None or len(batch) <= self.micro:
-            losses = self._losses(batch)
-            loss = reduce(losses, batch)
-            self._backward(loss)
-            self.losses = losses.detach()
-            return loss.detach()
-        whole, loss, kept = weight_of(batch), torch.zeros((), device=self.device), []
-        for part in parts(batch, self.micro):
-            losses = self._losses(part)
-            part_of_loss = share(losses, part, whole)
-            self._backward(part_of_loss)
-            loss = loss + part_of_loss.detach()
-            kept.append(losses.detach())
-        self.losses = torch.cat(kept) if kept[0].dim() else loss
+            self.losses, loss = self._backward(batch, whole)
+            return loss
+        done = [self._backward(part, whole) for part in parts(batch, self.micro)]
+        loss = torch.stack([part_of_loss for _, part_of_loss in done]).sum()
+        self.losses = torch.cat([losses for losses, _ in done]) if done[0][0].dim() else loss
         return loss
+
+    def _backward(self, part: Batch, whole: Tensor | int) -> tuple[Tensor, Tensor]:
+        """A part's losses, and what they add to the reduced loss."""
+        losses = self._losses(part)
+        factors = shares(losses, part, whole)
+        losses.backward(factors if self.scaler is None else self.scaler.scale(factors))
+        losses = losses.detach()
+        return losses, torch.dot(losses, factors) if losses.dim() else losses * factors
 
     def _losses(self, batch: Batch) -> Tensor:
         if self.half is None:
@@ -115,9 +141,6 @@ class Runner:
         with torch.autocast(self.device.type, self.half):
             output = call(self.forward, batch.inputs)
         return self.loss(in_float(output), batch)
-
-    def _backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
     def unscale(self, optimizer: torch.optim.Optimizer) -> None:
         """Gradients in their own scale, before anybody looks at them."""
