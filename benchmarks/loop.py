@@ -47,7 +47,7 @@ from quadriga.workloads import load
 ROOT = Path(__file__).resolve().parents[1]
 LEVEL = 0.99
 SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-TASKS = {"lenet_fashion": ("sgd", 150), "gpt_shakespeare": ("adamw", 6)}  # optimizer, steps of a block
+TASKS = {"lenet_fashion": ("sgd", 60), "gpt_shakespeare": ("adamw", 4)}  # optimizer, steps of a block
 
 
 @dataclass
@@ -225,7 +225,7 @@ def main() -> None:
     """All workloads."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--restarts", type=int, default=6)
-    parser.add_argument("--blocks", type=int, default=5)
+    parser.add_argument("--blocks", type=int, default=11)
     parser.add_argument("--only", choices=TASKS)
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
