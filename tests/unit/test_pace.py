@@ -11,6 +11,7 @@ from quadriga.core.recipe import Recipe, step
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Hook, OptimizerSlot, RuntimeSpec
 from quadriga.engine.pace import Paces, paced
+from quadriga.methods.hardware import _measured
 from quadriga.methods.hardware.channels_last import ChannelsLast
 from quadriga.methods.hardware.mixed_precision import MixedPrecision
 from quadriga.testing import fingerprint, tiny_cnn, tiny_mlp
@@ -89,8 +90,22 @@ def test_train_steps_count_by_their_epochs(monkeypatch):
     assert [m / b for b, m in zip(blocks["baseline"], blocks["recipe"], strict=True)] == [pytest.approx(7 / 4)] * 2
 
 
+def test_blocks_have_fewer_steps_where_steps_are_slow(monkeypatch):
+    workload, asked = tiny_mlp(), []
+
+    def watched(setups, data, **options):
+        asked.append(options["seconds"])
+        return [1.0] * len(setups)
+
+    monkeypatch.setattr("quadriga.engine.pace.paced", watched)
+    paces = Paces(Recipe((step("train", epochs=1),)), Recipe(), costing(1.0, workload), workload.train, 0)
+    paces.note(costing(1.0, workload), 0)
+    assert len(paces.blocks(2, seconds=12.0)["recipe"]) == 2 and asked == [4.0, 4.0, 4.0]
+
+
 @pytest.mark.parametrize("method", [MixedPrecision(), ChannelsLast(keep="faster")], ids=lambda m: m.name)
-def test_settings_are_kept_only_where_they_are_faster(method):
+def test_settings_are_kept_only_where_they_are_faster(method, monkeypatch):
+    monkeypatch.setattr(_measured, "speed_here", lambda dtype: 1.8)
     setup = Setup.of(tiny_cnn())
     asked = []
 

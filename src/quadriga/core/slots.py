@@ -189,6 +189,7 @@ class RuntimeSpec:
         compile: torch.compile the training step.
         autocast: "none", "bf16" or "fp16": in training, operations that allow it compute in that type.
         quant: quantization, or None.
+        weights: "fp32", "bf16" or "fp16": type of the finished weights, in which products are computed where the runtime can.
         device: "cpu" or "cuda".
         storage: "plain", or "entropy": weights are entropy-coded in the files and decoded when they are loaded.
         options: further plain data for the runtime.
@@ -201,6 +202,12 @@ class RuntimeSpec:
     compile: bool = False
     autocast: str = "none"
     quant: QuantSpec | None = None
+    weights: str = "fp32"
     device: str = "cpu"
     storage: str = "plain"
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def exact(self) -> bool:
+        """Whether it computes what the model does, up to the rounding of float32."""
+        return self.quant is None and self.weights == "fp32"

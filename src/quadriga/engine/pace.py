@@ -144,9 +144,13 @@ class Paces:
         base, mine = self._means(rounds=ROUNDS, seconds=seconds)
         return mine / base
 
-    def blocks(self, count: int) -> dict[str, list[float]]:
-        """Seconds per example in so many blocks, of the "baseline" and of the "recipe", in turn; after one to warm up."""
-        found = [self._means(rounds=1, backward=bool(number % 2)) for number in range(count + 1)][1:]
+    def blocks(self, count: int, seconds: float = math.inf) -> dict[str, list[float]]:
+        """Seconds per example in so many blocks, of the "baseline" and of the "recipe", in turn; after one to warm up.
+
+        They end in about `seconds`, by fewer steps in each block.
+        """
+        each = seconds / (count + 1)
+        found = [self._means(rounds=1, seconds=each, backward=bool(number % 2)) for number in range(count + 1)][1:]
         return {"baseline": [base for base, _ in found], "recipe": [mine for _, mine in found]}
 
     def _means(self, backward: bool = False, **options: Any) -> tuple[float, float]:

@@ -245,7 +245,7 @@ class Desk:
         walked = self._walk(recipe, args)
         run, size = self._executable(walked, args["name"], keep=True)
         setup = walked.setup
-        if setup.runtime.quant is None and not isinstance(run, _Live):
+        if setup.runtime.exact and not isinstance(run, _Live):
             largest = max(args["batches"])
             found = equal(lambda x: call(setup.model, x), run, self.workload.inputs(largest), batches=(1, 2, largest))
             if not found.holds:
@@ -286,7 +286,7 @@ class Desk:
         """Blocks of training steps of the baseline and of a recipe in turn: seconds per example, for a claim."""
         paces = self._paces(recipe)
         self._probe(recipe, before_train=paces.note)
-        return {"values": {}, "info": {"blocks": paces.blocks(args["blocks"])}}
+        return {"values": {}, "info": {"blocks": paces.blocks(args["blocks"], args["seconds"])}}
 
     def _hello(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         return {"values": {}}

@@ -1,7 +1,8 @@
 """How a finished model executes: one file a runtime, one call shape.
 
-A runtime is a module of this folder with `NAME`, `probe() -> Probe` and `write(capture, spec, folder, batches) -> dict`;
-adding one touches its file and the loader in `standalone.py`.
+A runtime is a module of this folder with `NAME`, `HALF` ("computed" where the program itself is traced in half precision,
+"stored" where the runtime decides in which type it computes), `probe() -> Probe` and
+`write(capture, spec, folder, batches) -> dict`; adding one touches its file and the loader in `standalone.py`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import nn
 from quadriga.core.batch import Tree, call, evaluating, resize, tensors, tree_map
 from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
 from quadriga.core.files import atomic_write, write_json
+from quadriga.core.half import HALF, halved, in_float, in_half
 from quadriga.core.setup import Context
 from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime import standalone
@@ -69,7 +71,7 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
     module = _able(spec)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    taken = capture(model, context)
+    taken = capture(model, context, spec.weights if module.HALF == "computed" else "fp32")
     sizes = sorted(set(batches))
     entry = {
         "format": standalone.FORMAT, "runtime": spec.name, "threads": spec.threads, "batches": sizes, "inputs": taken.inputs,
@@ -119,7 +121,6 @@ def _check(model: nn.Module, built: Built, taken: Any) -> None:
     Raises:
         NotApplicable: it fails or computes something else.
     """
-    exact = built.spec.quant is None and built.entry["session"].get("INFERENCE_PRECISION_HINT") != "bf16"
     run = built.run()
     for batch in (1, 2):
         inputs = standalone.rebuild(taken.inputs, list(resize(taken.sample, batch)))
@@ -130,7 +131,7 @@ def _check(model: nn.Module, built: Built, taken: Any) -> None:
         except Exception as error:  # each runtime raises its own types
             raise NotApplicable(f"{built.spec.name} fails at batch {batch}: {error}", "use another runtime") from error
         worst = max(standalone.difference(e, f) for e, f in zip(expected, found, strict=True))
-        if not worst <= (1e-3 if exact else float("inf")) or worst == float("inf"):
+        if not worst <= (1e-3 if built.spec.exact else float("inf")) or worst == float("inf"):
             raise NotApplicable(
                 f"{built.spec.name} computes other outputs at batch {batch}: {worst:.2g} apart", "use another runtime"
             )
@@ -150,9 +151,9 @@ def open_built(folder: str | Path, spec: RuntimeSpec | None = None) -> Built:
 
 
 def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
-    """A live module as eager PyTorch runs it under a specification: memory format, matmul precision and threads.
+    """A live module as eager PyTorch runs it under a specification: weights, memory format, matmul precision and threads.
 
-    The matmul precision and the threads are the process's. The model is not changed: channels-last weights are a copy.
+    The matmul precision and the threads are the process's. The model is not changed: other weights are a copy.
 
     Args:
         model: any module.
@@ -162,12 +163,17 @@ def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
         inputs tree → outputs tree, in inference mode.
     """
     standalone.torch_settings({"matmul": spec.matmul}, spec.threads)
+    half = HALF.get(spec.weights)
+    if half is not None:
+        model = halved(model, half)
     if spec.channels_last:
         model = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     modes = model.eval()
 
     def run(inputs: Tree) -> Any:
+        if spec.channels_last:
+            inputs = tree_map(standalone.channels_last, inputs)
         with torch.inference_mode():
-            return call(modes, tree_map(standalone.channels_last, inputs) if spec.channels_last else inputs)
+            return call(modes, inputs) if half is None else in_float(call(modes, in_half(inputs, half)))
 
     return run

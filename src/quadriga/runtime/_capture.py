@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, evaluating, tensors
 from quadriga.core.errors import NotApplicable
+from quadriga.core.half import HALF, halved, in_float, in_half
 from quadriga.core.quiet import quiet
 from quadriga.core.setup import Context
 from quadriga.runtime.standalone import rebuild
@@ -72,8 +73,13 @@ def describe(tree: Tree, count: list[int] | None = None) -> dict[str, Any]:
     raise TypeError(f"a {type(tree).__name__}")
 
 
-def capture(model: nn.Module, context: Context) -> Capture:
+def capture(model: nn.Module, context: Context, weights: str = "fp32") -> Capture:
     """Trace a model with a dynamic batch dimension; dimensions that vary between calibration batches are dynamic too.
+
+    Args:
+        model: is not changed.
+        context: gives the example and the calibration batches.
+        weights: "bf16" or "fp16" traces a copy with such weights, between float32 inputs and outputs.
 
     Raises:
         NotApplicable: it cannot be traced, its batch size is fixed, or it returns something other than tensors.
@@ -81,7 +87,9 @@ def capture(model: nn.Module, context: Context) -> Capture:
     example = context.example
     leaves = tuple(t.detach() for t in tensors(example))
     inputs = describe(example)
-    flat = _Flat(model, inputs)
+    dtype = HALF.get(weights)
+    model = model if dtype is None else halved(model, dtype)
+    flat = _Flat(model, inputs, dtype)
     with evaluating(model), torch.no_grad(), quiet():
         output = _output(flat, model, leaves)
         try:
@@ -113,13 +121,14 @@ def capture(model: nn.Module, context: Context) -> Capture:
 
 
 class _Flat(nn.Module):
-    def __init__(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+    def __init__(self, model: nn.Module, inputs: dict[str, Any], half: torch.dtype | None = None) -> None:
         super().__init__()
-        self.model, self.inputs = model, inputs
+        self.model, self.inputs, self.half = model, inputs, half
         self.training = False
 
     def output(self, leaves: tuple[Tensor, ...]) -> Tree:
-        return call(self.model, rebuild(self.inputs, list(leaves)))
+        inputs = rebuild(self.inputs, list(leaves))
+        return call(self.model, inputs) if self.half is None else in_float(call(self.model, in_half(inputs, self.half)))
 
     def forward(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensors(self.output(leaves)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,19 +10,20 @@ import torch
 
 from quadriga.core.errors import NotApplicable
 from quadriga.core.files import atomic_write
+from quadriga.core.half import HALF
 from quadriga.core.quiet import quiet
-from quadriga.core.slots import QuantSpec
+from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import Capture, reason
 
 LIMIT = 2_000_000_000  # bytes of one protobuf message
 
 
-def write_onnx(taken: Capture, quant: QuantSpec | None, path: Path, *, dynamic_operators: bool) -> None:
-    """Export, quantize, strip and write; weights are inside, once.
+def write_onnx(taken: Capture, spec: RuntimeSpec, path: Path, *, dynamic_operators: bool) -> None:
+    """Export, quantize or halve, strip and write; weights are inside, once.
 
     Args:
         taken: the captured model.
-        quant: what to quantize, or None.
+        spec: its `quant` and `weights` say what is stored.
         path: of the file.
         dynamic_operators: realise "dynamic" with ONNX operators; else as int8 weights, for a runtime that does the rest.
 
@@ -29,10 +31,12 @@ def write_onnx(taken: Capture, quant: QuantSpec | None, path: Path, *, dynamic_o
         NotApplicable: an operation has no ONNX form, nothing can be quantized, or the file would pass 2 GB.
     """
     proto = export(taken)
-    if quant is not None:
+    if spec.quant is not None:
         from quadriga.runtime._int8 import quantize
 
-        proto = quantize(proto, quant, taken, dynamic_operators=dynamic_operators)
+        proto = quantize(proto, spec.quant, taken, dynamic_operators=dynamic_operators)
+    if spec.weights != "fp32":
+        store_half(proto, spec.weights)
     data = strip(proto).SerializeToString()
     if len(data) > LIMIT:
         raise NotApplicable(f"model.onnx would have {len(data)} bytes, more than one file may", "use eager or inductor")
@@ -60,6 +64,22 @@ def export(taken: Capture) -> Any:
         _rename(proto.graph, {v.name: n for v, n in zip(values, names, strict=True)})
     _rename(proto.graph, {t.name: t.name.removeprefix("model.") for t in proto.graph.initializer})
     return proto
+
+
+def store_half(proto: Any, weights: str) -> None:
+    """Store float32 weights in "bf16" or "fp16", with a Cast back to float32 behind each; vectors stay, however shaped."""
+    from onnx import TensorProto, helper
+
+    kind = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}[weights]
+    for tensor in list(proto.graph.initializer):
+        if tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) == max(tensor.dims, default=1):
+            continue
+        name, short = tensor.name, f"{tensor.name}.{weights}"
+        values = torch.frombuffer(bytearray(tensor.raw_data), dtype=torch.float32).to(HALF[weights])
+        raw = values.view(torch.int16).numpy().tobytes()
+        proto.graph.initializer.remove(tensor)
+        proto.graph.initializer.append(helper.make_tensor(short, kind, tensor.dims, raw, raw=True))
+        proto.graph.node.insert(0, helper.make_node("Cast", [short], [name], to=TensorProto.FLOAT))
 
 
 def _rename(graph: Any, names: dict[str, str]) -> None:

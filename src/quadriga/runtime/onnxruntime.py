@@ -10,7 +10,7 @@ from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._types import Probe, package_probe
 
-NAME = "onnxruntime"
+NAME, HALF = "onnxruntime", "stored"
 
 
 def probe() -> Probe:
@@ -19,10 +19,10 @@ def probe() -> Probe:
 
 
 def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -> dict[str, Any]:
-    """Write model.onnx, quantized as asked."""
+    """Write model.onnx, quantized as asked. Weights stored in half precision become float32 when they are loaded."""
     from quadriga.runtime._onnx import write_onnx
 
-    write_onnx(taken, spec.quant, folder / "model.onnx", dynamic_operators=True)
+    write_onnx(taken, spec, folder / "model.onnx", dynamic_operators=True)
     quantized = spec.quant is not None and spec.quant.activations != "none"
     # Weights only: the stored int8 becomes float once, at load, so that products are float products.
     folded = {"session.disable_quant_qdq": "1"} if spec.quant is not None and spec.quant.activations != "static" else {}

@@ -9,13 +9,12 @@ from typing import Any
 import torch
 
 from quadriga.core.batch import resize
-from quadriga.core.errors import BadInput
 from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._types import Probe, package_probe
 from quadriga.runtime.standalone import difference, openvino_request
 
-NAME = "openvino"
+NAME, HALF = "openvino", "stored"
 
 
 def probe() -> Probe:
@@ -24,13 +23,11 @@ def probe() -> Probe:
 
 
 def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -> dict[str, Any]:
-    """Write model.onnx. Products are float32 unless `options` has precision = "bf16" (OpenVINO's own default on some CPUs)."""
+    """Write model.onnx. Products are float32, and bfloat16 for such weights (OpenVINO's own default on some CPUs)."""
     from quadriga.runtime._onnx import write_onnx
 
-    precision = spec.options.get("precision", "f32")
-    if precision not in ("f32", "bf16"):
-        raise BadInput(f"precision is {precision!r}", 'give "f32" or "bf16"')
-    write_onnx(taken, spec.quant, folder / "model.onnx", dynamic_operators=False)
+    precision = "bf16" if spec.weights == "bf16" else "f32"
+    write_onnx(taken, spec, folder / "model.onnx", dynamic_operators=False)
     activations = spec.quant.activations if spec.quant is not None else "none"
     group = "32" if activations == "dynamic" else "0"  # its own dynamic int8 acts on compressed weights
     entry = {

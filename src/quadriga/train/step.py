@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, device_of, tensors, tree_map
+from quadriga.core.batch import Batch, Tree, call, device_of, tree_map
 from quadriga.core.errors import BadInput
+from quadriga.core.half import HALF, in_float
 from quadriga.core.metric import Loss
 from quadriga.core.setup import Setup
 from quadriga.core.slots import RuntimeSpec
@@ -40,9 +41,6 @@ def check_shape(losses: Tensor, batch: Batch) -> None:
     if losses.shape != batch.index.shape:
         problem = f"the loss returned the shape {tuple(losses.shape)} for {len(batch)} examples"
         raise BadInput(problem, "return one value per example, or one number")
-
-
-HALF = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def weight_of(batch: Batch) -> Tensor | int:
@@ -85,16 +83,6 @@ def parts(batch: Batch, size: int) -> Iterator[Batch]:
         yield replace(batch, inputs=inputs, target=target, index=batch.index[here], weight=weight)
 
 
-def in_float(output: Tree) -> Tree:
-    """The output with half-precision tensors as float32, in which losses are taken."""
-    half = (torch.bfloat16, torch.float16)
-    if isinstance(output, Tensor):
-        return output.float() if output.dtype in half else output
-    if any(t.dtype in half for t in tensors(output)):
-        return tree_map(lambda t: t.float() if t.dtype in half else t, output)
-    return output
-
-
 class Runner:
     """How the runtime slot executes training: `forward_backward`, `update`, and where batches have to be.
 
@@ -111,7 +99,7 @@ class Runner:
     def __init__(self, model: nn.Module, loss: Loss, spec: RuntimeSpec, micro: int | None = None) -> None:
         self.loss, self.device, self.channels_last = loss, torch.device(spec.device), spec.channels_last
         self.forward: Any = torch.compile(model) if spec.compile else model
-        self.micro, self.half = micro, HALF[spec.autocast]
+        self.micro, self.half = micro, HALF.get(spec.autocast)
         scaled = self.half is torch.float16  # whose smallest number is 6e-8, larger than many gradients
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         self.losses = torch.empty(0)

@@ -1,13 +1,20 @@
-"""Settings of training that are kept only where they are measured to be faster."""
+"""What is kept only where it is measured to be faster: settings of training, and half precision on this processor."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
+import torch
+
 from quadriga.core.errors import NotApplicable
+from quadriga.core.half import HALF
 from quadriga.core.setup import Setup
 
+SLOW = 0.9  # of the speed of float32 products, below which there are no native ones
 GAIN = 1.02  # in time per training step, below which a setting is not worth having
 
 
@@ -23,6 +30,8 @@ def faster(setup: Setup, what: str, **settings: Any) -> None:
     pace = setup.context.pace
     if pace is None:
         return
+    if settings.get("autocast") in HALF:  # without such products a few steps would take minutes
+        native(settings["autocast"], setup.runtime.device)
     final = setup.context.runtime
     plain = {name: getattr(setup.runtime, name) for name in settings}
     arms = [replace(setup, runtime=replace(final, **values)) for values in (plain, settings)]
@@ -35,3 +44,29 @@ def faster(setup: Setup, what: str, **settings: Any) -> None:
     if gain < GAIN:
         reason = f"{what} is not faster here: a training step takes {1 / gain:.2f} of its time"
         raise NotApplicable(reason, 'leave it out, or set keep="always"')
+
+
+def product_speed(dtype: torch.dtype, clock: Callable[[], float] = time.process_time, size: int = 256) -> float:
+    """How many times faster than in float32 this processor multiplies matrices [size, size]: the best of five each."""
+    times = {torch.float32: float("inf"), dtype: float("inf")}
+    for _ in range(6):  # the first loads kernels
+        for kind in times:
+            a = torch.ones(size, size, dtype=kind)
+            start = clock()
+            torch.mm(a, a)
+            times[kind] = min(times[kind], clock() - start)
+    return times[torch.float32] / max(times[dtype], 1e-9)
+
+
+speed_here = cache(product_speed)
+
+
+def native(kind: str, device: str) -> None:
+    """Refuse half precision where this processor multiplies in it more slowly than in float32: it has no such products.
+
+    Raises:
+        NotApplicable: with the measured ratio.
+    """
+    if device == "cpu" and (speed := speed_here(HALF[kind])) < SLOW:
+        reason = f"this processor multiplies {kind} at {speed:.2g} of float32's speed"
+        raise NotApplicable(reason, "keep float32, or end in a runtime that only stores the weights so")
