@@ -72,6 +72,23 @@ def test_a_trained_net_keeps_its_quality(name, activations, trained, tmp_path):
     assert len(weights) >= 2
 
 
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_weights_have_seven_bits_where_products_saturate(activations, trained, tmp_path, monkeypatch):
+    """Two products of an unsigned and a 7-bit byte fit into 16 bits: 2 · 255 · 64 < 32,768."""
+    model, context = trained
+    largest = {}
+    for saturates in (False, True):
+        monkeypatch.setattr("quadriga.runtime._int8.saturates", lambda: saturates)  # noqa: B023
+        spec = RuntimeSpec("onnxruntime", threads=1, quant=QuantSpec(activations=activations))
+        runtime.build(model, spec, context, tmp_path / str(saturates))
+        graph = onnx.load(tmp_path / str(saturates) / "model.onnx").graph
+        users = [n for n in graph.node if n.op_type in ("Gemm", "MatMul", "MatMulInteger", "Conv", "DequantizeLinear")]
+        fed = {name for n in users for name in n.input}
+        weights = [t for t in graph.initializer if t.data_type == onnx.TensorProto.INT8 and len(t.dims) == 2 and t.name in fed]
+        largest[saturates] = max(int(abs(numpy_helper.to_array(t).astype(int)).max()) for t in weights)
+    assert largest[True] <= 64 < largest[False] <= 127
+
+
 def test_weights_have_a_scale_per_output_channel(trained, tmp_path):
     model, context = trained
     runtime.build(model, RuntimeSpec("onnxruntime", quant=QuantSpec(activations="none")), context, tmp_path)
