@@ -138,7 +138,7 @@ def test_the_method_writes_its_field_and_what_follows_is_refused(fast):
     assert after.runtime == RuntimeSpec(weights="bf16") and not after.runtime.exact
     assert not RuntimeSpec(quant=QuantSpec()).exact and RuntimeSpec("onnxruntime", channels_last=True).exact
     for method in (HalfWeights(), QuantizeInt8(activations="weights"), MixedPrecision()):
-        with pytest.raises(NotApplicable):
+        with pytest.raises(NotApplicable, match="requires FLOAT_WEIGHTS"):
             method(after)
 
 

@@ -90,7 +90,7 @@ def test_train_steps_count_by_their_epochs(monkeypatch):
     assert [m / b for b, m in zip(blocks["baseline"], blocks["recipe"], strict=True)] == [pytest.approx(7 / 4)] * 2
 
 
-def test_blocks_have_fewer_steps_where_steps_are_slow(monkeypatch):
+def test_blocks_share_the_time_that_they_are_given(monkeypatch):
     workload, asked = tiny_mlp(), []
 
     def watched(setups, data, **options):

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Tree, tensors, tree_map
+from quadriga.core.norms import NORMS
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
-NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # their kernels take float32 statistics
 
 
 def in_float(output: Tree) -> Tree:
@@ -38,7 +38,7 @@ def halved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """
     model = deepcopy(model)
     for module in model.modules():
-        if isinstance(module, NORMS):
+        if isinstance(module, NORMS):  # their kernels take float32 statistics
             continue
         for parameter in module.parameters(recurse=False):
             if parameter.is_floating_point():

@@ -1,4 +1,4 @@
-"""Batch normalization's running statistics, taken anew for weights that no training step has seen."""
+"""Normalization: which modules do it, and running statistics taken anew for weights that no training step has seen."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import nn
 
 from quadriga.core.batch import Batch, call, keeping_mode
 
-NORMS = nn.modules.batchnorm._BatchNorm
+BATCH_NORMS = nn.modules.batchnorm._BatchNorm
+NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
 def reestimate(model: nn.Module, batches: Iterable[Batch], limit: int = 50) -> int:
@@ -29,7 +30,7 @@ def reestimate(model: nn.Module, batches: Iterable[Batch], limit: int = 50) -> i
 
     Source: Izmailov et al. 2018, arXiv:1803.05407, section 3.2.
     """
-    norms = [m for m in model.modules() if isinstance(m, NORMS) and m.track_running_stats and m.running_mean is not None]
+    norms = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.track_running_stats and m.running_mean is not None]
     if not norms:
         return 0
     momenta, used = [m.momentum for m in norms], 0

@@ -208,6 +208,11 @@ class RuntimeSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def by_torch(self) -> bool:
+        """Whether PyTorch executes it, in the type of the weights, and not a runtime that reads an ONNX file."""
+        return self.name in ("eager", "inductor")
+
+    @property
     def exact(self) -> bool:
         """Whether it computes what the model does, up to the rounding of float32."""
         return self.quant is None and self.weights == "fp32"

@@ -1,8 +1,7 @@
 """How a finished model executes: one file a runtime, one call shape.
 
-A runtime is a module of this folder with `NAME`, `HALF` ("computed" where the program itself is traced in half precision,
-"stored" where the runtime decides in which type it computes), `probe() -> Probe` and
-`write(capture, spec, folder, batches) -> dict`; adding one touches its file and the loader in `standalone.py`.
+A runtime is a module of this folder with `NAME`, `probe() -> Probe` and `write(capture, spec, folder, batches) -> dict`;
+adding one touches its file and the loader in `standalone.py`.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
     module = _able(spec)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    taken = capture(model, context, spec.weights if module.HALF == "computed" else "fp32")
+    taken = capture(model, context, spec.weights if spec.by_torch else "fp32")
     sizes = sorted(set(batches))
     entry = {
         "format": standalone.FORMAT, "runtime": spec.name, "threads": spec.threads, "batches": sizes, "inputs": taken.inputs,

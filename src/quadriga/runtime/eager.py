@@ -10,7 +10,7 @@ from quadriga.runtime._capture import Capture
 from quadriga.runtime._program import write_program
 from quadriga.runtime._types import Probe, package_probe
 
-NAME, HALF = "eager", "computed"
+NAME = "eager"
 
 
 def probe() -> Probe:

@@ -13,7 +13,7 @@ from quadriga.runtime._capture import Capture
 from quadriga.runtime._program import write_program
 from quadriga.runtime._types import Probe, package_probe
 
-NAME, HALF = "inductor", "computed"
+NAME = "inductor"
 
 
 def probe() -> Probe:

@@ -10,7 +10,7 @@ from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._types import Probe, package_probe
 
-NAME, HALF = "onnxruntime", "stored"
+NAME = "onnxruntime"
 
 
 def probe() -> Probe:

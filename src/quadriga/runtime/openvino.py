@@ -14,7 +14,7 @@ from quadriga.runtime._capture import Capture
 from quadriga.runtime._types import Probe, package_probe
 from quadriga.runtime.standalone import difference, openvino_request
 
-NAME, HALF = "openvino", "stored"
+NAME = "openvino"
 
 
 def probe() -> Probe:

@@ -114,10 +114,10 @@ def eager_recipes(study: Study) -> list[Recipe]:
 def _submit_opponents(study: Study) -> None:
     known = {(t.stage, t.recipe.hash) for t in study.trials}
     eager = [("tuned_eager", "eager_variant", r) for r in eager_recipes(study)]
-    others = [("cost", "cost", r) for r in lossless_recipes(study)]
-    if study.options.minimize == "train_cost":  # nothing is claimed of latency: the time belongs to training
-        others, eager = [], eager[:1]
-    wanted = [*eager[:1], *others, *(eager[1:] if not study.short else [])]
+    wanted = eager[:1]
+    if study.options.minimize != "train_cost":  # where nothing is claimed of latency, the time belongs to training
+        lossless = [("cost", "cost", r) for r in lossless_recipes(study)]
+        wanted = [*wanted, *lossless, *(eager[1:] if not study.short else [])]
     for stage, task, recipe in wanted:
         if (stage, recipe.hash) not in known and study.space.illegal(recipe) is None:
             study.submit(stage, task, recipe, limit=60)

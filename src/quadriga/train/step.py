@@ -69,9 +69,7 @@ def shares(losses: Tensor, part: Batch, whole: Tensor | int) -> Tensor:
     check_shape(losses, part)
     if part.weight is not None:
         return (part.weight / whole).to(losses.dtype)
-    if isinstance(whole, Tensor):
-        return torch.ones_like(losses) / whole
-    return even(len(part), whole, losses.dtype, losses.device)
+    return even(len(part), int(whole), losses.dtype, losses.device)
 
 
 def parts(batch: Batch, size: int) -> Iterator[Batch]:

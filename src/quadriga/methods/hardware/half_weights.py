@@ -12,7 +12,6 @@ from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.hardware._measured import native
 
-COMPUTED = ("eager", "inductor")  # runtimes whose products are of the weights' type
 LARGEST = torch.finfo(torch.float16).max
 
 
@@ -45,6 +44,6 @@ class HalfWeights(Method):
             raise NotApplicable("the model's weights are not float32", "half_weights starts from float32 weights")
         if self.kind == "fp16" and any(bool((w.abs() > LARGEST).any()) for w in weights):
             raise NotApplicable(f"a weight is larger than {LARGEST:,.0f}, the largest number of float16", 'use kind = "bf16"')
-        if setup.context.runtime.name in COMPUTED:
+        if setup.context.runtime.by_torch:
             native(self.kind, setup.runtime.device)
         return replace(setup, runtime=replace(setup.runtime, weights=self.kind))

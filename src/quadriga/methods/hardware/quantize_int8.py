@@ -55,7 +55,7 @@ class QuantizeInt8(Method):
             raise NotApplicable(f"there is no layer for {self.activations} int8", "" if layers else "give a model with layers")
         if self.activations == "static" and not setup.context.calibration:
             raise NotApplicable("static int8 needs calibration batches", 'give data, or use activations = "weights"')
-        if "RUNTIME" in setup.traits and setup.runtime.name in ("eager", "inductor") and self.activations != "weights":
+        if "RUNTIME" in setup.traits and setup.runtime.by_torch and self.activations != "weights":
             raise NotApplicable(f"{setup.runtime.name} does not run {self.activations} int8", "use onnxruntime or openvino")
         activations = "none" if self.activations == "weights" else self.activations
         spec = QuantSpec(8, activations, self.per_channel, self.calibration, self.keep_float)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, device_of
 from quadriga.core.data import Data
-from quadriga.core.norms import NORMS, reestimate
+from quadriga.core.norms import BATCH_NORMS, reestimate
 from quadriga.core.slots import Hook
 from quadriga.methods.optimizer._fused import adamw_step, begin, value_of, with_gradient
 
@@ -123,7 +123,7 @@ class Averaged(Hook):
     def eval(self, model: nn.Module) -> Iterator[None]:
         """x and its batch statistics for a while; afterwards all is as before to the bit."""
         training = any(group["training"] for group in self.optimizer.param_groups)
-        norms = [b for m in model.modules() if isinstance(m, NORMS) for b in m.buffers(recurse=False)]
+        norms = [b for m in model.modules() if isinstance(m, BATCH_NORMS) for b in m.buffers(recurse=False)]
         kept = [(t, t.detach().clone()) for t in (*model.parameters(), *norms)]
         self.optimizer.eval()
         try:

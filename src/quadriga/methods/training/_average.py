@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from quadriga.core.batch import Batch, device_of
 from quadriga.core.data import Data
 from quadriga.core.errors import NotApplicable
-from quadriga.core.norms import NORMS, reestimate
+from quadriga.core.half import HALF
+from quadriga.core.norms import BATCH_NORMS, reestimate
 from quadriga.core.setup import Setup
 from quadriga.methods.training._ending import Ending, copies
 
 LOOK, END = 16, 50  # batches for the statistics of batch normalization, in the course of training and at its end
-HALF = (torch.float16, torch.bfloat16)
 
 
 def trained(model: nn.Module) -> list[Tensor]:
@@ -61,8 +61,8 @@ class Beside(Ending):
     def __init__(self, model: nn.Module, size: int) -> None:
         super().__init__()
         self.params, self.size, self.count = trained(model), size, 0
-        self.uniform = not any(p.dtype in HALF for p in self.params)
-        self.weights = [p.detach().float().clone() if p.dtype in HALF else p.detach().clone() for p in self.params]
+        self.uniform = not any(p.dtype in HALF.values() for p in self.params)
+        self.weights = [p.detach().float().clone() if p.dtype in HALF.values() else p.detach().clone() for p in self.params]
 
     def begin(self, model: nn.Module, data: Data) -> None:
         """Where no step was seen yet, begin with the weights as they are."""
@@ -80,7 +80,7 @@ class Beside(Ending):
     @contextmanager
     def shown(self, model: nn.Module, limit: int) -> Iterator[None]:
         """The second set in the model, with statistics from so many batches; afterwards all is as before to the bit."""
-        norms = [b for m in model.modules() if isinstance(m, NORMS) for b in m.buffers(recurse=False)]
+        norms = [b for m in model.modules() if isinstance(m, BATCH_NORMS) for b in m.buffers(recurse=False)]
         kept = [(t, t.detach().clone()) for t in (*self.params, *norms)]
         with torch.no_grad():
             for p, w in zip(self.params, self.weights, strict=True):
