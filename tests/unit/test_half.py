@@ -55,6 +55,17 @@ class Sequence(nn.Module):
         return self.out(self.layer(self.norm(x)))
 
 
+class Rows(nn.Module):
+    """Reads the rows of an image one after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.lstm, self.out = nn.LSTM(8, 8, batch_first=True), nn.Linear(8, 2)
+
+    def forward(self, images):
+        return self.out(self.lstm(images.flatten(1, 2))[0][:, -1])
+
+
 def convolutional():
     return nn.Sequential(
         *(nn.Conv2d(1, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3), nn.GroupNorm(4, 16), nn.Flatten()),
@@ -151,6 +162,36 @@ def test_a_processor_without_such_products_refuses_to_compute_with_them(slow):
     stored = replace(setup, context=replace(setup.context, runtime=RuntimeSpec("onnxruntime")))
     assert HalfWeights()(stored).runtime.weights == "bf16"
     assert MixedPrecision(keep="always")(setup).runtime.autocast == "bf16"
+
+
+@pytest.mark.parametrize("kind", HALF)
+def test_an_lstm_trains_in_half_or_is_refused_beforehand(kind):
+    """A refusal says exactly what the first step would have found."""
+    setup = setup_of(Rows())
+
+    def works():
+        with torch.autocast("cpu", HALF[kind]):
+            try:
+                setup.model.train()(torch.zeros(2, 1, 8, 8))
+            except RuntimeError:
+                return False
+        return True
+
+    if works():
+        assert MixedPrecision(kind=kind, keep="always")(setup).runtime.autocast == kind
+    else:
+        with pytest.raises(NotApplicable, match=f"trains no LSTM in {kind}"):
+            MixedPrecision(kind=kind, keep="always")(setup)
+
+
+def test_what_the_processor_says_of_lstms_decides(monkeypatch):
+    setup = setup_of(Rows())
+    monkeypatch.setattr("quadriga.methods.hardware.mixed_precision.lstm_trains", lambda kind: False)
+    with pytest.raises(NotApplicable, match="trains no LSTM in bf16"):
+        MixedPrecision()(setup)
+    assert MixedPrecision()(setup_of(convolutional())).runtime.autocast == "bf16"
+    monkeypatch.setattr("quadriga.methods.hardware.mixed_precision.lstm_trains", lambda kind: True)
+    assert MixedPrecision()(setup).runtime.autocast == "bf16"
 
 
 def test_weights_that_float16_cannot_hold_are_refused(fast):

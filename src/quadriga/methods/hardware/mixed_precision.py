@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import ClassVar, Literal
 
 import torch
+from torch import nn
 
 from quadriga.core.errors import NotApplicable
+from quadriga.core.half import HALF
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.hardware._measured import faster
+
+
+@cache
+def lstm_trains(kind: str) -> bool:
+    """Whether this processor runs a training LSTM under autocast: oneDNN has none for types that it lacks products of."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad(), torch.autocast("cpu", HALF[kind]):
+            nn.LSTM(8, 8)(torch.zeros(2, 1, 8))
+    except RuntimeError:
+        return False
+    return True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,11 +53,14 @@ class MixedPrecision(Method):
     keep: Literal["faster", "always"] = "faster"
 
     def apply(self, setup: Setup) -> Setup:
-        """Ask for autocast. NotApplicable where it is there already, weights are not float32, or it is not faster."""
+        """Ask for autocast. NotApplicable where it is there already, cannot run, or is not faster."""
         if setup.runtime.autocast != "none":
             raise NotApplicable(f"training is in {setup.runtime.autocast} already", "keep one mixed_precision step")
         if any(p.is_floating_point() and p.dtype is not torch.float32 for p in setup.model.parameters()):
             raise NotApplicable("the model's weights are not float32", "autocast starts from float32 weights")
+        recurrent = any(isinstance(m, nn.LSTM) for m in setup.model.modules())
+        if recurrent and setup.runtime.device == "cpu" and not lstm_trains(self.kind):
+            raise NotApplicable(f"this processor trains no LSTM in {self.kind}", "keep float32")
         after = replace(setup, runtime=replace(setup.runtime, autocast=self.kind))
         if self.keep == "faster":
             faster(setup, f"training in {self.kind}", autocast=self.kind)
