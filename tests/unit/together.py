@@ -25,6 +25,7 @@ RECIPES = {
         step("optimizer", kind="adamw", lr=0.01),
         step("l2", form="decoupled", amount=0.1),
         step("decay_schedule", kind="linear"),
+        step("qat"),
         step("crop", padding=2),
         step("flip", kind="alternating"),
         step("mixup"),

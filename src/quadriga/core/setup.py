@@ -14,6 +14,7 @@ from quadriga.core.metric import Metric
 from quadriga.core.slots import OptimizerSlot, RuntimeSpec, Training
 from quadriga.core.workload import Workload, uses_images, uses_tokens
 
+PROBE = "PROBE"  # the trait of a walk that skipped a train step: what goes by the weights is a guess
 Arm = tuple[nn.Module, Tree]  # a model and the inputs it is called with
 
 
@@ -38,6 +39,7 @@ class Context:
         gradients: (model) → {parameter name: mean gradient of the loss over calibration}.
         curvature: (model) → {parameter name: diagonal of the loss's Hessian, estimated over calibration}.
         evaluate: (model) → quality on val.
+        enough: (model) → whether that quality is within the floor; None where no floor is known.
         time: (arms, spec) → seconds per call of each arm (a model and its inputs), realised by the specification and
             timed in turn, block by block, so that their ratios can be trusted more than their values.
         pace: (setups) → processor seconds per training step of each, on copies of their models, timed in turn.
@@ -57,6 +59,7 @@ class Context:
     gradients: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     curvature: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     evaluate: Callable[[nn.Module], float] | None = None
+    enough: Callable[[nn.Module], bool] | None = None
     time: Callable[[Sequence[Arm], RuntimeSpec], list[float]] | None = None
     pace: Callable[[Sequence[Setup]], list[float]] | None = None
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)

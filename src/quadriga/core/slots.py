@@ -166,7 +166,7 @@ class QuantSpec:
         weights: bits of weights, 8.
         activations: "static" (calibrated), "dynamic" or "none" (weights only: a smaller file, float products).
         per_channel: one scale per output channel.
-        calibration: "minmax" or "percentile".
+        calibration: of the range of static activations: "minmax", "percentile" or "mse".
         keep_float: names of layers left out.
     """
 

@@ -18,6 +18,7 @@ from torch import nn
 from quadriga import artifact, runtime
 from quadriga.core.batch import Tree, call
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
+from quadriga.core.metric import Metric
 from quadriga.core.recipe import Recipe
 from quadriga.core.setup import Arm, Context, Setup
 from quadriga.core.slots import RuntimeSpec
@@ -56,11 +57,13 @@ class Desk:
         self._reference: Run | None = None
         self._context: Context | None = None  # for timings: made when one is asked for
         self._plain: Setup | None = None
+        self._floor: Mapping[str, float] | None = None  # {"quality", "margin"} of the baseline on val, once it is known
         self._scrap: list[Path] = []
 
     def do(self, task: str, args: Mapping[str, Any]) -> dict[str, Any]:
         """Carry out a task by name; every way to fail is a plain record with `status` and `reason`."""
         recipe = Recipe.from_plain(args.get("recipe", []))
+        self._floor = args.get("floor")
         try:
             return {"status": Status.COMPLETE, **getattr(self, f"_{task}")(recipe, args)}
         except NotApplicable as refusal:
@@ -195,9 +198,19 @@ class Desk:
 
     def _places(self) -> dict[str, Any]:
         """What methods may ask of a model on their way, its quality on val and its latency; and where decisions are kept."""
-        evaluate = lambda model: score(model, self.workload.val, self.workload.metric).value  # noqa: E731
-        services = {"evaluate": evaluate, "time": self._time, "pace": self._step_seconds}
+        enough = self._enough if self._floor else None
+        services = {"evaluate": self._quality, "enough": enough, "time": self._time, "pace": self._step_seconds}
         return {"services": services, "decisions": self.folder / "decisions"}
+
+    def _quality(self, model: nn.Module) -> float:
+        return score(model, self.workload.val, self.workload.metric).value
+
+    def _enough(self, model: nn.Module) -> bool:
+        """Whether a model's quality on val is within the floor."""
+        assert self._floor is not None
+        metric = self.workload.metric
+        assert isinstance(metric, Metric), "a workload replaces names when it is made"
+        return metric.gain(self._quality(model), self._floor["quality"]) >= -self._floor["margin"]
 
     def _step_seconds(self, setups: Sequence[Setup]) -> list[float]:
         """Seconds of training per example of each setup; for decisions and for ranking."""

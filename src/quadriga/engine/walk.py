@@ -17,7 +17,7 @@ from quadriga.core.batch import tensors
 from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method
 from quadriga.core.recipe import Recipe, Step
-from quadriga.core.setup import Setup
+from quadriga.core.setup import PROBE, Setup
 from quadriga.core.slots import Factors, RuntimeSpec, Schedule
 from quadriga.core.workload import Workload
 from quadriga.engine.decisions import Decisions
@@ -147,8 +147,9 @@ class _Walker:
             self.before_train(self.setup, index)
         if self.store is not None:
             self._fit(self.store / name, fields.get("epochs", 10), going_on)
-        elif self.ready is not None:
-            load_finished(self.ready / name, self.setup.model)
+        else:
+            known = self.ready is not None and load_finished(self.ready / name, self.setup.model)
+            self.setup = replace(self.setup, traits=self.setup.traits - {PROBE} if known else self.setup.traits | {PROBE})
         self.setup, self.changed = _after_train(self.setup, self.workload, keep=_continues(self.recipe, index)), ""
 
     def _fit(self, folder: Path, epochs: float, going_on: bool) -> None:
@@ -199,7 +200,10 @@ def final_runtime(setup: Setup, methods: Iterable[Method | None]) -> RuntimeSpec
         setup: as the walk starts; it is left as it is.
         methods: all of the recipe; train steps are None. Traits that a step needs are granted, one that refuses is left out.
     """
-    setup = replace(setup, context=replace(setup.context, time=None, pace=None))  # nothing is measured to know what is asked
+    silent = replace(
+        setup.context, time=None, pace=None, evaluate=None, enough=None
+    )  # nothing is measured to know what is asked
+    setup = replace(setup, context=silent, traits=setup.traits | {PROBE})
     for method in methods:
         if method is None or method.family is not Family.HARDWARE:
             continue

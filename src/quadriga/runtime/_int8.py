@@ -14,6 +14,7 @@ from quadriga.core.batch import resize, tensors
 from quadriga.core.errors import NotApplicable
 from quadriga.core.quiet import quiet
 from quadriga.core.slots import QuantSpec
+from quadriga.runtime._calibrate import overrides, ranges
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._program import MINIMUM
 
@@ -69,15 +70,15 @@ def _static(proto: Any, quant: QuantSpec, taken: Capture, keep: list[str]) -> An
     Where products saturate, weights have 7 bits. Attention keeps its inner products in float: with every operator quantized
     a small GPT lost 1.0 bits per byte.
     """
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import QuantFormat, QuantType, quantize_static
 
     if not taken.calibration:
         raise NotApplicable("static int8 needs calibration batches", "give the workload training data")
     attention = any(node.op_type in ("Softmax", "LayerNormalization", "Attention") for node in proto.graph.node)
-    method = CalibrationMethod.Percentile if quant.calibration == "percentile" else CalibrationMethod.MinMax
     with tempfile.TemporaryDirectory() as folder, quiet(""):  # the tools advise through the root logger
+        path = _simplified(proto, Path(folder))
         quantize_static(
-            _simplified(proto, Path(folder)),
+            path,
             (out := Path(folder) / "int8.onnx"),
             _Reader(taken, proto),
             quant_format=QuantFormat.QDQ,
@@ -87,10 +88,18 @@ def _static(proto: Any, quant: QuantSpec, taken: Capture, keep: list[str]) -> An
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             nodes_to_exclude=keep,
-            calibrate_method=method,
-            extra_options={"MatMulConstBOnly": True},
+            extra_options={"MatMulConstBOnly": True, "TensorQuantOverrides": _ranges(path, quant, taken, proto)},
         )
         return int8_tables(_load(out), keep)
+
+
+def _ranges(path: Path, quant: QuantSpec, taken: Capture, proto: Any) -> dict[str, Any]:
+    """Ranges that are not those of all seen values, which the tools find themselves."""
+    import onnx
+
+    if quant.calibration == "minmax":
+        return {}
+    return overrides(ranges(onnx.load(path), _Reader(taken, proto), quant.calibration))
 
 
 @cache

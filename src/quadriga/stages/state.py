@@ -144,11 +144,16 @@ class Study:
     def submit(self, stage: str, task: str, recipe: Recipe, *, limit: float | None = None, **info: Any) -> int:
         """Send a recipe to the pool; `info` is kept in the trial."""
         self._count += 1
-        always = {"batches": self.batches, "objective": self.options.minimize}
+        always = {"batches": self.batches, "objective": self.options.minimize, "floor": self._floor()}
         args = {"recipe": recipe.plain(), "hash": recipe.hash, **always, **info.pop("args", {})}
         self._orders[self._count] = (stage, recipe, info)
         self.pool.submit(Order(self._count, task, args, limit if limit is not None else max(5.0, self.budget.left)))
         return self._count
+
+    def _floor(self) -> dict[str, float] | None:
+        """What a candidate on val is held against, once the baseline was measured."""
+        quality = next((t.values["quality"] for t in self.trials if t.stage == "baseline" and t.ok), None)
+        return None if quality is None else {"quality": quality, "margin": self.options.floor.margin(quality)}
 
     @property
     def running(self) -> int:
