@@ -103,7 +103,9 @@ def _leave_out(quantizer: Any, layers: tuple[str, ...]) -> Any:
 
 
 def _inside(node: fx.Node, layers: tuple[str, ...]) -> bool:
-    paths = [path.removeprefix("L['self'].").removeprefix("model.") for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    paths = [
+        path.removeprefix("L['self'].").removeprefix("model.") for path, _ in node.meta.get("nn_module_stack", {}).values()
+    ]
     return any(path == layer or path.startswith(f"{layer}.") for layer in layers for path in paths)
 
 

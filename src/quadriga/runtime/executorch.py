@@ -24,7 +24,7 @@ MOST = 64  # examples of one call at least, for which memory is planned; more ar
 
 def probe() -> Probe:
     """It needs executorch, to export and to run, with the packages that it imports."""
-    return package_probe("executorch", "executorch", also=("torchao", "flatbuffers", "ruamel.yaml", "tabulate"))
+    return package_probe("executorch", "executorch", also=("torchao", "flatbuffers", "ruamel", "tabulate"))
 
 
 def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -> dict[str, Any]:

@@ -39,7 +39,13 @@ def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -
     """
     if spec.quant is not None and spec.quant.activations != "none":
         taken = _int8(taken, spec.quant)
-    return {**write_program(taken, spec, folder), "compiles": True}
+    return {**write_program(taken, spec, folder), "compiles": True, "each_size": _each_size(taken)}
+
+
+def _each_size(taken: Capture) -> bool:
+    """Whether each batch size is compiled for itself: in a dynamic one PyTorch 2.13 mistakes strides of int8 convolutions."""
+    targets = [str(node.target) for node in taken.program.graph.nodes if node.op == "call_function"]
+    return any("quantized_decomposed" in t for t in targets) and any(t.startswith("aten.conv") for t in targets)
 
 
 def _int8(taken: Capture, quant: QuantSpec) -> Capture:

@@ -400,7 +400,7 @@ def inductor_model(folder: Path, entry: Mapping[str, Any], threads: int | None) 
     compiled: dict[int | None, Callable[..., Any]] = {}
 
     def call(leaves: list[Tensor]) -> list[Tensor]:
-        key = len(leaves[0]) if len(leaves[0]) in entry["batches"] else None
+        key = len(leaves[0]) if entry.get("each_size") or len(leaves[0]) in entry["batches"] else None
         with torch.no_grad():
             if key not in compiled:
                 with inductor.patch(freezing=True), warnings.catch_warnings():  # both are read while it compiles

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.hardware._needs import one_runtime, packages
+from quadriga.methods.hardware._needs import int8_runs, one_runtime, packages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,7 +24,11 @@ class ExecuTorch(Method):
     name = "executorch"
 
     def apply(self, setup: Setup) -> Setup:
-        """Choose it. NotApplicable when a runtime is chosen already, or the packages are absent."""
+        """Choose it. NotApplicable when a runtime is chosen already, weights are half or int8 only, or packages are absent."""
         one_runtime(setup)
-        packages("executorch", "torchao", "flatbuffers", "ruamel.yaml", "tabulate", extra="executorch")
-        return replace(setup, runtime=replace(setup.runtime, name=self.name))
+        chosen = replace(setup.runtime, name=self.name)
+        int8_runs(chosen)
+        if chosen.weights != "fp32":
+            raise NotApplicable(f"executorch stores no {chosen.weights} weights here", "use onnxruntime or openvino")
+        packages("executorch", "torchao", "flatbuffers", "ruamel", "tabulate", extra="executorch")
+        return replace(setup, runtime=chosen)

@@ -11,6 +11,7 @@ from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import QuantSpec
+from quadriga.methods.hardware._needs import int8_runs
 
 PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)
 TYPES = (*PRODUCTS, nn.RNNBase, nn.Embedding)
@@ -55,8 +56,9 @@ class QuantizeInt8(Method):
             raise NotApplicable(f"there is no layer for {self.activations} int8", "" if layers else "give a model with layers")
         if self.activations == "static" and not setup.context.calibration:
             raise NotApplicable("static int8 needs calibration batches", 'give data, or use activations = "weights"')
-        if "RUNTIME" in setup.traits and setup.runtime.by_torch and self.activations != "weights":
-            raise NotApplicable(f"{setup.runtime.name} does not run {self.activations} int8", "use onnxruntime or openvino")
         activations = "none" if self.activations == "weights" else self.activations
         spec = QuantSpec(8, activations, self.per_channel, self.calibration, self.keep_float)
-        return replace(setup, runtime=replace(setup.runtime, quant=spec))
+        runtime = replace(setup.runtime, quant=spec)
+        if "RUNTIME" in setup.traits:
+            int8_runs(runtime)
+        return replace(setup, runtime=runtime)
