@@ -19,11 +19,10 @@ from quadriga.runtime._int8 import BATCHES, ROWS
 from quadriga.runtime._reexport import reexport
 
 EPSILON = 2**-12  # the smallest scale, as both quantizers of PyTorch have it
-PRODUCTS = ("conv", "linear", "matmul", "mm", "addmm", "bmm")
 
 
 def needs_torchao() -> None:
-    """Refuse where torchao, which holds PT2E since PyTorch 2.10, is absent."""
+    """Refuse where torchao, which holds PT2E's quantizers, is absent."""
     if util.find_spec("torchao") is None:
         raise NotApplicable("int8 activations in PyTorch need the package torchao", "pip install quadriga[pt2e]")
 

@@ -52,7 +52,7 @@ def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -
 
 
 def _int8(taken: Capture, quant: QuantSpec, most: int) -> Capture:
-    """XNNPACK multiplies signed bytes exactly on every processor, so weights have all their 8 bits."""
+    """Signed activations and weights, 8 bits each; whether that saturates without VNNI was not measured."""
     if quant.activations == "none":
         raise NotApplicable("executorch has no float products of int8 weights", 'use activations = "static" or "dynamic"')
     with quiet("torchao"):
