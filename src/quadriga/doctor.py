@@ -21,9 +21,11 @@ PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "openvino",
+    "executorch",
+    "torchao",
     "transformers",
 )
-EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}  # runtime → the extra that brings it
+EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino", "executorch": "executorch"}  # runtime → the extra that brings it
 ROOM = 2e9  # bytes that a study of small models may need
 
 

@@ -18,6 +18,7 @@ from quadriga.methods.hardware import matmul_backend
 from quadriga.methods.hardware.channels_last import ChannelsLast
 from quadriga.methods.hardware.compile import Compile
 from quadriga.methods.hardware.eager import Eager
+from quadriga.methods.hardware.executorch import ExecuTorch
 from quadriga.methods.hardware.inductor import Inductor
 from quadriga.methods.hardware.matmul_backend import MatmulBackend, medium_error, product_error
 from quadriga.methods.hardware.onnxruntime import ONNXRuntime
@@ -125,9 +126,33 @@ def test_int8_needs_a_trained_model_and_layers(setup):
 
 
 @pytest.mark.parametrize("activations", ["static", "dynamic"])
-def test_pytorch_and_int8_activations_refuse_each_other_in_both_orders(activations, setup):
-    with pytest.raises(NotApplicable, match=f"PyTorch does not run {activations} int8"):
+def test_eager_and_int8_activations_refuse_each_other_in_both_orders(activations, setup):
+    with pytest.raises(NotApplicable, match=f"eager does not run {activations} int8"):
         Eager()(QuantizeInt8(activations=activations)(setup))
     with pytest.raises(NotApplicable, match=f"eager does not run {activations} int8"):
         QuantizeInt8(activations=activations)(Eager()(setup))
     assert QuantizeInt8(activations="weights")(Eager()(setup)).runtime.quant is not None
+
+
+@pytest.mark.parametrize("activations", ["static", "dynamic"])
+def test_inductor_runs_int8_activations_where_torchao_is(activations, setup, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object() if name == "torchao" else real(name, *a))
+    int8 = QuantizeInt8(activations=activations)
+    assert int8(Inductor()(setup)).runtime == Inductor()(int8(setup)).runtime
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == "torchao" else real(name, *a))
+    for method, after in ((int8, Inductor()(setup)), (Inductor(), int8(setup))):
+        with pytest.raises(NotApplicable, match=r"torchao is not installed \(pip install quadriga\[pt2e\]"):
+            method(after)
+
+
+def test_executorch_and_what_it_does_not_run_refuse_each_other(setup, monkeypatch):
+    real, names = importlib.util.find_spec, ("executorch", "torchao", "flatbuffers", "ruamel", "tabulate")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: object() if name in names else real(name, *a))
+    weights = QuantizeInt8(activations="weights")
+    for method, after in ((weights, ExecuTorch()(setup)), (ExecuTorch(), weights(setup))):
+        with pytest.raises(NotApplicable, match="executorch does not run weights int8"):
+            method(after)
+    with pytest.raises(NotApplicable, match="executorch stores no bf16 weights"):
+        ExecuTorch()(replace(setup, runtime=replace(setup.runtime, weights="bf16")))
+    assert ExecuTorch()(QuantizeInt8()(setup)).runtime == RuntimeSpec("executorch", quant=QuantSpec())

@@ -182,7 +182,7 @@ class RuntimeSpec:
     """The runtime slot: where and how the model executes, realised once after the last step.
 
     Args:
-        name: of the runtime: "eager", "inductor", "onnxruntime", "openvino".
+        name: of the runtime: "eager", "executorch", "inductor", "onnxruntime", "openvino".
         threads: of the CPU; None leaves the runtime's default.
         channels_last: memory format of 4-d tensors, in training and in PyTorch runtimes.
         matmul: "highest" or "medium", torch.set_float32_matmul_precision ("medium" goes through oneDNN).
@@ -211,6 +211,11 @@ class RuntimeSpec:
     def by_torch(self) -> bool:
         """Whether PyTorch executes it, in the type of the weights, and not a runtime that reads an ONNX file."""
         return self.name in ("eager", "inductor")
+
+    @property
+    def int8(self) -> tuple[str, ...]:
+        """The kinds of activations with which it runs int8 models, named as in `QuantSpec.activations`."""
+        return {"eager": ("none",), "executorch": ("static", "dynamic")}.get(self.name, ("static", "dynamic", "none"))
 
     @property
     def exact(self) -> bool:

@@ -115,13 +115,13 @@ def _store_packed(folder: Path, entry: dict[str, Any]) -> None:
 
 
 def _check(model: nn.Module, built: Built, taken: Any) -> None:
-    """Run what was built on one and two examples: equal shapes and types, close values where nothing was quantized.
+    """Run what was built on 1, 2 and the sizes of its entry: equal shapes and types, close values where nothing was quantized.
 
     Raises:
         NotApplicable: it fails or computes something else.
     """
     run = built.run()
-    for batch in (1, 2):
+    for batch in (1, 2, *built.entry.get("check", ())):
         inputs = standalone.rebuild(taken.inputs, list(resize(taken.sample, batch)))
         with evaluating(model), torch.no_grad():
             expected = tensors(call(model, inputs))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from quadriga.core.errors import NotApplicable
 from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._program import write_program
@@ -19,5 +20,11 @@ def probe() -> Probe:
 
 
 def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -> dict[str, Any]:
-    """Write the program and the weights."""
+    """Write the program and the weights.
+
+    Raises:
+        NotApplicable: int8 activations, which it could only imitate in float.
+    """
+    if spec.quant is not None and spec.quant.activations != "none":
+        raise NotApplicable(f"eager does not run {spec.quant.activations} int8", "use onnxruntime or openvino, or inductor")
     return write_program(taken, spec, folder)

@@ -335,6 +335,40 @@ def openvino_request(folder: Path, entry: Mapping[str, Any], batch: int | None, 
     return core.compile_model(network, "CPU", {**hints, **entry["session"]}).create_infer_request()
 
 
+# ---- ExecuTorch
+
+
+def executorch_model(folder: Path, entry: Mapping[str, Any], threads: int | None) -> Callable[..., Tree]:
+    """Run model.pte with ExecuTorch. Its threads are the process's; a batch above the planned one is split."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from executorch.extension.pybindings import portable_lib
+            from executorch.runtime import Runtime
+
+            portable_lib._unsafe_reset_threadpool(threads or _cores())  # the only way it has; unsafe while a model runs
+    except ImportError as error:
+        raise _needs(error, entry) from error
+    method = Runtime.get().load_program(inside(folder, entry["files"][0])).load_method("forward")
+    assert method is not None
+    most, places = entry["session"]["most"], entry["session"]["places"]
+
+    def call(leaves: list[Tensor]) -> list[Tensor]:  # outputs are new memory in every call
+        ready = [x.detach().contiguous() for x in leaves]
+        count = len(ready[0])
+        if count <= most:
+            return list(method.execute(ready))
+        if None in places:
+            raise ValueError(f"this model takes at most {most} examples a call, got {count}")
+        parts = [method.execute([x[i : i + most] for x in ready]) for i in range(0, count, most)]
+        return [torch.cat(ys, place) for place, ys in zip(places, zip(*parts, strict=True), strict=True)]
+
+    def single(x: Tensor) -> Tensor:
+        return call([x])[0]
+
+    return single if _single(entry) else _shaped(entry, call)
+
+
 # ---- PyTorch
 
 
@@ -366,7 +400,7 @@ def inductor_model(folder: Path, entry: Mapping[str, Any], threads: int | None) 
     compiled: dict[int | None, Callable[..., Any]] = {}
 
     def call(leaves: list[Tensor]) -> list[Tensor]:
-        key = len(leaves[0]) if len(leaves[0]) in entry["batches"] else None
+        key = len(leaves[0]) if entry.get("each_size") or len(leaves[0]) in entry["batches"] else None
         with torch.no_grad():
             if key not in compiled:
                 with inductor.patch(freezing=True), warnings.catch_warnings():  # both are read while it compiles
@@ -433,6 +467,7 @@ def load_weights(folder: Path, entry: Mapping[str, Any]) -> list[Tensor | None]:
 
 RUNTIMES = {
     "eager": eager_model,
+    "executorch": executorch_model,
     "inductor": inductor_model,
     "onnxruntime": onnxruntime_model,
     "openvino": openvino_model,

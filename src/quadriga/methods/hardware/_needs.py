@@ -8,6 +8,7 @@ from importlib import util
 
 from quadriga.core.errors import NotApplicable
 from quadriga.core.setup import Setup
+from quadriga.core.slots import RuntimeSpec
 
 
 def one_runtime(setup: Setup) -> None:
@@ -16,11 +17,16 @@ def one_runtime(setup: Setup) -> None:
         raise NotApplicable(f"the runtime is {setup.runtime.name} already", "keep one runtime step")
 
 
-def float_activations(setup: Setup) -> None:
-    """Refuse PyTorch's runtimes after a quantization of activations."""
-    quant = setup.runtime.quant
-    if quant is not None and quant.activations != "none":
-        raise NotApplicable(f"PyTorch does not run {quant.activations} int8 here", "use onnxruntime or openvino")
+def int8_runs(spec: RuntimeSpec) -> None:
+    """Refuse a runtime and a quantization of which one cannot do with the other, whichever came first."""
+    if spec.quant is None:
+        return
+    activations = spec.quant.activations
+    if activations not in spec.int8:
+        kind = "weights" if activations == "none" else activations
+        raise NotApplicable(f"{spec.name} does not run {kind} int8", "use onnxruntime or openvino")
+    if spec.by_torch and activations != "none":
+        packages("torchao", extra="pt2e")
 
 
 def compiler() -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.hardware._needs import float_activations, one_runtime
+from quadriga.methods.hardware._needs import int8_runs, one_runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,5 +25,6 @@ class Eager(Method):
     def apply(self, setup: Setup) -> Setup:
         """Choose it. NotApplicable when a runtime is chosen already, or activations are int8."""
         one_runtime(setup)
-        float_activations(setup)
-        return replace(setup, runtime=replace(setup.runtime, name=self.name))
+        chosen = replace(setup.runtime, name=self.name)
+        int8_runs(chosen)
+        return replace(setup, runtime=chosen)

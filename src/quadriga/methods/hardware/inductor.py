@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.hardware._needs import compiler, float_activations, one_runtime
+from quadriga.methods.hardware._needs import compiler, int8_runs, one_runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,8 +23,9 @@ class Inductor(Method):
     name = "inductor"
 
     def apply(self, setup: Setup) -> Setup:
-        """Choose it. NotApplicable when a runtime is chosen already, activations are int8, or there is no C++ compiler."""
+        """Choose it. NotApplicable when a runtime is chosen already, int8 lacks torchao, or there is no C++ compiler."""
         one_runtime(setup)
-        float_activations(setup)
+        chosen = replace(setup.runtime, name=self.name)
+        int8_runs(chosen)
         compiler()
-        return replace(setup, runtime=replace(setup.runtime, name=self.name))
+        return replace(setup, runtime=chosen)

@@ -12,6 +12,7 @@ from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import PROBE, Setup
 from quadriga.core.slots import QuantSpec
+from quadriga.methods.hardware._needs import int8_runs
 from quadriga.methods.hardware._simulate import (
     PRODUCTS,
     fewest_floats,
@@ -77,10 +78,10 @@ class QuantizeInt8(Method):
             raise NotApplicable(f"there is no layer for {self.activations} int8", "" if layers else "give a model with layers")
         if self.activations == "static" and not setup.context.calibration:
             raise NotApplicable("static int8 needs calibration batches", 'give data, or use activations = "weights"')
-        if "RUNTIME" in setup.traits and setup.runtime.by_torch and self.activations != "weights":
-            raise NotApplicable(f"{setup.runtime.name} does not run {self.activations} int8", "use onnxruntime or openvino")
-        keep = (*self.keep_float, *self._harmful(setup))
-        spec = QuantSpec(8, self._rounded, self.per_channel, self.calibration, keep)
+        spec = QuantSpec(8, self._rounded, self.per_channel, self.calibration, self.keep_float)
+        if "RUNTIME" in setup.traits:
+            int8_runs(replace(setup.runtime, quant=spec))
+        spec = replace(spec, keep_float=(*self.keep_float, *self._harmful(setup)))
         return replace(setup, runtime=replace(setup.runtime, quant=spec))
 
     @property
