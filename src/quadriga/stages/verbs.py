@@ -11,10 +11,11 @@ import torch
 from quadriga.core.errors import BadInput
 from quadriga.core.files import write_json
 from quadriga.core.recipe import Recipe
+from quadriga.core.roofline import bounds
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
 from quadriga.engine.tasks import Desk
-from quadriga.measure.roofline import ceilings
+from quadriga.measure.ceilings import ceilings
 from quadriga.measure.roofline import profile as layers
 from quadriga.train.track import open_tracker, tracking
 from quadriga.workloads.check import check
@@ -102,6 +103,10 @@ def profile(workload: Workload, *, batch: int | None = None, seed: int = 0, prog
         seed: of the weights.
         progress: called with plain data.
 
+    Returns:
+        {"workload", "batch", "seconds", "threads", "ceilings", "bounds", "layers"}: the rows of `measure.roofline.profile`,
+        the ceilings they are held against, and what each family could gain at most (`core.roofline.bounds`).
+
     Raises:
         BadInput: the batch is not positive, or the workload cannot be used.
     """
@@ -109,7 +114,14 @@ def profile(workload: Workload, *, batch: int | None = None, seed: int = 0, prog
     if batch < 1:
         raise BadInput(f"the batch is {batch}", "give a positive integer")
     check(workload)
-    limits = ceilings()
+    limits = ceilings(torch.get_num_threads())
     rows = layers(workload.build(seed), workload.inputs(batch), ceiling=limits)
-    threads = torch.get_num_threads()
-    return {"workload": workload.name, "batch": batch, "threads": threads, "ceilings": vars(limits), "layers": rows}
+    return {
+        "workload": workload.name,
+        "batch": batch,
+        "seconds": sum(row["seconds"] for row in rows),
+        "threads": torch.get_num_threads(),
+        "ceilings": limits.plain(),
+        "bounds": bounds(rows, limits.plain()),
+        "layers": rows,
+    }
