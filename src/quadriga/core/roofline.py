@@ -11,7 +11,7 @@ from typing import Any
 
 WIDTHS = {"fp32": 4, "bf16": 2, "int8": 1}  # bytes of a number, weight and activation alike
 REST = "(between layers)"
-ACTS_ON_TRAINING = "acts on what training costs, which a forward pass does not bound"
+UNBOUNDED = "not bounded by a forward pass: it acts on what training costs"
 Row = Mapping[str, Any]
 Plain = Mapping[str, Any]
 
@@ -60,8 +60,9 @@ def waits(row: Row, ceilings: Plain, kind: str = "fp32") -> tuple[float, float]:
 def least_seconds(rows: Sequence[Row], ceilings: Plain, kind: str = "fp32") -> float:
     """Seconds of a pass with each layer at its roofline in a type, or as it is where that is faster, and nothing between.
 
-    No kernel, compiler or runtime computes the same layers in this type, or as they are, in less, as far as the ceilings
-    are ceilings. What is computed between the layers counts with its operations alone, for its bytes are unknown.
+    Whatever kernels compute the same layers one by one, in this type or as they are, take at least as long, as far as the
+    ceilings are ceilings; fusing layers can save bytes beyond. What is computed between the layers counts with its
+    operations alone, for its bytes are unknown.
 
     Example:
         >>> rows = [{"seconds": 9.0, "flops": 60, "bytes": 40}, {"seconds": 1.0, "flops": 60, "bytes": 40}]
@@ -116,7 +117,7 @@ def bounds(rows: Sequence[Row], ceilings: Plain) -> list[dict[str, Any]]:
     found.append(_bound("hardware", "nothing were between the layers", total - overhead_seconds(rows, ceilings), total))
     for kind in WIDTHS:
         found.append(_in_type(kind, rows, ceilings, total))
-    return [*found, *({"family": f, "if": ACTS_ON_TRAINING, "seconds": None, "gain": None} for f in ("training", "optimizer"))]
+    return [*found, *({"family": f, "if": UNBOUNDED, "seconds": None, "gain": None} for f in ("training", "optimizer"))]
 
 
 def _in_type(kind: str, rows: Sequence[Row], ceilings: Plain, total: float) -> dict[str, Any]:

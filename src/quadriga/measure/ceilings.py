@@ -109,7 +109,7 @@ def _product(
     """Operations a second of the best size; no larger one is tried that would overrun the time, as an emulated type does."""
     best = 0.0
     for size in SIZES:
-        if best and 3 * 2 * size**3 / best > seconds:
+        if best and 5 * 2 * size**3 / best > 2 * seconds:
             break
         a, b = pair(size)
         best = max(best, 2 * size**3 / _shortest(partial(multiply, a, b), seconds / len(SIZES), clock))
@@ -118,16 +118,16 @@ def _product(
 
 def _copy(moved: int, seconds: float, clock: Clock) -> float:
     """Seconds of a copy that reads and writes so many bytes."""
-    source, target = torch.zeros(moved // 8), torch.zeros(moved // 8)  # half of them read, of four bytes each
+    source, target = torch.ones(moved // 8), torch.ones(moved // 8)  # half of them read, of four bytes each
     return _shortest(lambda: target.copy_(source), seconds, clock)
 
 
 def _shortest(run: Callable[[], object], seconds: float, clock: Clock) -> float:
-    """The shortest of at least three calls, after one that is not timed."""
+    """The shortest of at least five calls, after one that is not timed."""
     run()
     times: list[float] = []
     start = clock()
-    while len(times) < 3 or clock() - start < seconds:
+    while len(times) < 5 or clock() - start < seconds:
         before = clock()
         run()
         times.append(clock() - before)
