@@ -16,6 +16,7 @@ LABELS = 8  # at most; the others are told on hover
 LETTER = 6.4  # units that a letter is wide, on average, at 12 units of height
 Rows = Sequence[Mapping[str, Any]]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
+Spot = tuple[float, float]
 Disc = tuple[float, float, float]  # its middle and its radius
 
 
@@ -93,35 +94,37 @@ def _roofs(canvas: Canvas, roofs: Mapping[str, float], ceilings: Mapping[str, An
     if fastest > 1.2 * ceilings["bytes"]:
         slopes["cache"] = fastest
     taken: list[Box] = []
-    top, last = max(roofs.values()), -math.inf
+    top, last = max(roofs.values()), math.inf
     for name, rate in slopes.items():
-        taken += _slope(canvas, name, rate, top, x, y)
+        low, high = max(x.low, y.low / rate), min(x.high, top / rate)
+        ends = (x(low), y(low * rate)), (x(high), y(high * rate))
+        taken += _slope(canvas, f"{name} {text.size(rate)} a second", name, ends, [y(r) for r in roofs.values()])
     for kind, rate in sorted(roofs.items(), key=lambda pair: pair[1]):
         start = max(rate / max(slopes.values()), x.low)
         canvas.line(x(start), y(rate), RIGHT, y(rate), f"roof {kind}")
         taken.append((x(start), y(rate) - 2, RIGHT, y(rate) + 2))
-        last = (
-            min(y(rate) + 4, last - 14) if math.isfinite(last) else y(rate) + 4
-        )  # names of equal roofs stand above each other
+        last = min(y(rate) + 4, last - 14)  # names of equal roofs stand above each other
         canvas.text(RIGHT + 6, last, f"{kind} {text.operations(rate).replace('FLOP', '')}".strip(), "strong")
     return taken
 
 
-def _slope(canvas: Canvas, name: str, rate: float, top: float, x: Scale, y: Scale) -> list[Box]:
-    """The line speed = rate · intensity from the lower or left edge to the highest roof, named along it."""
-    low, high = max(x.low, y.low / rate), min(x.high, top / rate)
-    a, b = (x(low), y(low * rate)), (x(high), y(high * rate))
-    canvas.line(*a, *b, f"roof {name}")
-    middle = (a[0] + 0.72 * (b[0] - a[0]), a[1] + 0.72 * (b[1] - a[1]))
-    turn = math.degrees(math.atan2(b[1] - a[1], b[0] - a[0]))
-    told = f"{name} {text.size(rate)} a second"
-    place = f"rotate({turn:.1f} {middle[0]:.1f} {middle[1]:.1f})"
-    canvas.add("text", "", told, x=middle[0], y=middle[1] - 5, text_anchor="middle", kind="tick", transform=place)
-    reach = LETTER * len(told) / 2
-    dx, dy = reach * math.cos(math.radians(turn)), reach * abs(math.sin(math.radians(turn)))
-    along = [(a[0] + k / 40 * (b[0] - a[0]), a[1] + k / 40 * (b[1] - a[1])) for k in range(41)]
-    boxes = [_square((*spot, 4.0)) for spot in along]
-    return [*boxes, (middle[0] - dx - 10, middle[1] - dy - 8, middle[0] + dx, middle[1] + dy)]
+def _slope(canvas: Canvas, told: str, kind: str, ends: tuple[Spot, Spot], levels: Sequence[float]) -> list[Box]:
+    """A line with its name along it, where the name crosses no level if there is such a place; the boxes that both fill."""
+    a, b = ends
+    canvas.line(*a, *b, f"roof {kind}")
+    turn, reach = math.atan2(b[1] - a[1], b[0] - a[0]), LETTER * len(told) / 2
+    dx, dy = reach * math.cos(turn), reach * math.sin(turn)
+    middles = [_between(a, b, share) for share in (0.72, 0.6, 0.5, 0.4, 0.3, 0.2, 0.8)]
+    clear = (m for m in middles if not any(m[1] - abs(dy) - 18 < level < m[1] + abs(dy) for level in levels))
+    x, y = next(clear, middles[0])
+    place = f"rotate({math.degrees(turn):.1f} {x:.1f} {y:.1f})"
+    canvas.add("text", "", told, x=x, y=y - 5, text_anchor="middle", kind="tick", transform=place)
+    name = [_between((x - dx, y - dy - 9), (x + dx, y + dy - 9), k / 20) for k in range(21)]
+    return [_square((*spot, 4.0)) for spot in [_between(a, b, k / 40) for k in range(41)]] + [_square((*s, 7.0)) for s in name]
+
+
+def _between(a: Spot, b: Spot, share: float) -> Spot:
+    return a[0] + share * (b[0] - a[0]), a[1] + share * (b[1] - a[1])
 
 
 def _labels(canvas: Canvas, rows: Rows, x: Scale, y: Scale, taken: list[Box]) -> None:
