@@ -12,7 +12,8 @@ from cyclopts import App, Parameter
 
 from quadriga import __version__
 from quadriga.arguments import parse_budget, parse_families, parse_limits
-from quadriga.console import Progress, emit, table, tree
+from quadriga.console import Progress, emit, show, table, tree
+from quadriga.core.errors import BadInput
 from quadriga.exits import STATUS, guarded
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
@@ -115,25 +116,35 @@ def profile(
     *,
     batch: int | None = None,
     lr: Annotated[bool, Parameter(negative="")] = False,
+    out: Path | None = None,
     seed: int = 0,
     as_json: Json = False,
 ) -> int:
-    """Show where a model's time, bytes and parameters are; or which learning rates it can be trained with.
+    """Show where a model's time goes and what there is to gain at most; or which learning rates it can be trained with.
 
     Args:
         workload: a ready-made name, or file.py:function.
         batch: the batch size; the workload's without it.
         lr: the learning-rate range test in place of the profile, with the workload's own training.
+        out: a folder for the profile as a page with the roofline plot, as Markdown and as JSON.
         seed: of the initial weights.
         as_json: print the profile as one JSON object.
     """
     from quadriga import study, workloads
 
+    if lr and out:
+        raise BadInput("--lr writes nothing to --out", "leave one of the two out")
     with Progress() as progress:
-        look = study.learning_rates if lr else study.profile
-        result = look(workloads.load(workload), batch=batch, seed=seed, progress=progress)
-    thinned = {} if as_json or not lr else {"series": result["series"][::10]}
-    return _done({**result, **thinned}, as_json)
+        task = workloads.load(workload)
+        if lr:
+            result = study.learning_rates(task, batch=batch, seed=seed, progress=progress)
+        else:
+            result = study.profile(task, batch=batch, seed=seed, out=out, progress=progress)
+    if as_json or lr:
+        thinned = {} if as_json else {"series": result["series"][::10]}
+        return _done({**result, **thinned}, as_json)
+    _profiled(result, out)
+    return 0
 
 
 @app.command
@@ -270,6 +281,15 @@ def _command(
         words += ["--limit", f"{name}={bound:g}"]
     words += ["--only", ",".join(families)] if families else []
     return shlex.join([*words, "--budget", budget, "--seed", str(seed), "--out", str(out)])
+
+
+def _profiled(result: Mapping[str, Any], out: Path | None) -> None:
+    """The profile's tables, and where its page is."""
+    from quadriga.report.profiled import section
+
+    show(section(result))
+    if out and result.get("report"):
+        print(f"report: {out / result['report']}")
 
 
 def _summary(result: Mapping[str, Any], floor: str, out: Path) -> None:

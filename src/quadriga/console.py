@@ -6,10 +6,12 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from textwrap import fill
 from types import TracebackType
 from typing import Any, Self
 
 from quadriga.report import text
+from quadriga.report.document import Section, Table, Text
 from quadriga.report.schema import finite
 
 EVERY = 5.0  # seconds between plain lines
@@ -91,14 +93,23 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = ""
     """A table on stdout; where stdout is no terminal, without colour and without folding."""
     from rich import box
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Table as Grid
 
-    made = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", show_header=any(columns), pad_edge=False)
+    made = Grid(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", show_header=any(columns), pad_edge=False)
     for name in columns:
         made.add_column(name, overflow="fold")
     for row in rows:
         made.add_row(*(_plain(cell) for cell in row))
     Console(width=None if sys.stdout.isatty() else WIDE).print(made, highlight=False)
+
+
+def show(section: Section) -> None:
+    """A report's section on stdout: its paragraphs and tables; figures need a page."""
+    for block in section.blocks:
+        if isinstance(block, Table):
+            table(block.columns, block.rows, block.title)
+        elif isinstance(block, Text):
+            print(fill(block.text, 110) + "\n")
 
 
 def _plain(cell: str) -> str:

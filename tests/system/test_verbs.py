@@ -180,13 +180,18 @@ def test_sides_that_are_none(call, folder, words, said):
     assert said in error["message"] + error["remedy"]
 
 
-def test_profile_accounts_for_the_parameters_and_the_flops(call):
+def test_profile_accounts_for_the_parameters_and_the_flops(call, folder):
     found = call("profile", "mine.py", "--batch", "4")
     layers = {row["layer"]: row for row in found["layers"]}
     assert found["batch"] == 4 and {"0", "1", "2"} < set(layers)
     assert sum(row["parameters"] for row in layers.values()) == 16 * 32 + 32 + 32 * 3 + 3
     assert layers["0"]["flops"] == 2 * 4 * 16 * 32 and layers["2"]["flops"] == 2 * 4 * 32 * 3
-    assert min(found["ceilings"].values()) > 0 and sum(row["share"] for row in layers.values()) == pytest.approx(1, abs=0.2)
+    limits = found["ceilings"]
+    assert min(limits["flops"], limits["bytes"]) > 0 and set(limits["products"]) == {"default", "fp32", "bf16", "int8"}
+    assert {b["family"] for b in found["bounds"]} == {"structure", "training", "optimizer", "hardware"}
+    assert sum(row["share"] for row in layers.values()) == pytest.approx(1, abs=0.2)
+    page = call("profile", "mine.py", "--batch", "1", "--out", "where")["report"]
+    assert (folder / "where" / page).read_text(encoding="utf-8").count("<figure>") == 1
     assert "0" in call("profile", "mine.py", "--batch", "0", status=2)["error"]["message"]
 
 

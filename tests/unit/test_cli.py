@@ -24,7 +24,7 @@ from quadriga.report.schema import empty_result
 FROZEN = {
     "run": {"--floor", "--minimize", "--limit", "--budget", "--out", "--only", "--families", "--seed", "--json"},
     "train": {"--recipe", "--out", "--track", "--seed", "--json"},
-    "profile": {"--batch", "--lr", "--seed", "--json"},
+    "profile": {"--batch", "--lr", "--out", "--seed", "--json"},
     "compare": {"--workload", "--batch", "--out", "--seed", "--json"},
     "verify": {"--json"},
     "report": {"--json"},
@@ -32,6 +32,11 @@ FROZEN = {
     "methods": {"--json"},
     "doctor": {"--json"},
 }
+LAYER = {"layer": "fc", "kind": "Linear", "seconds": 0.5, "share": 0.25, "parameters": 9, "flops": 100, "bytes": 40}
+PROFILE = {
+    "workload": "w", "batch": 2, "seconds": 2.0, "threads": 1, "ceilings": {"flops": 1e3, "bytes": 1e3}, "bounds": [],
+    "layers": [LAYER, {**LAYER, "layer": "(between layers)", "seconds": 1.5, "share": 0.75, "flops": 0, "bytes": 0}],
+}  # fmt: skip
 CARD = {"name": "openvino", "family": "hardware", "numerics": "close", "source": "a page", "about": "x", "fields": {}}
 
 
@@ -57,7 +62,7 @@ def fake(monkeypatch):
             run=run,
             train=lambda w, track=None, **_: {"quality": 1.0} | ({"track": track} if track else {}),
             compare=lambda a, b, **_: {"verdict": "faster"},
-            profile=lambda w, **_: {"layers": []},
+            profile=lambda w, out=None, **_: {**PROFILE, **({"report": "profile.html"} if out else {})},
             learning_rates=lambda w, **_: {"series": [{"rate": float(k)} for k in range(40)]},
         ),
         "workloads": SimpleNamespace(load=lambda name: f"<{name}>", fetch=weights),
@@ -282,8 +287,18 @@ def test_training_may_be_tracked(fake, capsys):
 def test_profile_shows_layers_or_rates(fake, capsys):
     """People see every tenth row of the series, programs see all."""
     assert call("profile", "w", "--json") == 0
-    assert last_json(capsys) == {"layers": []}
+    assert last_json(capsys) == PROFILE
     assert call("profile", "w", "--lr", "--json") == 0
     assert len(last_json(capsys)["series"]) == 40
     assert call("profile", "w", "--lr") == 0
     assert len(re.findall(r"^ *\d+\.?\d* *$", capsys.readouterr().out, re.M)) == 4
+
+
+def test_profile_shows_the_layers_the_bounds_and_where_its_page_is(fake, capsys, tmp_path):
+    assert call("profile", "w", "--out", str(tmp_path)) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"fc +Linear +500 ms +25 % .* 1\.33×", out)  # Amdahl: 1 / (1 − ¼)
+    assert re.search(r"hardware +nothing were between the layers +500 ms +4\.00×", out)
+    assert re.search(r"hardware +also every layer were at its roofline in fp32 +100 ms +20\.00×", out)
+    assert f"report: {tmp_path / 'profile.html'}" in out
+    assert call("profile", "w", "--lr", "--out", str(tmp_path)) == 2

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from quadriga.core.errors import BadInput, NotApplicable
+from quadriga.core.products import LIMIT, medium_error, product_error
 from quadriga.core.setup import Setup
 from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.core.workload import Workload
@@ -20,7 +21,7 @@ from quadriga.methods.hardware.compile import Compile
 from quadriga.methods.hardware.eager import Eager
 from quadriga.methods.hardware.executorch import ExecuTorch
 from quadriga.methods.hardware.inductor import Inductor
-from quadriga.methods.hardware.matmul_backend import MatmulBackend, medium_error, product_error
+from quadriga.methods.hardware.matmul_backend import MatmulBackend
 from quadriga.methods.hardware.onnxruntime import ONNXRuntime
 from quadriga.methods.hardware.openvino import OpenVINO
 from quadriga.methods.hardware.quantize_int8 import QuantizeInt8
@@ -87,7 +88,7 @@ def test_more_threads_than_cores_are_refused(setup):
 def test_medium_is_refused_where_products_round_to_bfloat16(setup, monkeypatch):
     """A bfloat16 product errs by about 2⁻⁹; the limit lies between it and float32's error."""
     rounded = product_error(lambda a, b: (a.bfloat16() @ b.bfloat16()).float())
-    assert product_error(lambda a, b: a @ b) < 1e-6 < matmul_backend.LIMIT < 1e-3 < rounded
+    assert product_error(lambda a, b: a @ b) < 1e-6 < LIMIT < 1e-3 < rounded
     monkeypatch.setattr(matmul_backend, "medium_error", lambda: rounded)
     with pytest.raises(NotApplicable, match=r"err by 0\.00"):
         MatmulBackend()(setup)

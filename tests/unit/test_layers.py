@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "quadriga"
-PLAIN = {f"core.{name}" for name in ("recipe", "measurement", "trial", "method", "errors", "files")}
+PLAIN = {f"core.{name}" for name in ("recipe", "measurement", "trial", "method", "errors", "files", "roofline")}
 RULES = {
     "core": {"core"},
     "methods": {"core", "methods"},

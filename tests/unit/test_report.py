@@ -13,12 +13,16 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
 from quadriga.core.errors import BadInput
+from quadriga.core.roofline import bounds, least_seconds
 from quadriga.report import markdown, write
-from quadriga.report.document import Table
+from quadriga.report.document import Figure, Table
+from quadriga.report.layers import COLUMNS
+from quadriga.report.profiled import write as write_profile
 from quadriga.report.schema import complete, empty_result
 from quadriga.report.sections import document
 
@@ -176,7 +180,7 @@ def test_the_profile_adds_up_and_says_what_there_is_to_gain(records):
     small = {**given["layers"][1], "seconds": 0.0, "share": 0.0}
     given["layers"] += [{**small, "layer": f"tail.{i}"} for i in range(20)]
     section = next(s for s in document(complete(records)).sections if s.key == "profile")
-    tables = [b for b in section.blocks if isinstance(b, Table)]
+    tables = [b for b in section.blocks if isinstance(b, Table) and b.columns == COLUMNS]
     assert [t.title.split(":")[0] for t in tables] == ["Batch 64", "Batch 1"] and len(tables[0].rows) == 13
     assert tables[0].rows[-1][0] == "(12 more)"
     for table in tables:
@@ -184,6 +188,56 @@ def test_the_profile_adds_up_and_says_what_there_is_to_gain(records):
         assert sum(shares) == pytest.approx(100, abs=1)
         for share, row in zip(shares, table.rows, strict=True):
             assert float(row[-1].removesuffix("×")) == pytest.approx(1 / (1 - share / 100), abs=0.02)
+
+
+def test_the_bounds_are_those_of_the_arithmetic_and_older_ceilings_bound_float32_alone(records):
+    """Two numbers, as older records have them, still give bounds and plots; types that were not measured say so."""
+
+    def found():
+        section = next(s for s in document(complete(records)).sections if s.key == "profile")
+        titled = {b.title: b for b in section.blocks if isinstance(b, Table)}
+        return titled, [b for b in section.blocks if isinstance(b, Figure)]
+
+    older, figures = found()
+    limits, batch = records["profile"]["ceilings"], records["profile"]["batches"][0]
+    table = older["Batch 1: what there is to gain at most"]
+    assert "What this machine reaches" not in older and len(figures) == 2
+    assert [row[1:] for row in table.rows if "not measured" in row[1]] == [
+        (f"{k}: not measured", "–", "–") for k in ("bf16", "int8")
+    ]
+    gain = batch["seconds"] / least_seconds(batch["layers"], limits)
+    assert [float(row[-1].removesuffix("×")) for row in table.rows if "fp32" in row[1]] == [pytest.approx(gain, abs=0.006)]
+    limits["products"] = {"default": 85e9, "fp32": 85e9, "bf16": 2e9, "int8": None}
+    limits |= {"copies": [[512_000, 60e9], [256_000_000, 25e9]], "missing": {"int8": "no product here: none"}}
+    newer, figures = found()
+    assert [row[1] for row in newer["What this machine reaches"].rows][2:] == ["2 GFLOP", "–", "60 GB", "25 GB"]
+    assert 'class="roof bf16"' in figures[0].svg and 'class="roof int8"' not in figures[0].svg
+
+
+def test_training_at_the_float32_ceiling_is_its_operations_over_it(records):
+    base = records["baseline"]
+    told = str(document(complete(records)).plain())
+    assert f"{base['train_seconds'] / (base['train_flops'] / records['profile']['ceilings']['flops']):.2f}× is the most" in told
+    del base["train_flops"]
+    assert "is the most that executing the same training" not in str(document(complete(records)).plain())
+
+
+def test_a_profile_is_a_page_of_its_own_that_nothing_breaks_out_of(records, tmp_path):
+    given = records["profile"]
+    batch = given["batches"][0]
+    batch["layers"][0]["layer"] = HOSTILE
+    found = {"workload": HOSTILE, "threads": 1, "ceilings": given["ceilings"], **batch}
+    found["bounds"] = bounds(batch["layers"], given["ceilings"])
+    files = {path.name: path.read_text(encoding="utf-8") for path in write_profile(found, tmp_path)}
+    assert list(files) == ["profile.html", "profile.md", "profile.json", "roofline.svg"]
+    seen = Page(files["profile.html"])
+    assert json.loads(seen.inside["script"]) == json.loads(files["profile.json"]) == json.loads(json.dumps(found))
+    assert seen.tags.count("script") == 1 and "img" not in seen.tags and not [k for _, k, _ in seen.attributes if k[:2] == "on"]
+    assert "](roofline.svg)" in files["profile.md"]
+    root = ElementTree.fromstring(files["roofline.svg"])
+    assert {e.tag.rpartition("}")[2] for e in root.iter()} <= {"svg", "style", "line", "text", "circle", "title"}
+    no_plot = {**found, "layers": [{**row, "flops": 0} for row in batch["layers"]]}
+    assert [p.name for p in write_profile(no_plot, tmp_path / "flat")] == list(files)[:3]
 
 
 def test_a_study_without_a_profile_has_no_section_for_it(records):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 from quadriga.report import plots
+from quadriga.report.roofline import BOTTOM, LEFT, RIGHT, TOP, roofline
 from quadriga.report.svg import Scale, linear_scale, ratio_scale
 
 RATIOS = some.lists(some.floats(0.01, 500), min_size=1, max_size=8)
@@ -85,3 +86,44 @@ def test_phases_follow_one_another(records):
     assert all(b[0] >= a[0] for a, b in pairwise(bars))
     longest = max(range(len(phases)), key=lambda i: phases[i]["seconds"])
     assert max(range(len(bars)), key=lambda i: bars[i][1]) == longest
+
+
+LIMITS = {"flops": 1e11, "bytes": 1e10, "products": {"default": 1e11, "fp32": 1e11, "bf16": 1e12, "int8": None}}
+LAYERS = some.lists(
+    some.builds(
+        lambda name, flops, moved, fraction, share: {
+            "layer": name, "flops": flops, "bytes": moved, "share": share, "fraction": fraction,
+            "seconds": max(flops / 1e11, moved / 1e10) / fraction,
+        },
+        some.text(max_size=40), some.integers(1, 10**12), some.integers(1, 10**9), some.floats(1e-4, 1.0), some.floats(0, 1),
+    ),
+    max_size=12,
+)  # fmt: skip
+
+
+@given(LAYERS)
+def test_no_layer_stands_above_the_roof_that_it_is_measured_by(layers):
+    """A disc's middle lies on or below the lower of the memory slope and the float32 line."""
+    svg = roofline(layers, LIMITS)
+    ((_, level, right, _),) = numbers(svg, "line", "roof fp32", "x1", "y1", "x2", "y2")
+    ((x1, y1, x2, y2),) = numbers(svg, "line", "roof memory", "x1", "y1", "x2", "y2")
+    discs = numbers(svg, "circle", "dot", "cx", "cy")
+    assert len(discs) == len(layers) and right == RIGHT
+    for x, y in discs:
+        assert LEFT <= x <= RIGHT and TOP <= y <= BOTTOM and y >= level - 0.1
+        assert x > x2 or y >= y1 + (x - x1) / (x2 - x1) * (y2 - y1) - 0.1
+
+
+@given(LAYERS)
+def test_names_in_the_roofline_lie_on_no_other_name(layers):
+    rows = [{**row, "layer": f"layer {place}"} for place, row in enumerate(layers)]
+    svg = roofline(rows, LIMITS)
+    spots = re.findall(r'<text x="([-\d.]+)" y="([-\d.]+)" text-anchor="start" class="tick"><title>[^<]*</title>([^<]*)', svg)
+    assert len(spots) <= 8
+    for (a, b, one), (c, d, _) in ((s, t) for s in spots for t in spots if s is not t and float(s[0]) <= float(t[0])):
+        assert abs(float(b) - float(d)) >= 12.9 or float(c) - float(a) >= 6.4 * len(one) - 0.1
+
+
+def test_few_decades_have_ticks_between():
+    assert Scale(2, 50, 0, 1, log=True).decades() == [3, 10, 30]
+    assert Scale(2, 5000, 0, 1, log=True).decades() == [10, 100, 1000]

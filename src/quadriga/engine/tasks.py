@@ -28,10 +28,11 @@ from quadriga.engine.pace import Paces, paced
 from quadriga.engine.timing import timed
 from quadriga.engine.walk import Walked, walk
 from quadriga.measure.arm import load_folder
+from quadriga.measure.ceilings import Ceilings, ceilings
 from quadriga.measure.flops import flops as forward_flops
 from quadriga.measure.latency import quick
 from quadriga.measure.quality import score
-from quadriga.measure.roofline import Ceilings, ceilings, profile
+from quadriga.measure.roofline import profile
 from quadriga.measure.size import parameters, weight_bytes
 from quadriga.train.loop import fit
 from quadriga.verify.equal import equal
@@ -160,7 +161,7 @@ class Desk:
         threads, model = torch.get_num_threads(), self.workload.build(self.seed)
         limits = ceilings(threads)
         batches = [self._layers(model, batch, limits) for batch in args["batches"]]
-        found = {"threads": threads, "ceilings": vars(limits), "batches": batches}
+        found = {"threads": threads, "ceilings": limits.plain(), "batches": batches}
         return {"values": {f"latency/{b['batch']}": b["seconds"] for b in batches}, "info": {"profile": found}}
 
     def _layers(self, model: nn.Module, batch: int, limits: Ceilings) -> dict[str, Any]:

@@ -7,55 +7,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from quadriga.core.batch import Tree, call, tensors
+from quadriga.core.roofline import REST, waits
+from quadriga.measure.ceilings import Ceilings, ceilings
 from quadriga.measure.flops import evaluating, flops, formulas
 from quadriga.measure.size import parameters
-
-REST = "(between layers)"
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What this machine reaches: floating-point operations and copied bytes per second."""
-
-    flops: float
-    bytes: float
-
-
-@lru_cache(maxsize=8)
-def ceilings(threads: int | None = None, seconds: float = 0.1) -> Ceilings:
-    """Measure the ceilings with the present settings: a float32 product of 512×512 matrices, a copy of 64 MB.
-
-    They are the best that PyTorch reaches, not the data sheet's figures; a layer can exceed them, as when its data
-    stay in the cache.
-
-    Args:
-        threads: only a key: the figures hold for one thread count; None is the present one.
-        seconds: for each of the two.
-    """
-    a, b, out = (torch.randn(512, 512) for _ in range(3))
-    source, target = torch.zeros(16_000_000), torch.zeros(16_000_000)
-    with torch.no_grad():
-        product = _best(lambda: torch.mm(a, b, out=out), seconds)
-        copy = _best(lambda: target.copy_(source), seconds)
-    return Ceilings(2 * 512**3 / product, 2 * source.nbytes / copy)  # read once, written once
-
-
-def _best(run: Callable[[], object], seconds: float) -> float:
-    times: list[float] = []
-    start = time.perf_counter()
-    while len(times) < 3 or time.perf_counter() - start < seconds:
-        before = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - before)
-    return min(times)
 
 
 @dataclass
@@ -85,8 +47,9 @@ def profile(
 
     Returns:
         Rows {"layer", "kind", "seconds", "share", "parameters", "flops", "bytes", "bound", "fraction"}: bytes of inputs,
-        outputs and weights, each once per call; bound is "compute" or "memory", whichever takes longer at the ceilings;
-        fraction is that time / the measured one, so 1 is the roofline. Where the bytes are unknown both are None.
+        outputs and weights, each once per call, of an embedding the rows that are looked up, none where the output is the
+        input (views, dropout); bound is "compute" or "memory", whichever takes longer at the ceilings; fraction is that
+        time / the measured one, so 1 is the roofline. Where the bytes are unknown or none both are None.
 
     Source: Williams, Waterman and Patterson 2009, Roofline, CACM 52(4).
     """
@@ -126,7 +89,7 @@ def _layer(module: nn.Module) -> _Layer:
 
 def _row(name: str, layer: _Layer, totals: list[float], quiet: list[int], ceiling: Ceilings) -> dict[str, Any]:
     seconds, total = (max(0.0, statistics.fmean(times[i] for i in quiet)) for times in (layer.seconds, totals))
-    compute, memory = layer.flops / ceiling.flops, layer.bytes / ceiling.bytes
+    compute, memory = waits({"flops": layer.flops, "bytes": layer.bytes}, ceiling.plain())
     known = layer.bytes > 0
     return {
         "layer": name or "(model)",
@@ -169,14 +132,35 @@ def _clocks(layer: _Layer) -> tuple[Callable[..., None], Callable[..., None]]:
 
 def _counters(layer: _Layer, counter: FlopCounterMode) -> tuple[Callable[..., None], Callable[..., None]]:
     """Bytes that a call moves, and the FLOPs that the counter saw meanwhile."""
-    seen = [0]
+    seen, versions = [0], [[0]]
 
     def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        seen[0] = counter.get_total_flops()
+        seen[0], versions[0] = counter.get_total_flops(), [t._version for t in tensors((args, kwargs))]
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         layer.flops += int(counter.get_total_flops() - seen[0])
-        moved = [*tensors((args, kwargs, output)), *module.parameters(recurse=False)]
-        layer.bytes += sum(t.numel() * t.element_size() for t in moved)
+        given, made = tensors((args, kwargs)), tensors(output)
+        if versions[0] != [t._version for t in given] or not _views(made, given):
+            layer.bytes += sum(map(_size, (*given, *made))) + _weights(module, given, made)
 
     return before, after
+
+
+def _views(made: list[Tensor], given: list[Tensor]) -> bool:
+    """Whether every output lies in the memory of an input, as that of a view or of dropout in eval mode does."""
+    places = {t.untyped_storage().data_ptr() for t in given}
+    return all(t.untyped_storage().data_ptr() in places for t in made)
+
+
+def _weights(module: nn.Module, given: list[Tensor], made: list[Tensor]) -> int:
+    """Bytes of a module's own weights that a call reads: of an embedding the rows that are looked up."""
+    whole = sum(map(_size, module.parameters(recurse=False)))
+    if isinstance(module, nn.Embedding):
+        return min(whole, sum(map(_size, made)))
+    if isinstance(module, nn.EmbeddingBag):
+        return min(whole, given[0].numel() * module.embedding_dim * module.weight.element_size())
+    return whole
+
+
+def _size(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()

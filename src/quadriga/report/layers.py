@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from quadriga.core.roofline import bounds, gain_if_free
 from quadriga.report import text
-from quadriga.report.document import Section, Table, Text
+from quadriga.report.document import Block, Figure, Section, Table, Text
+from quadriga.report.roofline import drawable, roofline
 
 Records = Mapping[str, Any]
 MOST = 12  # rows of a table; the layers after them are added up
@@ -14,19 +16,83 @@ COLUMNS = ("layer", "kind", "time", "share", "FLOP", "bytes", "parameters", "lim
 
 
 def profile(records: Records) -> Section:
-    """A table a batch size, slowest layer first; nothing where the model was not profiled."""
-    batches = records["profile"].get("batches") or []
-    tables = tuple(_table(b) for b in sorted(batches, key=lambda b: -b["batch"]) if b["layers"])
-    blocks = (Text(_machine(records["profile"])), *tables, Text(READ, "note")) if tables else ()
-    return Section("profile", "Where the time goes", blocks)
+    """For each batch size a table, slowest layer first, what there is to gain, and the plot; nothing if not profiled."""
+    given = records["profile"]
+    limits = given.get("ceilings") or {}
+    blocks: list[Block] = []
+    for batch in sorted((b for b in given.get("batches") or () if b["layers"]), key=lambda b: -b["batch"]):
+        blocks += [_table(batch), *gains(batch, limits), *_figure(batch, limits)]
+    if blocks:
+        blocks = [Text(_machine(given)), *ceilings(limits), *blocks, *_training(records), Text(READ, "note")]
+    return Section("profile", "Where the time goes", tuple(blocks))
 
 
 READ = (
     "Between layers is what the model does in its own forward, such as functional activations and pooling. Bytes are inputs, "
-    "outputs and weights, each once. Limit: what a layer would wait for at the roofline; data that stay in the cache can "
-    "exceed it. If free: how many times faster the whole model would be without the layer, the most that changing it alone "
-    "can give (Amdahl's law)."
+    "outputs and weights, each once. Limit: what a layer would wait for at the roofline, which is the best float32 product "
+    "and, for its bytes, the fastest copy at least as large. If free: how many times faster the whole model would be without "
+    "the layer, the most that changing it alone can give (Amdahl's law). What there is to gain at most: every layer at its "
+    "roofline in a type, or as it is where that is faster, with bytes in proportion to the type's width. A runtime that fuses "
+    "layers saves bytes that are counted here, and what is between the layers may be work too, so a bound is a ceiling and no "
+    "forecast."
 )
+NAMES = {
+    "default": "float32 product, as PyTorch does it unasked",
+    "fp32": "float32 product, the best",
+    "bf16": "bf16 product",
+    "int8": "int8 product",
+}
+
+
+def ceilings(limits: Mapping[str, Any]) -> list[Table]:
+    """What this machine reaches, by type and by size of a copy; nothing for older records, which have two numbers."""
+    missing = limits.get("missing") or {}
+    products = [
+        (NAMES.get(kind, kind), text.operations(rate), str(missing.get(kind) or text.NONE))
+        for kind, rate in (limits.get("products") or {}).items()
+    ]
+    copies = [
+        (f"copy, {text.size(size)} read and written", text.size(rate), text.NONE) for size, rate in limits.get("copies") or ()
+    ]
+    columns = ("ceiling", "a second", "remark")
+    return [Table(columns, (*products, *copies), ("a second",), "What this machine reaches")] if products else []
+
+
+def gains(given: Mapping[str, Any], limits: Mapping[str, Any]) -> list[Table]:
+    """What each family could gain at most in a forward pass."""
+    found = bounds(given["layers"], limits)
+    rows = tuple((str(b["family"]), str(b["if"]), text.seconds(b["seconds"]), text.ratio(b["gain"])) for b in found)
+    columns = ("family", "if", "a call takes", "speed-up at most")
+    return [Table(columns, rows, columns[2:], f"Batch {given['batch']}: what there is to gain at most")] if rows else []
+
+
+def _figure(given: Mapping[str, Any], limits: Mapping[str, Any]) -> list[Figure]:
+    shown = drawable(given["layers"])
+    if not shown or not limits.get("flops") or not limits.get("bytes"):
+        return []
+    rest = max(0.0, 1 - sum(row["share"] for row in shown))
+    caption = (
+        f"Batch {given['batch']}: one disc a layer, its area the share of the time. Level lines are the best products, slopes "
+        "the copies: left of the corner a layer waits for its data, right of it for arithmetic; how far it lies below the line "
+        f"is what it does not use. {text.percent(rest)} of the time is in layers without products and between layers, which "
+        "have no place here."
+    )
+    return [Figure("roofline", roofline(given["layers"], limits), caption)]
+
+
+def _training(records: Records) -> list[Text]:
+    """How far the baseline's training is from the float32 ceiling, where both its seconds and its operations are known."""
+    base, limits = records.get("baseline") or {}, records["profile"].get("ceilings") or {}
+    seconds, flops = base.get("train_seconds"), base.get("train_flops")
+    if not seconds or not flops or not limits.get("flops"):
+        return []
+    least = flops / limits["flops"]
+    told = (
+        f"Training the baseline took {text.seconds(seconds)} for {text.operations(flops)}, counted as three forward passes a "
+        f"sample. At the float32 ceiling these take {text.seconds(least)}, so {text.ratio(seconds / least)} is the most that "
+        "executing the same training faster in float32 can give; fewer samples or operations, and narrower types, go beyond it."
+    )
+    return [Text(told)]
 
 
 def _machine(given: Mapping[str, Any]) -> str:
@@ -34,20 +100,20 @@ def _machine(given: Mapping[str, Any]) -> str:
     told = f"The unchanged model in eager PyTorch, on {threads} thread{'s' * (threads != 1)}." if threads else ""
     if limits.get("flops") and limits.get("bytes"):
         told += (
-            f" There this machine reaches {text.operations(limits['flops'])} a second in a matrix product and copies "
-            f"{text.size(limits['bytes'])} a second; these two are the roofline."
+            f" There this machine reaches {text.operations(limits['flops'])} a second in a float32 product and copies "
+            f"{text.size(limits['bytes'])} a second where no cache helps."
         )
     return told.strip() or "The unchanged model in eager PyTorch."
 
 
 def _table(given: Mapping[str, Any]) -> Table:
     rows = [*given["layers"][:MOST], *_rest(given["layers"][MOST:])]
-    least = roofline_seconds(given["layers"])
-    title = f"Batch {given['batch']}: {text.seconds(given['seconds'])} a call"
-    if least > 0:
-        title += f"; with every layer at its roofline and nothing between them {text.seconds(least)}"
-        title += f", {text.ratio(given['seconds'] / least)} as fast"
-    return Table(COLUMNS, tuple(_row(r) for r in rows), COLUMNS[2:7] + COLUMNS[8:], title)
+    return Table(
+        COLUMNS,
+        tuple(_row(r) for r in rows),
+        COLUMNS[2:7] + COLUMNS[8:],
+        f"Batch {given['batch']}: {text.seconds(given['seconds'])} a call",
+    )
 
 
 def _row(row: Mapping[str, Any]) -> tuple[str, ...]:
@@ -72,25 +138,3 @@ def _rest(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         return []
     sums = {k: sum(r[k] for r in rows) for k in ("seconds", "share", "flops", "bytes", "parameters")}
     return [{"layer": f"({len(rows)} more)", "kind": "", **sums}]
-
-
-def gain_if_free(share: float) -> float | None:
-    """How many times faster a whole is when a part of it takes no time; None where the part is all of it.
-
-    Source: Amdahl 1967, AFIPS 30, 483–485.
-
-    Example:
-        >>> gain_if_free(0.75), gain_if_free(0.0)
-        (4.0, 1.0)
-    """
-    return 1 / (1 - share) if share < 1 else None
-
-
-def roofline_seconds(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Seconds of all layers at their roofline; one that is faster already counts as it is, one of unknown bytes as nothing.
-
-    Example:
-        >>> roofline_seconds([{"seconds": 2.0, "fraction": 0.5}, {"seconds": 1.0, "fraction": 1.3}, {"seconds": 9.0}])
-        2.0
-    """
-    return sum(row["seconds"] * min(1.0, row.get("fraction") or 0.0) for row in rows)

@@ -19,17 +19,17 @@ def escape(value: str) -> str:
     return re.sub(r"\[(?=[^\]]*\]\s*[(\[:])", r"\\[", line)  # a bracket that would begin a link
 
 
-def render(document: Document) -> str:
-    """The whole document."""
+def render(document: Document, pictures: tuple[str, ...] = ("pareto",)) -> str:
+    """The whole document; the figures named in `pictures` are files beside it."""
     parts = [f"# {escape(document.title)}", f"**{escape(document.status)}.** {escape(document.verdict)}"]
     parts += ["\n".join(f"- **{escape(v)}** {escape(w)}{f' ({escape(d)})' * bool(d)}" for v, w, d in document.figures)]
     for section in document.sections:
         parts.append(f"## {escape(section.title)}")
-        parts += [_block(b) for b in section.blocks]
+        parts += [_block(b, pictures) for b in section.blocks]
     return "\n\n".join(p for p in parts if p) + "\n"
 
 
-def _block(block: Block) -> str:
+def _block(block: Block, pictures: tuple[str, ...]) -> str:
     match block:
         case Text():
             return escape(block.text)
@@ -38,7 +38,7 @@ def _block(block: Block) -> str:
         case Table():
             return _table(block)
         case Figure():
-            picture = f"![{block.name}]({block.name}.svg)\n\n" if block.name == "pareto" else ""  # the one that is a file too
+            picture = f"![{block.name}]({block.name}.svg)\n\n" if block.name in pictures else ""
             return picture + escape(block.caption)
         case Code():
             fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", block.text))])

@@ -18,8 +18,8 @@ from quadriga.report.document import Document
 ESCAPES = str.maketrans({"<": "\\u003c", ">": "\\u003e", "&": "\\u0026", "\u2028": "\\u2028", "\u2029": "\\u2029"})
 
 
-def render(document: Document, records: Mapping[str, Any]) -> str:
-    """The page. Its policy allows this one style sheet, by its hash, and nothing else."""
+def render(document: Document, records: Mapping[str, Any], name: str = "report") -> str:
+    """The page. Its policy allows this one style sheet, by its hash, and nothing else; `name` is its file's and its kind's."""
     style = sheet()
     digest = "sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
@@ -29,6 +29,7 @@ def render(document: Document, records: Mapping[str, Any]) -> str:
         style=Markup(style),
         records=script_json(records),
         version=__version__,
+        name=name,
         markup=Markup,
     )
 

@@ -1,4 +1,4 @@
-"""The report's four plots, from plain data to inline SVG."""
+"""The report's plots but the roofline, from plain data to inline SVG."""
 
 from __future__ import annotations
 

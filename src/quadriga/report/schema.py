@@ -123,6 +123,24 @@ class Layer(TypedDict):
     fraction: float | None  # of the roofline
 
 
+class Ceilings(TypedDict):
+    """What the machine reaches, a second; `measure.ceilings.Ceilings`. Older records have the first two alone."""
+
+    flops: float  # of the best float32 product
+    bytes: float  # read and written by a copy that no cache holds
+    products: NotRequired[dict[str, float | None]]  # "default", "fp32", "bf16", "int8"; None where there is none
+    copies: NotRequired[list[list[float]]]  # [bytes read and written, bytes a second], small to large
+    missing: NotRequired[dict[str, str]]  # why a product is None, or a faster one does not count
+
+
+class Profile(TypedDict, total=False):
+    """Where the time of the unchanged model goes."""
+
+    threads: int
+    ceilings: Ceilings
+    batches: list[dict[str, Any]]  # batch, seconds, layers: [Layer]
+
+
 class Records(TypedDict):
     """The whole file. Every key may be missing in a study that ended early; `complete` fills it."""
 
@@ -133,7 +151,7 @@ class Records(TypedDict):
     baseline: dict[str, Any]  # plain facts, shown as they are
     floor: dict[str, Any]  # text, margin, smallest_provable
     budget: dict[str, Any]  # seconds, spent, phases [{name, seconds}]
-    profile: dict[str, Any]  # threads, ceilings {flops, bytes} a second, batches [{batch, seconds, layers: [Layer]}]
+    profile: Profile | dict[str, Any]
     trials: list[dict[str, Any]]  # Trial.plain()
     pareto: list[Point]
     ablation: list[AblationRow]

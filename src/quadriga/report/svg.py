@@ -80,6 +80,12 @@ class Scale:
         first = math.ceil(self.low / size - 1e-9)
         return [k * size for k in range(first, math.floor(self.high / size + 1e-9) + 1)]
 
+    def decades(self) -> list[float]:
+        """The powers of ten within the range, and three times them where there are few."""
+        first, last = math.floor(math.log10(self.low)), math.floor(math.log10(self.high))
+        steps = (1.0, 3.0) if math.log10(self.high / self.low) < 3 else (1.0,)
+        return [t for k in range(first, last + 1) for s in steps if self.low <= (t := s * 10.0**k) <= self.high]
+
 
 def ratio_scale(values: Iterable[float], start: float, end: float) -> Scale:
     """A logarithmic scale over positive ratios that contains 1, with a little room on both sides."""

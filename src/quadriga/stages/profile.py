@@ -23,7 +23,7 @@ def profile_of(study: Study) -> dict[str, Any] | None:
     """What was found, or None where there was no time for it, or it failed.
 
     Returns:
-        {"threads", "ceilings": {"flops", "bytes"}, "batches": [{"batch", "seconds", "layers"}, …]}; the layers' rows are
-        those of `measure.roofline.profile`.
+        {"threads", "ceilings", "batches": [{"batch", "seconds", "layers"}, …]}; the ceilings are those of
+        `measure.ceilings.Ceilings`, the layers' rows those of `measure.roofline.profile`.
     """
     return next((t.info["profile"] for t in study.stage("profile") if t.ok), None)

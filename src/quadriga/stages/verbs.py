@@ -11,11 +11,13 @@ import torch
 from quadriga.core.errors import BadInput
 from quadriga.core.files import write_json
 from quadriga.core.recipe import Recipe
+from quadriga.core.roofline import bounds
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
 from quadriga.engine.tasks import Desk
-from quadriga.measure.roofline import ceilings
+from quadriga.measure.ceilings import ceilings
 from quadriga.measure.roofline import profile as layers
+from quadriga.report.profiled import write as write_profile
 from quadriga.train.track import open_tracker, tracking
 from quadriga.workloads.check import check
 
@@ -93,23 +95,40 @@ def folder_for(out: str | Path) -> Path:
     return folder
 
 
-def profile(workload: Workload, *, batch: int | None = None, seed: int = 0, progress: Any = None) -> dict[str, Any]:
+def profile(
+    workload: Workload, *, batch: int | None = None, seed: int = 0, out: str | Path | None = None, progress: Any = None
+) -> dict[str, Any]:
     """Where the time, the FLOPs and the bytes of the unchanged model are, layer by layer, against the machine's ceilings.
 
     Args:
         workload: whose model is profiled.
         batch: the workload's by default.
         seed: of the weights.
+        out: folder for profile.html, .md, .json and roofline.svg; nothing is written without it.
         progress: called with plain data.
 
+    Returns:
+        {"workload", "batch", "seconds", "threads", "ceilings", "bounds", "layers"}: the rows of `measure.roofline.profile`,
+        the ceilings they are held against, and what each family could gain at most (`core.roofline.bounds`); "report" is
+        the page's name, if one was written.
+
     Raises:
-        BadInput: the batch is not positive, or the workload cannot be used.
+        BadInput: the batch is not positive, the workload cannot be used, or the folder cannot be written.
     """
     batch = workload.batch_size if batch is None else batch
     if batch < 1:
         raise BadInput(f"the batch is {batch}", "give a positive integer")
     check(workload)
-    limits = ceilings()
+    folder = None if out is None else folder_for(out)
+    limits = ceilings(torch.get_num_threads())
     rows = layers(workload.build(seed), workload.inputs(batch), ceiling=limits)
-    threads = torch.get_num_threads()
-    return {"workload": workload.name, "batch": batch, "threads": threads, "ceilings": vars(limits), "layers": rows}
+    found = {
+        "workload": workload.name,
+        "batch": batch,
+        "seconds": sum(row["seconds"] for row in rows),
+        "threads": torch.get_num_threads(),
+        "ceilings": limits.plain(),
+        "bounds": bounds(rows, limits.plain()),
+        "layers": rows,
+    }
+    return found if folder is None else {**found, "report": write_profile(found, folder)[0].name}

@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
-import torch
-from torch import Tensor
-
 from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.products import LIMIT, medium_error
 from quadriga.core.setup import Setup
-
-LIMIT = 1e-5  # float32 products of this size err by about 4e-7; bfloat16 ones by 4e-3
-
-
-def product_error(multiply: Callable[[Tensor, Tensor], Tensor], size: int = 192) -> float:
-    """‖multiply(a, b) − ab‖ / ‖ab‖ with ab in float64, for normal matrices [size, size].
-
-    Example:
-        >>> product_error(torch.matmul) < LIMIT < product_error(lambda a, b: (a.bfloat16() @ b.bfloat16()).float())
-        True
-    """
-    draw = torch.Generator().manual_seed(0)
-    a, b = torch.randn(size, size, generator=draw), torch.randn(size, size, generator=draw)
-    exact = a.double() @ b.double()
-    return float((multiply(a, b).double() - exact).norm() / exact.norm())
-
-
-def medium_error() -> float:
-    """The error of this processor's products at the precision "medium"; the process's precision is put back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    try:
-        return product_error(torch.matmul)
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @dataclass(frozen=True, kw_only=True)
