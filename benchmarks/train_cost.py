@@ -47,7 +47,8 @@ class Task:
     Args:
         epochs: of the AdamW one-cycle baseline; 0 keeps the workload's own.
         rates: to be tried for it.
-        floor, budget: of the search; a small gain is asked for on val, so that the found recipe ends no worse on test.
+        floor, budget: of the search; the floor has to be proved on test, for which the found recipe has to end better there
+            than the baseline, by the width of the interval less the floor.
         goal: the ratio that is asked for.
         finds: whose recipe is used where none is searched.
     """
@@ -62,7 +63,7 @@ class Task:
 
 TASKS = {
     "lenet_fashion": Task(0, (), "-0.3pt", "4m", 4.0),
-    "resnet20_fashion": Task(4, (1e-3, 3e-3, 1e-2), "+0.2pt", "16m", 2.0),
+    "resnet20_fashion": Task(4, (1e-3, 3e-3, 1e-2), "-0.3pt", "22m", 2.0),
     "gpt_shakespeare?size=2M": Task(0.15, (2e-3, 4e-3, 8e-3), "+0.2%rel", "24m", 1.6),
     "gpt_shakespeare?size=10M": Task(0.15, (), "-0.2%rel", "", 1.6, finds="gpt_shakespeare?size=2M"),
 }

@@ -163,11 +163,12 @@ class QuantSpec:
     """What to quantize, for each runtime to realise in its own best form.
 
     Args:
-        weights: bits of weights, 8.
+        weights: bits of weights, 8; or 4 in the matrices of linear layers, while others have 8.
         activations: "static" (calibrated), "dynamic" or "none" (weights only: a smaller file, float products).
         per_channel: one scale per output channel.
         calibration: of the range of static activations: "minmax", "percentile" or "mse".
         keep_float: names of layers left out.
+        group: inputs that share a scale, of 4-bit weights.
     """
 
     weights: int = 8
@@ -175,6 +176,7 @@ class QuantSpec:
     per_channel: bool = True
     calibration: str = "minmax"
     keep_float: tuple[str, ...] = ()
+    group: int = 32
 
 
 @dataclass(frozen=True)

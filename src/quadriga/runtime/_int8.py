@@ -14,6 +14,7 @@ from quadriga.core.batch import resize, tensors
 from quadriga.core.errors import NotApplicable
 from quadriga.core.quiet import quiet
 from quadriga.core.slots import QuantSpec
+from quadriga.runtime import _int4
 from quadriga.runtime._calibrate import overrides, ranges
 from quadriga.runtime._capture import Capture
 from quadriga.runtime._program import MINIMUM
@@ -47,6 +48,9 @@ def quantize(proto: Any, quant: QuantSpec, taken: Capture, *, dynamic_operators:
         return _static(proto, quant, taken, keep)
     if quant.activations == "dynamic" and dynamic_operators:
         proto = _dynamic(proto, quant, keep)
+    if quant.weights == 4:
+        fold_transposes(proto)
+        _int4.store(proto, quant, keep)
     return weights_only(proto, quant, keep)
 
 
@@ -125,6 +129,15 @@ def saturates() -> bool:
 def _simplified(proto: Any, folder: Path) -> Path:
     """Shapes inferred, and transposes of weights folded, so that the tools see which weights are constant."""
     import onnx
+
+    fold_transposes(proto)
+    path = folder / "float.onnx"
+    onnx.save(onnx.shape_inference.infer_shapes(proto), path)
+    return path
+
+
+def fold_transposes(proto: Any) -> None:
+    """Weights that are transposed before they are used are stored transposed."""
     from onnx import numpy_helper
 
     constants = {t.name: t for t in proto.graph.initializer}
@@ -137,9 +150,6 @@ def _simplified(proto: Any, folder: Path) -> Path:
             )
             proto.graph.node.remove(node)
     _drop_unused(proto)
-    path = folder / "float.onnx"
-    onnx.save(onnx.shape_inference.infer_shapes(proto), path)
-    return path
 
 
 def _dynamic(proto: Any, quant: QuantSpec, keep: list[str]) -> Any:

@@ -16,6 +16,7 @@ from quadriga.core.errors import NotApplicable
 from quadriga.core.files import atomic_write
 from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.runtime._capture import Capture
+from quadriga.runtime._int4 import int4, pack
 
 MINIMUM = 256  # elements of a weight that is worth a scale
 
@@ -34,8 +35,14 @@ def write_program(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, 
     stored = {name: t for name, t in stored.items() if name in used}
     aliases = {name: other for name, other in aliases.items() if other in used}
     quantized = [n for n, t in stored.items() if spec.quant is not None and quantizable(n, t, spec.quant)]
+    linear = linear_weights(taken) if spec.quant is not None and spec.quant.weights == 4 else set()
+    four = {name: list(stored[name].shape) for name in quantized if name in linear}
     for name in quantized:
-        stored[name], stored[name + ".scale"] = int8(stored[name])
+        if name in four and spec.quant is not None:
+            q, scale = int4(stored[name], spec.quant.group)
+            stored[name], stored[name + ".scale"] = pack(q), scale
+        else:
+            stored[name], stored[name + ".scale"] = int8(stored[name])
     atomic_write(folder / "weights.safetensors", save({n: t.detach().contiguous() for n, t in stored.items()}))
     atomic_write(folder / "program.py", source(taken.program.graph_module, len(names)))
     return {
@@ -43,6 +50,7 @@ def write_program(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, 
         "weights": names,
         "aliases": aliases,
         "quantized": quantized,
+        "four": four,
         "session": {"channels_last": spec.channels_last, "matmul": spec.matmul},
         "tolerance": 0.1 if spec.weights != "fp32" or _rounds(spec) else 1e-4,
         "needs": [f"torch>={torch.__version__.split('+')[0]}", "safetensors"],
@@ -69,6 +77,17 @@ def program_weights(taken: Capture) -> tuple[list[str | None], dict[str, Tensor]
         names.append(name if users[item.arg.name] else None)
         tensors[name] = value
     return names, tensors
+
+
+def linear_weights(taken: Capture) -> set[str]:
+    """Names of the weights that only linear layers use, as matrices [outputs, inputs]."""
+    kinds: dict[str, set[str]] = {}
+    names = {i.arg.name: (i.target or "").removeprefix("model.") for i in taken.program.graph_signature.input_specs if i.target}
+    for node in taken.program.graph.nodes:
+        if node.op == "placeholder" and node.name in names:
+            places = {(str(user.target), user.all_input_nodes.index(node)) for user in node.users}
+            kinds[names[node.name]] = {kind if place == 1 else "" for kind, place in places}
+    return {name for name, found in kinds.items() if found == {"aten.linear.default"}}
 
 
 def unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:

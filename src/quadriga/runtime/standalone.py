@@ -454,15 +454,23 @@ _numbers = itertools.count()
 
 
 def load_weights(folder: Path, entry: Mapping[str, Any]) -> list[Tensor | None]:
-    """The program's weights in order; tied ones are one tensor, int8 ones become float again."""
+    """The program's weights in order; tied ones are one tensor, integers become float again."""
     from safetensors.torch import load_file
 
-    stored = load_file(inside(folder, "weights.safetensors"))
+    stored, four = load_file(inside(folder, "weights.safetensors")), entry.get("four", {})
     for name in entry["quantized"]:
-        stored[name] = stored[name].float() * stored.pop(name + ".scale")
+        scale = stored.pop(name + ".scale")
+        stored[name] = unpack4(stored[name], scale, four[name]) if name in four else stored[name].float() * scale
     if entry["session"]["channels_last"]:
         stored = {name: channels_last(t) for name, t in stored.items()}
     return [None if name is None else stored[entry["aliases"].get(name, name)] for name in entry["weights"]]
+
+
+def unpack4(packed: Tensor, scale: Tensor, shape: list[int]) -> Tensor:
+    """Float weights [rows, columns] from two 4-bit integers a byte and scales [rows, groups]."""
+    rows, columns = shape
+    q = torch.stack((packed & 15, packed >> 4), 2).flatten(1)[:, :columns].float() - 8
+    return (q.view(rows, scale.shape[1], -1) * scale[:, :, None]).reshape(rows, columns)
 
 
 RUNTIMES = {

@@ -12,9 +12,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 from statistics import NormalDist, median
 
 from quadriga.core.recipe import Recipe
+from quadriga.search.space import trained_epochs
 
 PHI = NormalDist().cdf
 SAFE = 0.8  # chance of passing the sealed test from which a candidate counts as qualified
@@ -80,6 +82,11 @@ class Bar:
         noise = math.hypot(score.sd * math.sqrt(1 / self.n_val + 1 / self.n_test), doubt)
         slack = self.slack(score) + growth
         return PHI(slack / noise) if noise > 0 else float(slack >= 0)
+
+
+def _plan(candidate: Candidate) -> list[tuple[str, str]]:
+    """A recipe's steps, however long they train."""
+    return [(s.method, str({k: v for k, v in s.fields.items() if k != "epochs"})) for s in candidate.recipe.steps]
 
 
 class Allocator:
@@ -148,7 +155,9 @@ class Allocator:
         return improvement * self._prior(candidate, others, growth)
 
     def _prior(self, candidate: Candidate, others: Sequence[Candidate], growth: Mapping[int, tuple[float, float]]) -> float:
-        """The chance of an untried candidate, from the tried ones with the most steps in common."""
+        """The chance of an untried candidate: from itself at another length, else from those with the most steps in common."""
+        if (known := self._at_another_length(candidate, others)) is not None:
+            return known
         mine = {str(s) for s in candidate.recipe.steps}
         near: list[tuple[float, float]] = []
         for other in others:
@@ -164,6 +173,27 @@ class Allocator:
             return 0.5
         weights = [share + 0.05 for share, _ in near[:3]]
         return 0.1 + 0.8 * sum(w * p for w, (_, p) in zip(weights, near[:3], strict=True)) / sum(weights)
+
+    def _at_another_length(self, candidate: Candidate, others: Sequence[Candidate]) -> float | None:
+        """Its chance, going by the length nearest to its own at which it was trained; None where it never was."""
+        length = trained_epochs(candidate.recipe)
+        tried = [o for o in others if o.scores and _plan(o) == _plan(candidate)]
+        if not tried or not length:
+            return None
+        near = min(tried, key=lambda o: abs(math.log(length / trained_epochs(o.recipe))))
+        score = near.scores[max(near.scores)]
+        rise = self._rise(others) * math.log(length / trained_epochs(near.recipe))
+        return self.bar.chance(score, rise, abs(rise) / 2)
+
+    def _rise(self, candidates: Sequence[Candidate]) -> float:
+        """By how much quality rises where training gets e times as long: the median over pairs of lengths, else a guess."""
+        tried = [(c, c.scores[max(c.scores)]) for c in candidates if c.scores]
+        seen = []
+        for (one, less), (other, more) in combinations(tried, 2):
+            ratio = trained_epochs(other.recipe) / (trained_epochs(one.recipe) or 1.0)
+            if _plan(one) == _plan(other) and ratio > 0 and abs(math.log(ratio)) > 0.1:
+                seen.append((more.difference - less.difference) / math.log(ratio))
+        return median(seen) if seen else 3 * median(s.sd for _, s in tried) / math.sqrt(self.bar.n_val)
 
     def _growth(self, candidates: Iterable[Candidate]) -> dict[int, tuple[float, float]]:
         """Expected further rise of quality from each rung to the top, and its doubt: observed, else a guess."""

@@ -57,11 +57,13 @@ class Explorer:
         return [scaled(recipe, total / 2)] if self._cheap_training and total else [recipe]
 
     def _descend(self, candidate: Candidate) -> None:
-        """Where training is to be cheaper: half as long if the floor is likely to hold, half as long again if it is not."""
-        recipe = candidate.recipe
-        length, total = trained_epochs(recipe), trained_epochs(self.study.workload.baseline)
+        """Where training is to be cheaper: half as long if the floor is likely to hold, half as long again if it is not.
+
+        That may be longer than the baseline, as long as it costs less: with steps of a third of the price there is room.
+        """
+        recipe, length = candidate.recipe, trained_epochs(candidate.recipe)
         wanted = length / 2 if self.allocator.chance(candidate) > 0.5 else length * 1.5
-        if total and wanted < total and not self.study.space.fixed(recipe):
+        if length and not self.study.space.fixed(recipe):
             new = scaled(recipe, wanted)
             if new.hash not in self.known and candidate.gain > math.log(wanted / length) + LEAST:
                 self.queue.insert(0, new)
