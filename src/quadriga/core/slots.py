@@ -182,7 +182,7 @@ class RuntimeSpec:
     """The runtime slot: where and how the model executes, realised once after the last step.
 
     Args:
-        name: of the runtime: "eager", "inductor", "onnxruntime", "openvino".
+        name: of the runtime: "eager", "inductor", "onnxruntime", "openvino", "opencl".
         threads: of the CPU; None leaves the runtime's default.
         channels_last: memory format of 4-d tensors, in training and in PyTorch runtimes.
         matmul: "highest" or "medium", torch.set_float32_matmul_precision ("medium" goes through oneDNN).
