@@ -21,9 +21,10 @@ PACKAGES = (
     "onnxscript",
     "onnxruntime",
     "openvino",
+    "tinygrad",
     "transformers",
 )
-EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino"}  # runtime → the extra that brings it
+EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino", "opencl": "opencl"}  # runtime → the extra that brings it
 ROOM = 2e9  # bytes that a study of small models may need
 
 
@@ -33,6 +34,7 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
     Args:
         folder: where a study would write.
     """
+    from quadriga.core import opencl
     from quadriga.measure.machine import facts, load
     from quadriga.runtime import probe
 
@@ -43,6 +45,7 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
         "ok": all(c["ok"] or not c["needed"] for c in checks),
         "checks": checks,
         "removed": [{"runtime": name, "methods": ", ".join(_methods_of(name)) or "–"} for name in away],
+        "opencl": list(opencl.found().devices),
         "quadriga": __version__,
         "versions": {name: _version(name) for name in PACKAGES},
         **facts(),
