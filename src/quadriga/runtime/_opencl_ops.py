@@ -65,7 +65,7 @@ def adaptive_avg_pool2d(x: Array, size: Sequence[int]) -> Array:
 def batch_norm(
     x: Array, weight: Array, bias: Array, mean: Array, var: Array, training: bool, momentum: float, eps: float
 ) -> Any:
-    """Returns (y, -, -, new running mean, new running variance); the batch's variance is biased in y, unbiased in the running."""
+    """Returns (y, -, -, running mean, running variance); the variance of the batch is biased in y, unbiased in the running."""
     assert training, "the export writes another operation in evaluation mode"
     shape, axes = (1, -1, *[1] * (x.ndim - 2)), (0, *range(2, x.ndim))
     count = math.prod(x.shape[a] for a in axes)
@@ -108,6 +108,7 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.linear.default: linear,
     aten.relu.default: lambda x: (x > 0).where(x, 0),
     aten.hardtanh.default: hardtanh,
+    aten.relu6.default: lambda x: hardtanh(x, 0.0, 6.0),
     aten.sigmoid.default: lambda x: x.sigmoid(),
     aten.tanh.default: lambda x: x.tanh(),
     aten.max_pool2d.default: max_pool2d,

@@ -419,10 +419,10 @@ def on_cl(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def to_cl(x: Tensor) -> Any:
-    """A copy on the OpenCL device."""
+    """A copy on the OpenCL device; of no dimensions too, which tinygrad would make a constant of no device."""
     import tinygrad
 
-    return tinygrad.Tensor(x.contiguous().numpy(force=True), device="CL").realize()
+    return tinygrad.Tensor(x.reshape(x.shape or (1,)).contiguous().numpy(force=True), device="CL").reshape(x.shape).realize()
 
 
 def from_cl(y: Any) -> Tensor:
