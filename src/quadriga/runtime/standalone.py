@@ -422,7 +422,11 @@ def to_cl(x: Tensor) -> Any:
     """A copy on the OpenCL device; of no dimensions too, which tinygrad would make a constant of no device."""
     import tinygrad
 
-    return tinygrad.Tensor(x.reshape(x.shape or (1,)).contiguous().numpy(force=True), device="CL").reshape(x.shape).realize()
+    return (
+        tinygrad.Tensor(x.reshape(x.shape or (1,)).contiguous().numpy(force=True), device="CL")
+        .reshape(tuple(x.shape))
+        .realize()
+    )
 
 
 def from_cl(y: Any) -> Tensor:
