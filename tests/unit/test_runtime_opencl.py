@@ -23,7 +23,6 @@ from quadriga.core.setup import Context, Setup
 from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.runtime import standalone
 from quadriga.runtime.opencl import Trainer
-from quadriga.workloads.ready.gpt_shakespeare import GPT
 
 SPEC = RuntimeSpec("opencl", threads=1)
 
@@ -63,9 +62,7 @@ def agree(model, built, example, sizes=(1, 2, 5), limit=1e-4):
             assert max(standalone.difference(e, f) for e, f in zip(expected, found, strict=True)) <= limit
 
 
-@pytest.mark.parametrize(
-    "name", ["lenet_fashion", *(pytest.param(n, marks=pytest.mark.slow) for n in ("resnet20_fashion", "gpt_shakespeare:2M"))]
-)
+@pytest.mark.parametrize("name", ["lenet_fashion", "resnet20_fashion", "gpt_shakespeare:2M"])  # a minute each, uncached
 def test_ready_workloads_compute_there_what_pytorch_computes(name, computed, tmp_path):
     from tinygrad import Device
 
@@ -77,13 +74,6 @@ def test_ready_workloads_compute_there_what_pytorch_computes(name, computed, tmp
     kernels = [count for _, count in computed]
     assert {device for device, _ in computed} == {"CL"} and all(a < b for a, b in itertools.pairwise(kernels))
     assert Device["CL"].device_name == opencl.found().used["device"]
-
-
-def test_a_transformer_computes_there_what_pytorch_computes(computed, tmp_path):
-    """The GPT of the workload, with two blocks of width 32."""
-    model, tokens = GPT(2, 32, 2, context=16).eval(), torch.randint(0, 256, (4, 16))
-    agree(model, runtime.build(model, SPEC, context(tokens), tmp_path), tokens, (1, 2, 3))
-    assert {device for device, _ in computed} == {"CL"}
 
 
 class Parts(nn.Module):
@@ -258,10 +248,16 @@ def test_training_every_operation_and_running_statistics():
 
 
 @pytest.mark.slow
-def test_training_a_resnet_on_the_device_is_training_it_in_pytorch():
+def test_a_resnets_step_on_the_device_is_pytorchs():
+    """One step: after two, PyTorch's own float32 weights are 1 % away from its float64 ones, and the device's are 0.5 %."""
     workload = workloads.load("resnet20_fashion")
-    batches = [workload.train.batch(torch.arange(8 * i, 8 * i + 8)) for i in range(3)]
-    same_steps(workload.build(0).train(), [(b.inputs, b.target) for b in batches], lr=0.05, momentum=0.9)
+    model, batch = workload.build(0).train(), workload.train.batch(torch.arange(8))
+    trainer = Trainer(model, batch.inputs, lr=0.05, momentum=0.9)
+    loss = cross_entropy(model(batch.inputs), batch.target)
+    loss.backward()
+    torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9).step()
+    assert trainer.step(batch.inputs, batch.target) == pytest.approx(float(loss.detach()), rel=1e-6)
+    torch.testing.assert_close(trainer.state_dict(), dict(model.state_dict()), rtol=1e-5, atol=1e-5)
 
 
 def test_of_equal_maxima_the_first_gets_the_gradient():
