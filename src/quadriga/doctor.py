@@ -23,9 +23,10 @@ PACKAGES = (
     "openvino",
     "executorch",
     "torchao",
+    "tinygrad",
     "transformers",
 )
-EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino", "executorch": "executorch"}  # runtime → the extra that brings it
+EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino", "executorch": "executorch", "opencl": "opencl"}  # runtime → its extra
 ROOM = 2e9  # bytes that a study of small models may need
 
 
@@ -35,6 +36,7 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
     Args:
         folder: where a study would write.
     """
+    from quadriga.core import opencl
     from quadriga.measure.machine import facts, load
     from quadriga.runtime import probe
 
@@ -45,6 +47,7 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
         "ok": all(c["ok"] or not c["needed"] for c in checks),
         "checks": checks,
         "removed": [{"runtime": name, "methods": ", ".join(_methods_of(name)) or "–"} for name in away],
+        "opencl": list(opencl.found().devices),
         "quadriga": __version__,
         "versions": {name: _version(name) for name in PACKAGES},
         **facts(),

@@ -15,7 +15,7 @@ from quadriga.testing.workloads import TINY
 
 torch.set_num_threads(1)
 NETWORKS = ("cnn", "lstm", "transformer")
-SLOW = ("inductor", "compile")  # a compiler's minute each
+SLOW = ("inductor", "compile", "opencl")  # a compiler's minute each
 NAMES = [n for n in methods.available() if n not in SLOW]
 SAMPLE = random.Random(0).sample([(n, a, b) for n in NETWORKS for a in NAMES for b in NAMES], 100)
 

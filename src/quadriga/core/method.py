@@ -81,6 +81,14 @@ class Method(ABC):
         """The traits that this very value requires: those of its class, unless a field takes one away or adds one."""
         return self.requires
 
+    @classmethod
+    def unsearched(cls) -> str:
+        """Why a search on this machine neither proposes it nor lets it stand as an opponent; "" if it does both.
+
+        A recipe may name the method all the same.
+        """
+        return ""
+
     @abstractmethod
     def apply(self, setup: Setup) -> Setup:
         """Return the changed setup. Raises NotApplicable(reason, remedy) when there is nothing to do."""

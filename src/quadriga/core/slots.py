@@ -184,7 +184,7 @@ class RuntimeSpec:
     """The runtime slot: where and how the model executes, realised once after the last step.
 
     Args:
-        name: of the runtime: "eager", "executorch", "inductor", "onnxruntime", "openvino".
+        name: of the runtime: "eager", "executorch", "inductor", "onnxruntime", "opencl", "openvino".
         threads: of the CPU; None leaves the runtime's default.
         channels_last: memory format of 4-d tensors, in training and in PyTorch runtimes.
         matmul: "highest" or "medium", torch.set_float32_matmul_precision ("medium" goes through oneDNN).

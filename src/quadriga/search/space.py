@@ -17,7 +17,7 @@ class Space:
     """The methods that may be used and the facts that hold at the start.
 
     Args:
-        cards: by method name.
+        cards: by method name; one with an "unsearched" reason is never added to a recipe.
         traits: of the untouched setup.
         baseline: the recipe that trains the unchanged model; empty for a trained one.
         families: those that may be used.
@@ -123,8 +123,8 @@ class Space:
             for changed in self._neighbours(one):
                 yield self._named(recipe.replaced(index, changed), f"{one.method} changed")
             yield self._named(recipe.without(index), f"without {one.method}")
-        present = {s.method for s in recipe.steps}
-        for name in self._in_turn(set(self.cards) - present):
+        left_out = {s.method for s in recipe.steps} | {n for n, card in self.cards.items() if card.get("unsearched")}
+        for name in self._in_turn(set(self.cards) - left_out):
             for fields in _starts(self.cards[name]):
                 yield self._insert(recipe, Step(name, fields), self.cards[name], first)
 

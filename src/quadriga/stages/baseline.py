@@ -99,6 +99,8 @@ def lossless_recipes(study: Study) -> list[Recipe]:
     """The unchanged model in every runtime that keeps its numerics, with the thread counts worth trying."""
     found = []
     for name, card in sorted(study.space.cards.items()):
+        if card.get("unsearched"):
+            continue
         if "RUNTIME" in card["adds"] and card["numerics"] in ("exact", "close") and name not in ("eager", "inductor"):
             found += [Recipe((step("threads", count=1), step(name)), f"{name}, 1 thread"), Recipe((step(name),), name)]
     return found

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from quadriga import methods
 from quadriga.core.errors import BadInput
@@ -38,7 +39,7 @@ def open_study(workload: Workload, options: Options, out: Path, progress: Progre
         store.put("identity", identity)
         model = workload.build(options.seed)
         traits = Setup.of(workload, options.seed, model).traits | {"TEACHER"}
-        cards = {c["name"]: {**c, "fields": {k: f.get("default") for k, f in c["fields"].items()}} for c in methods.cards()}
+        cards = {c["name"]: _for_search(c, options.families) for c in methods.cards()}
         space = Space(
             cards, traits, workload.baseline or Recipe(), frozenset(options.families), options.minimize == "train_cost"
         )
@@ -50,6 +51,12 @@ def open_study(workload: Workload, options: Options, out: Path, progress: Progre
         finally:
             study.budget.keep()
             study.pool.stop()
+
+
+def _for_search(card: Mapping[str, Any], families: Sequence[str]) -> dict[str, Any]:
+    """A card with the fields' defaults, and why the method is not searched on this machine, which only its own family asks."""
+    why = methods.available()[card["name"]].unsearched() if card["family"] in families else ""
+    return {**card, "fields": {k: f.get("default") for k, f in card["fields"].items()}, "unsearched": why}
 
 
 def _check_unit(workload: Workload, options: Options) -> None:
@@ -81,4 +88,5 @@ def _left_out(space: Space) -> list[str]:
     for name, card in sorted(space.cards.items()):
         for fact in sorted(set(card["requires"]) - reachable) if card["family"] in space.families else ():
             lacking.setdefault(fact, []).append(name)
-    return [f"not searched, since {fact} is lacking: {', '.join(n)}; {REMEDIES.get(fact, '')}" for fact, n in lacking.items()]
+    notes = [f"not searched, since {fact} is lacking: {', '.join(n)}; {REMEDIES.get(fact, '')}" for fact, n in lacking.items()]
+    return notes + [f"not searched: {name}, since {why}" for name, card in space.cards.items() if (why := card["unsearched"])]
