@@ -99,7 +99,7 @@ def smooth(one: Reader, factor: Tensor) -> Callable[[], None]:
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant(Method):
-    """Before int8 activations: scale channels of normalizations down where they have outliers, and the weights that read them up.
+    """Before int8 activations: scale channels of normalizations down where they have outliers, the weights that read them up.
 
     The network computes what it did.
 
@@ -126,7 +126,7 @@ class SmoothQuant(Method):
         self.insist(("alpha", 0 <= self.alpha <= 1, "it is a share, from 0 to 1"))
 
     def apply(self, setup: Setup) -> Setup:
-        """Smooth in place, one normalization at a time. NotApplicable where there is none to smooth, or no data to see it on."""
+        """Smooth in place, one normalization at a time. NotApplicable where there is none, or no data to see it on."""
         batches = setup.context.calibration[:BATCHES]
         if not batches:
             raise NotApplicable("the largest activations are seen on calibration batches, and there are none", "give data")
