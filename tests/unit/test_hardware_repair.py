@@ -1,0 +1,67 @@
+"""A transformer that static int8 ruins: caught by its quality, and repaired in two ways, through the very runtime."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from quadriga.core.recipe import Recipe, step
+from quadriga.core.setup import Setup
+from quadriga.core.trial import Status
+from quadriga.engine.tasks import Desk
+from quadriga.methods.optimizer.optimizer import Optimizer
+from quadriga.testing import tiny_transformer
+from quadriga.train.loop import fit
+
+torch.set_num_threads(1)
+OUTLIER = 1000.0
+
+
+@pytest.fixture(scope="module")
+def ruined():
+    """A trained transformer with one channel of a normalization a thousand times the others, and the same outputs as before."""
+    torch.manual_seed(0)
+    task = tiny_transformer((512, 96, 96))
+    setup = Optimizer(kind="adamw", lr=0.01)(Setup.of(task, seed=0))
+    fit(setup, task.train, epochs=6, seed=0)
+    model = setup.model.eval()
+    inputs = task.inputs(4)
+    with torch.no_grad():
+        before = model(inputs)
+        for block in model.blocks:
+            block.norm2.weight[5] *= OUTLIER
+            block.norm2.bias[5] *= OUTLIER
+            block.up.weight[:, 5] /= OUTLIER
+        torch.testing.assert_close(model(inputs), before, rtol=1e-3, atol=1e-3)
+    return replace(task, model=model, trained=True, baseline=Recipe())
+
+
+def quality(folder, workload, *steps, floor=None):
+    recipe = Recipe((*steps, step("onnxruntime")))
+    args = {"recipe": recipe.plain(), "hash": recipe.hash, "batches": (1,), "name": "x", "floor": floor}
+    return Desk(workload, folder, 0).do("train", args)
+
+
+def test_static_int8_is_caught_and_repaired(tmp_path, ruined):
+    plain = quality(tmp_path, ruined)["values"]["quality"]
+    floor = {"quality": plain, "margin": 0.02 * plain}
+    static = quality(tmp_path, ruined, step("quantize_int8"), floor=floor)["values"]["quality"]
+    assert static > plain + 5 * floor["margin"]  # bits per byte: what a search sees, and leaves behind
+    left_out = quality(tmp_path, ruined, step("quantize_int8", sensitive="float"), floor=floor)
+    assert left_out["values"]["quality"] <= plain + floor["margin"]
+    (decided,) = left_out["info"]["decisions"]
+    names = {name for name, _ in ruined.model.named_modules()}
+    assert {"blocks.0.up", "blocks.1.up"} & set(decided["value"]) and set(decided["value"]) < names
+    assert len(decided["value"]) <= 3  # of nine linear layers
+    smoothed = quality(tmp_path, ruined, step("smooth_quant", alpha=0.85), step("quantize_int8"), floor=floor)
+    assert smoothed["values"]["quality"] <= plain + floor["margin"]
+
+
+def test_what_cannot_be_repaired_is_refused(tmp_path, ruined):
+    """A floor that even the float model misses leaves no layer that could be int8."""
+    plain = quality(tmp_path, ruined)["values"]["quality"]
+    floor = {"quality": plain - 1.0, "margin": 0.0}
+    found = quality(tmp_path, ruined, step("quantize_int8", sensitive="float"), floor=floor)
+    assert found["status"] == Status.REFUSED and "not good enough in any layer" in found["reason"]
