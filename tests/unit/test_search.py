@@ -225,3 +225,26 @@ def test_a_candidate_is_priced_by_what_it_costs():
     dear, cheaper = (Candidate(Recipe((step("train", epochs=e),)), g, price=math.exp(-g)) for e, g in ((9, 1.0), (1, 1.2)))
     assert allocator.next([dear, cheaper])[0] is cheaper
     assert allocator._price(cheaper, 0) == pytest.approx(math.exp(-1.2))
+
+
+def test_what_acts_on_training_alone_is_not_proposed_without_a_train_step():
+    trained = Recipe((*BASELINE.steps, step("quantize")))
+    added = {s.method for r in space().edits(trained) for s in r.steps[len(BASELINE.steps) :]}
+    assert "onnx" in added and not added & {"optimizer", "schedule"}
+    followed = Recipe((*BASELINE.steps, step("shrink", filters=0.5), step("train", epochs=2)))
+    assert "schedule" in {s.method for r in space().edits(followed) for s in r.steps[len(BASELINE.steps) :]}
+
+
+def test_a_longer_training_of_what_was_tried_is_judged_by_it():
+    """Two lengths of one plan tell how quality rises with length; another plan at a third length is judged by that."""
+    allocator = Allocator(Bar(0.0, 2.0, 2000, 10_000), (10.0,))
+
+    def tried(kind, epochs, difference):
+        recipe = Recipe((step("optimizer", kind=kind), step("train", epochs=epochs)))
+        return Candidate(recipe, 0.5, {0: Score(difference, 20.0)} if difference is not None else {})
+
+    known = [tried("a", 2, -3.0), tried("a", 4, -1.0), tried("b", 2, -3.0)]
+    assert allocator._rise(known) == pytest.approx(2.0 / math.log(2))
+    chances = [allocator._at_another_length(tried("b", e, None), known) for e in (2.1, 4, 8, 16)]
+    assert chances == sorted(chances) and chances[0] < 0.01 and chances[-1] > 0.8
+    assert allocator._at_another_length(tried("c", 4, None), known) is None

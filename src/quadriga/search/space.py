@@ -128,6 +128,11 @@ class Space:
             for fields in _starts(self.cards[name]):
                 yield self._insert(recipe, Step(name, fields), self.cards[name], first)
 
+    @staticmethod
+    def _only_trains(card: Card) -> bool:
+        """Whether a method does nothing where no train step follows."""
+        return card["family"] in ("training", "optimizer") or (card["trains"] and not card["shapes"])
+
     def _lengths(self, one: Step) -> Iterator[Step]:
         """A train step three quarters and four thirds as long, where its length is part of what is searched."""
         for factor in (0.75, 4 / 3) if self.training else ():
