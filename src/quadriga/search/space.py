@@ -123,7 +123,9 @@ class Space:
             for changed in self._neighbours(one):
                 yield self._named(recipe.replaced(index, changed), f"{one.method} changed")
             yield self._named(recipe.without(index), f"without {one.method}")
-        left_out = {s.method for s in recipe.steps} | {n for n, card in self.cards.items() if card.get("unsearched")}
+        idle = not any(s.is_train for s in recipe.steps[first:])
+        out = {n for n, card in self.cards.items() if card.get("unsearched") or (idle and self._only_trains(card))}
+        left_out = {s.method for s in recipe.steps} | out
         for name in self._in_turn(set(self.cards) - left_out):
             for fields in _starts(self.cards[name]):
                 yield self._insert(recipe, Step(name, fields), self.cards[name], first)
