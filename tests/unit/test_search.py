@@ -230,7 +230,7 @@ def test_a_candidate_is_priced_by_what_it_costs():
 def test_what_acts_on_training_alone_is_not_proposed_without_a_train_step():
     trained = Recipe((*BASELINE.steps, step("quantize")))
     added = {s.method for r in space().edits(trained) for s in r.steps[len(BASELINE.steps) :]}
-    assert "onnx" in added and not added & {"optimizer", "schedule"}
+    assert "onnx" in added and not added & {"optimizer", "schedule", "distil"}
     followed = Recipe((*BASELINE.steps, step("shrink", filters=0.5), step("train", epochs=2)))
     assert "schedule" in {s.method for r in space().edits(followed) for s in r.steps[len(BASELINE.steps) :]}
 

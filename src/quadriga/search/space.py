@@ -133,7 +133,7 @@ class Space:
     @staticmethod
     def _only_trains(card: Card) -> bool:
         """Whether a method does nothing where no train step follows."""
-        return card["family"] in ("training", "optimizer") or (card["trains"] and not card["shapes"])
+        return card["family"] in ("training", "optimizer") or not card["shapes"]
 
     def _lengths(self, one: Step) -> Iterator[Step]:
         """A train step three quarters and four thirds as long, where its length is part of what is searched."""
