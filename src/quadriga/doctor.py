@@ -6,6 +6,7 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,24 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
     Args:
         folder: where a study would write.
     """
-    from quadriga.core import opencl
+    from quadriga.core import cuda, opencl
     from quadriga.measure.machine import facts, load
     from quadriga.runtime import probe
 
     runtimes = probe()
-    checks = [_python(), _space(folder), *(_runtime(name, found) for name, found in runtimes.items()), *_weights()]
+    checks = [
+        _python(),
+        _space(folder),
+        _gpu(cuda.found()),
+        *(_runtime(name, found) for name, found in runtimes.items()),
+        *_weights(),
+    ]
     away = [name for name, found in runtimes.items() if not found.ok]
     return {
         "ok": all(c["ok"] or not c["needed"] for c in checks),
         "checks": checks,
         "removed": [{"runtime": name, "methods": ", ".join(_methods_of(name)) or "–"} for name in away],
+        "cuda": asdict(cuda.found()),
         "opencl": list(opencl.found().devices),
         "quadriga": __version__,
         "versions": {name: _version(name) for name in PACKAGES},
@@ -69,6 +77,14 @@ def _space(folder: Path) -> dict[str, Any]:
     return check(
         "disk", free >= ROOM, f"{free / 1e9:.1f} GB free", f"free {ROOM / 1e9:.0f} GB, or choose another --out", needed=False
     )
+
+
+def _gpu(found: Any) -> dict[str, Any]:
+    """The GPUs that PyTorch can use, with the versions of CUDA and of the driver."""
+    software = [f"CUDA {found.toolkit}" if found.toolkit else "", f"driver {found.driver}" if found.driver else ""]
+    names = [f"{d['name']} ({d['memory'] / 1e9:.0f} GB, capability {d['capability']})" for d in found.devices]
+    told = "; ".join(filter(None, [found.reason, *names, *software]))
+    return check("gpu", found.used is not None, told, found.remedy, needed=False)
 
 
 def _runtime(name: str, found: Any) -> dict[str, Any]:
