@@ -6,7 +6,6 @@ import platform
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -42,19 +41,17 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
     from quadriga.runtime import probe
 
     runtimes = probe()
-    checks = [
-        _python(),
-        _space(folder),
-        _gpu(cuda.found()),
-        *(_runtime(name, found) for name, found in runtimes.items()),
-        *_weights(),
-    ]
+    gpus = cuda.found()
+    checks = [_python(), _space(folder), _gpu(gpus), *(_runtime(name, found) for name, found in runtimes.items()), *_weights()]
     away = [name for name, found in runtimes.items() if not found.ok]
     return {
         "ok": all(c["ok"] or not c["needed"] for c in checks),
         "checks": checks,
-        "removed": [{"runtime": name, "methods": ", ".join(_methods_of(name)) or "–"} for name in away],
-        "cuda": asdict(cuda.found()),
+        "removed": [
+            *({"runtime": name, "methods": ", ".join(_methods_of(name)) or "–"} for name in away),
+            *([] if gpus.used is not None else [{"runtime": "PyTorch on a GPU", "methods": ", ".join(_on_gpu())}]),
+        ],
+        "cuda": list(gpus.devices),
         "opencl": list(opencl.found().devices),
         "quadriga": __version__,
         "versions": {name: _version(name) for name in PACKAGES},
@@ -108,6 +105,13 @@ def _methods_of(runtime: str) -> list[str]:
     from quadriga.methods import cards
 
     return [str(c["name"]) for c in cards() if str(c["name"]) == runtime or _default_runtime(c) == runtime]
+
+
+def _on_gpu() -> list[str]:
+    """Methods that need a GPU, besides those that choose a runtime."""
+    from quadriga.methods import cards
+
+    return [str(c["name"]) for c in cards() if "CUDA" in (*c["requires"], *c["adds"]) and "RUNTIME" not in c["adds"]]
 
 
 def _default_runtime(card: Mapping[str, Any]) -> str:
