@@ -75,10 +75,13 @@ def on_device(module: fx.GraphModule, device: str) -> fx.GraphModule:
     def there(value: Any) -> Any:
         return place if isinstance(value, torch.device) else value
 
-    for part in module.modules():
-        for node in part.graph.nodes if isinstance(part, fx.GraphModule) else ():
+    for part in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in list(part.graph.nodes):
             node.args = tuple(map(there, node.args))
             node.kwargs = {name: there(value) for name, value in node.kwargs.items()}
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:  # of the device that it was traced on
+                part.graph.erase_node(node)
+        part.recompile()
     return module
 
 

@@ -608,7 +608,8 @@ def on_gpu(entry: Mapping[str, Any], gpu: torch.device, call: Leaves) -> Callabl
 
     def moved(leaves: list[Tensor]) -> list[Tensor]:
         home = leaves[0].device
-        outputs = call([x.to(gpu, non_blocking=True) for x in leaves])
+        with torch.cuda.device(gpu):  # where the program's own tensors are made
+            outputs = call([x.to(gpu, non_blocking=True) for x in leaves])
         return [y.to(home) for y in outputs]  # towards the CPU this waits for the values
 
     def single(x: Tensor) -> Tensor:
