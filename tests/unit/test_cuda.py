@@ -196,6 +196,8 @@ def test_int8_activations_are_no_runtimes_of_pytorch_on_a_gpu(with_gpu):
         there = one(CUDA()(setup))
         with pytest.raises(NotApplicable, match="does not run static int8"):
             QuantizeInt8()(there)
+    with pytest.raises(NotApplicable, match=r'the device is the CPU \(use device = "cuda"\)'):
+        cudagraphs.write(SimpleNamespace(), RuntimeSpec("cuda_graphs"), None, [1])
     spec = RuntimeSpec("cuda_graphs", device="cuda", quant=QuantSpec())
     with pytest.raises(NotApplicable, match="cuda_graphs does not run static int8"):
         cudagraphs.write(SimpleNamespace(), spec, None, [1])

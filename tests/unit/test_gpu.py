@@ -29,7 +29,7 @@ from quadriga.train.loop import fit
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # PyTorch 2.9 and later, once
 DEVICE = "cuda"
-TOLERANCE = {"cnn": 3e-3, "lstm": 2e-3, "mlp": 1e-4, "transformer": 1e-4}  # cuDNN's convolutions and LSTMs use TF32
+TOLERANCE = 1e-4  # of a weight after a few steps; rounding otherwise makes 3e-6 of difference on the CPU, TF32 about 1e-3
 
 
 def on_gpu(test):
@@ -55,7 +55,7 @@ def flat(model):
 
 
 @on_gpu
-@pytest.mark.parametrize("spec", [{}, {"channels_last": True}, {"matmul": "medium"}], ids=str)
+@pytest.mark.parametrize("spec", [{}, {"channels_last": True}, {"matmul": "high"}], ids=str)
 @pytest.mark.parametrize("name", TINY)
 def test_learns_there_and_comes_back(name, spec):
     """The loss falls; the weights are finite and on the CPU again, where the setup had them."""
@@ -77,8 +77,8 @@ def test_gives_the_values_of_the_cpu(name):
     for setup in (there, here):
         fit(setup, workload.train, epochs=1, seed=3)
     error, moved = (flat(there.model) - flat(here.model)).abs().max(), (flat(here.model) - before).abs().max()
-    assert moved > 10 * TOLERANCE[name]
-    assert error < TOLERANCE[name]
+    assert moved > 10 * TOLERANCE
+    assert error < TOLERANCE
 
 
 @on_gpu

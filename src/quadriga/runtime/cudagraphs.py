@@ -32,8 +32,11 @@ def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -
     """Write the program and the weights; they are recorded where they are loaded.
 
     Raises:
-        NotApplicable: int8 activations, or the program reads values back, so that no fixed list of kernels computes it.
+        NotApplicable: the device is the CPU, activations are int8, or the program reads values back, so that no fixed list of
+            kernels computes it.
     """
+    if spec.device == "cpu":
+        raise NotApplicable("cuda_graphs runs on a GPU, and the device is the CPU", 'use device = "cuda"')
     float_products(spec)
     if found := next(obstacles(taken.program.graph_module), None):
         raise NotApplicable(f"no CUDA graph can be recorded: {found}", "use eager on the GPU (cuda)")
