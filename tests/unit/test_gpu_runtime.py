@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cuda import Placed
+from test_cuda_runtime import Placed
 from test_gpu import DEVICE, flat, on_gpu, setup_of
 from torch import nn
 
