@@ -84,7 +84,7 @@ matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and
 kills: .venv/.run-stamp  ## SIGKILL a study at ten random times, each time run the same command again (15 minutes)
 	$(BIN)/python benchmarks/kills.py
 
-bench-gpu: .venv/.dev-stamp  ## what needs an NVIDIA GPU: its tests, and training steps as a line of JSON
+bench-gpu: .venv/.dev-stamp  ## what needs an NVIDIA GPU: its tests; training steps and finished networks as a line of JSON
 	$(BIN)/python -m pytest -m gpu tests/unit
 	$(BIN)/python benchmarks/gpu.py
 

@@ -33,6 +33,7 @@ from quadriga.methods.training.accumulate import Accumulate
 from quadriga.runtime import cudagraphs
 from quadriga.testing import tiny_cnn
 from quadriga.testing.setups import trained_setup
+from quadriga.train.config import check_same, machine
 from quadriga.train.step import Runner, settings
 
 NONE = cuda.Found((), "13.0", "", "there is no NVIDIA GPU", "check the driver")
@@ -253,3 +254,10 @@ def test_the_cpus_precision_leaves_cudnn_alone():
     before = cudnn_precision()
     with matmul_precision("medium"):
         assert cudnn_precision() == before
+
+
+def test_a_run_that_goes_on_on_another_gpu_says_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla T4")
+    extra = {"config": {}, "machine": machine("cpu") | {"gpu": "NVIDIA H100"}}
+    assert check_same({}, machine("cuda"), extra, "") == ["not bit-exact: gpu is Tesla T4, was NVIDIA H100"]
+    assert check_same({}, machine("cpu"), extra, "") == []

@@ -10,6 +10,7 @@ It reads only files of its own folder, by plain names. Errors name the damaged f
 from __future__ import annotations
 
 import atexit
+import gc
 import hashlib
 import itertools
 import json
@@ -703,9 +704,14 @@ class Recording:
 
     def _record(self, gpu: torch.device, side: Any, pool: Any) -> None:
         graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(gpu)
-        recording = torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local")
-        with torch.cuda.stream(here), recording:  # one that fails leaves its own stream behind as the current one
-            self.outputs = self.run(self.inputs)
+        recording, collects = torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"), gc.isenabled()
+        gc.disable()  # what it would free, such as another recording, would spoil this one
+        try:
+            with torch.cuda.stream(here), recording:  # one that fails leaves its own stream behind as the current one
+                self.outputs = self.run(self.inputs)
+        finally:
+            if collects:
+                gc.enable()
         self.graph = graph
 
     def replay(self, leaves: list[Tensor]) -> list[Tensor]:

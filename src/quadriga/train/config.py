@@ -76,9 +76,10 @@ def config_of(
     }
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What a resumption has to share with the run for bit-exactness, though it may go on without."""
-    return {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    gpu = {} if device == "cpu" else {"gpu": torch.cuda.get_device_name()}
+    return {"threads": torch.get_num_threads(), "torch": torch.__version__, **gpu}
 
 
 def check_same(config: Mapping[str, Any], machine_now: Mapping[str, Any], extra: Mapping[str, Any], folder: str) -> list[str]:
@@ -92,4 +93,5 @@ def check_same(config: Mapping[str, Any], machine_now: Mapping[str, Any], extra:
             problem = f"{folder} holds the checkpoint of another run: {key} is {value!r}, there {extra['config'].get(key)!r}"
             raise BadInput(problem, "give another folder, or delete it to train again")
     was = extra["machine"]
-    return [f"not bit-exact: {key} is {value}, was {was[key]}" for key, value in machine_now.items() if was[key] != value]
+    changed = [key for key, value in machine_now.items() if was.get(key, value) != value]
+    return [f"not bit-exact: {key} is {machine_now[key]}, was {was[key]}" for key in changed]
