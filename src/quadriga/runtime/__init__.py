@@ -49,6 +49,7 @@ def probe() -> dict[str, Probe]:
     return {name: module.probe() for name, module in sorted(_modules().items())}
 
 
+@torch.inference_mode(mode=False)  # a copy that is made in the caller's inference mode could not be exported
 def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | Path, batches: Sequence[int] = (1, 64)) -> Built:
     """Realise a specification: write the model's files, `load.py` and `runtime.json` into a folder.
 
