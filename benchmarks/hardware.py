@@ -141,7 +141,7 @@ class Bench:
 
     def _row(self, desk: Desk, runtime: str, precision: str, steps: Sequence[Step]) -> Row:
         end = () if runtime == "eager" and precision == "float32" else (step("threads", count=1), step(runtime))
-        recipe = Recipe((*steps, *end)).on(self.workload.baseline or Recipe())
+        recipe = Recipe((*(self.workload.baseline or Recipe()).steps, *steps, *end))
         name = f"{runtime}-{precision}".replace(" ", "-").replace(",", "")
         args = {"recipe": recipe.plain(), "hash": recipe.hash, "name": name, "batches": self.batches}
         result = desk.do("realize", args)
