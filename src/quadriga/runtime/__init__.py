@@ -107,6 +107,7 @@ def _store_packed(folder: Path, entry: dict[str, Any]) -> None:
     """Put the model files and the entry into one entropy-coded file, with what decodes it beside `load.py`."""
     from quadriga.runtime import _pack, _unpack
 
+    entry = {**entry, "needs": [*entry["needs"], *(["numpy"] if "numpy" not in entry["needs"] else [])]}
     files = {name: (folder / name).read_bytes() for name in entry["files"]}
     atomic_write(folder / standalone.PACKED, _pack.pack(files, entry))
     atomic_write(folder / "_unpack.py", Path(_unpack.__file__).read_bytes())

@@ -29,6 +29,12 @@ def int8_runs(spec: RuntimeSpec) -> None:
         packages("torchao", extra="pt2e")
 
 
+def half_runs(spec: RuntimeSpec) -> None:
+    """Refuse half weights where the runtime stores none, whichever came first."""
+    if spec.weights != "fp32" and spec.name == "executorch":
+        raise NotApplicable(f"executorch stores no {spec.weights} weights here", "use onnxruntime, openvino or inductor")
+
+
 def compiler() -> None:
     """Refuse without a C++ compiler."""
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
