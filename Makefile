@@ -89,7 +89,7 @@ kills: .venv/.run-stamp  ## SIGKILL a study at ten random times, each time run t
 	$(BIN)/python benchmarks/kills.py
 
 bench-gpu: .venv/.dev-stamp  ## what needs an NVIDIA GPU: its tests, and training steps as a line of JSON
-	$(BIN)/python -m pytest -m gpu tests/unit/test_gpu.py
+	$(BIN)/python -m pytest -m gpu tests/unit
 	$(BIN)/python benchmarks/gpu.py
 
 clean:  ## remove .venv, caches and outputs

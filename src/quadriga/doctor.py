@@ -36,17 +36,22 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
     Args:
         folder: where a study would write.
     """
-    from quadriga.core import opencl
+    from quadriga.core import cuda, opencl
     from quadriga.measure.machine import facts, load
     from quadriga.runtime import probe
 
     runtimes = probe()
-    checks = [_python(), _space(folder), *(_runtime(name, found) for name, found in runtimes.items()), *_weights()]
+    gpus = cuda.found()
+    checks = [_python(), _space(folder), _gpu(gpus), *(_runtime(name, found) for name, found in runtimes.items()), *_weights()]
     away = [name for name, found in runtimes.items() if not found.ok]
     return {
         "ok": all(c["ok"] or not c["needed"] for c in checks),
         "checks": checks,
-        "removed": [{"runtime": name, "methods": ", ".join(_methods_of(name)) or "–"} for name in away],
+        "removed": [
+            *({"runtime": name, "methods": ", ".join(_methods_of(name)) or "–"} for name in away),
+            *([] if gpus.used is not None else [{"runtime": "PyTorch on a GPU", "methods": ", ".join(_on_gpu())}]),
+        ],
+        "cuda": list(gpus.devices),
         "opencl": list(opencl.found().devices),
         "quadriga": __version__,
         "versions": {name: _version(name) for name in PACKAGES},
@@ -71,6 +76,14 @@ def _space(folder: Path) -> dict[str, Any]:
     )
 
 
+def _gpu(found: Any) -> dict[str, Any]:
+    """The GPUs that PyTorch can use, with the versions of CUDA and of the driver."""
+    software = [f"CUDA {found.toolkit}" if found.toolkit else "", f"driver {found.driver}" if found.driver else ""]
+    names = [f"{d['name']} ({d['memory'] / 1e9:.0f} GB, capability {d['capability']})" for d in found.devices]
+    told = "; ".join(filter(None, [found.reason, *names, *software]))
+    return check("gpu", found.used is not None, told, found.remedy, needed=False)
+
+
 def _runtime(name: str, found: Any) -> dict[str, Any]:
     remedy = found.remedy or (f'pip install "quadriga[{EXTRAS[name]}]"' if name in EXTRAS else "")
     detail = str(found.version or "") if found.ok else str(found.reason)
@@ -92,6 +105,13 @@ def _methods_of(runtime: str) -> list[str]:
     from quadriga.methods import cards
 
     return [str(c["name"]) for c in cards() if str(c["name"]) == runtime or _default_runtime(c) == runtime]
+
+
+def _on_gpu() -> list[str]:
+    """Methods that need a GPU, besides those that choose a runtime."""
+    from quadriga.methods import cards
+
+    return [str(c["name"]) for c in cards() if "CUDA" in (*c["requires"], *c["adds"]) and "RUNTIME" not in c["adds"]]
 
 
 def _default_runtime(card: Mapping[str, Any]) -> str:

@@ -17,6 +17,7 @@ import quadriga
 from quadriga import cli
 from quadriga.arguments import parse_budget, parse_families, parse_limits
 from quadriga.console import Progress, describe
+from quadriga.core import cuda
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
 from quadriga.doctor import examine
 from quadriga.report.schema import empty_result
@@ -228,6 +229,8 @@ def test_doctor_names_what_a_missing_runtime_removes(fake, monkeypatch):
         return {"eager": good, "openvino": SimpleNamespace(ok=False, version="", reason="not installed", remedy="")}
 
     monkeypatch.setitem(sys.modules, "quadriga.runtime", SimpleNamespace(probe=probe))
+    gpu = {"name": "A GPU", "capability": "8.0", "memory": 10**9, "bf16": True, "fp16": True, "tf32": True}
+    monkeypatch.setattr(cuda, "found", lambda: cuda.Found((gpu,)))
     found = examine()
     assert found["ok"] and found["removed"] == [{"runtime": "openvino", "methods": "openvino"}]
     line = next(c for c in found["checks"] if c["check"] == "runtime openvino")

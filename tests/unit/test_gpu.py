@@ -18,6 +18,7 @@ from quadriga.core.metric import Metric
 from quadriga.core.setup import Setup
 from quadriga.core.slots import OptimizerSlot, RuntimeSpec
 from quadriga.measure.quality import score
+from quadriga.measure.timings import Timings
 from quadriga.methods.structure.distill import Distill
 from quadriga.methods.training.crop import Crop
 from quadriga.methods.training.flip import Flip
@@ -29,7 +30,7 @@ from quadriga.train.loop import fit
 torch.set_num_threads(1)
 pytestmark = pytest.mark.filterwarnings("ignore:Please use the new API settings:UserWarning")  # PyTorch 2.9 and later, once
 DEVICE = "cuda"
-TOLERANCE = {"cnn": 3e-3, "lstm": 2e-3, "mlp": 1e-4, "transformer": 1e-4}  # cuDNN's convolutions and LSTMs use TF32
+TOLERANCE = 1e-4  # of a weight after a few steps; rounding otherwise makes 3e-6 of difference on the CPU, TF32 about 1e-3
 
 
 def on_gpu(test):
@@ -55,7 +56,7 @@ def flat(model):
 
 
 @on_gpu
-@pytest.mark.parametrize("spec", [{}, {"channels_last": True}, {"matmul": "medium"}], ids=str)
+@pytest.mark.parametrize("spec", [{}, {"channels_last": True}, {"matmul": "high"}], ids=str)
 @pytest.mark.parametrize("name", TINY)
 def test_learns_there_and_comes_back(name, spec):
     """The loss falls; the weights are finite and on the CPU again, where the setup had them."""
@@ -77,8 +78,8 @@ def test_gives_the_values_of_the_cpu(name):
     for setup in (there, here):
         fit(setup, workload.train, epochs=1, seed=3)
     error, moved = (flat(there.model) - flat(here.model)).abs().max(), (flat(here.model) - before).abs().max()
-    assert moved > 10 * TOLERANCE[name]
-    assert error < TOLERANCE[name]
+    assert moved > 10 * TOLERANCE
+    assert error < TOLERANCE
 
 
 @on_gpu
@@ -225,6 +226,7 @@ def test_evaluation_gives_each_module_its_own_mode_back():
 def benchmark(monkeypatch):
     """benchmarks/gpu.py as a module."""
     path = Path(__file__).parents[2] / "benchmarks" / "gpu.py"
+    monkeypatch.syspath_prepend(str(path.parent))
     spec = importlib.util.spec_from_file_location("bench_gpu", path)
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
@@ -244,9 +246,35 @@ def test_the_benchmark_pairs_its_arms(benchmark):
     """Both loops learn alike on the CPU, and every pair of arms that was timed has a ratio."""
     task = benchmark.tasks("0.8M", 100)[0]
     run = benchmark.restart(0, task, steps=30, blocks=2, device="cpu")
-    assert {name: len(blocks) for name, blocks in run.items()} == dict.fromkeys(("bare", *benchmark.SPECS), 2)
+    here = [name for name, fields in benchmark.SPECS.items() if not fields.get("compile")]  # which takes minutes
+    assert {name: len(blocks) for name, blocks in run.items()} == dict.fromkeys(("bare", *here), 2)
     row = benchmark.summary([run, run])
-    assert set(row["ratios"]) == {"bare/fit", "fit/channels_last", "fit/medium", "fit/bf16", "fit/fp16"}
+    assert set(row["ratios"]) == {"bare/fit", *(f"fit/{name}" for name in here if name != "fit")}
     expected = [b[0] / f[0] for b, f in zip(run["bare"], run["fit"], strict=True)]
     assert min(expected) <= row["ratios"]["bare/fit"]["value"] <= max(expected)
     assert row["loss"]["fit"] == pytest.approx(row["loss"]["bare"], rel=0.3)
+
+
+def test_the_benchmark_times_finished_networks_and_says_what_it_left_out(benchmark, tmp_path, monkeypatch):
+    """Each arm is a folder in a process of its own; CUDA graphs are refused on the CPU, with the reason."""
+    import gpu_inference
+
+    monkeypatch.setattr(gpu_inference, "ARMS", {k: gpu_inference.ARMS[k] for k in ("eager", "channels_last", "cuda_graphs")})
+    found = gpu_inference.infer("lenet_fashion", "cpu", tmp_path, restarts=2, blocks=2, seconds=0.01, level=0.99)
+    assert set(found["seconds"]) == {"1", "64"} and set(found["seconds"]["1"]) == {"eager", "channels_last"}
+    assert set(found["ratios"]["64"]) == {"eager/channels_last"}
+    assert found["bytes"]["eager"] > 200_000 and found["startup"]["eager"] > 0 and not found["errors"]
+    assert set(found["refused"]) == {"cuda_graphs"} and len(found["refused"]["cuda_graphs"]) > 20
+
+
+def test_the_benchmarks_rows_are_eagers_time_over_the_others(benchmark):
+    import gpu_inference
+
+    timings = Timings.empty([1], ["eager", "fast"], 3)
+    for _ in range(3):
+        for arm, seconds in (("eager", 3e-3), ("fast", 1e-3)):
+            timings.add(arm, {1: [(seconds, seconds)] * 4}, {"startup": 2.0, "device": 50})
+    found = gpu_inference.rows(timings, 0.99)
+    assert found["seconds"]["1"] == pytest.approx({"eager": 3e-3, "fast": 1e-3})
+    assert found["ratios"]["1"]["eager/fast"]["value"] == pytest.approx(3.0)
+    assert found["startup"] == {"eager": 2.0, "fast": 2.0} and found["device_bytes"] == {"eager": 50, "fast": 50}

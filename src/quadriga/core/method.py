@@ -151,6 +151,7 @@ REMEDIES = {
     "TEACHER": "the trained baseline serves as teacher; the workload has none",
     "PER_EXAMPLE_LOSS": "let the loss return one value per example",
     "LOGITS": "it needs logits [batch, ..., classes] and integer targets [batch, ...]",
+    "CUDA": "put the step cuda before it, on a machine with an NVIDIA GPU",
     "CLASSES": "it needs class logits [batch, classes] and integer targets [batch]",
     "TOKENS": "it needs token numbers, int64 [batch, length]",
     "IMAGES": "it needs inputs of shape [batch, channels, height, width]",

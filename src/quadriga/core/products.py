@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
+CUDNN: Any = torch.backends.cudnn
 LIMIT = 1e-5  # float32 products of this size err by about 4e-7; bfloat16 ones by 4e-3
 
 
@@ -25,14 +27,42 @@ def product_error(multiply: Callable[[Tensor, Tensor], Tensor], size: int = 192)
 
 
 @contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """The process's float32 precision is `precision` meanwhile; it is put back."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
+def products_kept() -> Iterator[None]:
+    """However float32 products are set to be computed meanwhile, it is put back: matrices', and those of cuDNN."""
+    precision, cudnn = torch.get_float32_matmul_precision(), cudnn_precision()
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.set_float32_matmul_precision(precision)
+        if cudnn_precision() != cudnn:
+            _set_cudnn(cudnn)
+
+
+@contextmanager
+def matmul_precision(precision: str, device: str = "cpu") -> Iterator[None]:
+    """The process's float32 precision is `precision` meanwhile; it is put back.
+
+    Args:
+        precision: "highest", or "high" and "medium", which mean TF32 on a GPU.
+        device: on a GPU, cuDNN's convolutions and recurrent layers are held to it too: PyTorch lets them round to TF32 from
+            the start, whatever it is told of matrices.
+    """
+    with products_kept():
+        torch.set_float32_matmul_precision(precision)
+        if device != "cpu":
+            CUDNN.allow_tf32 = precision != "highest"
+        yield
+
+
+def cudnn_precision() -> tuple[str, str]:
+    """Of convolutions and of recurrent layers: "tf32", "ieee" or "none", which is float32."""
+    return CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision
+
+
+def _set_cudnn(wanted: tuple[str, str]) -> None:
+    CUDNN.allow_tf32 = set(wanted) == {"tf32"}  # the older name first: PyTorch raises where the two disagree
+    if cudnn_precision() != wanted:
+        CUDNN.conv.fp32_precision, CUDNN.rnn.fp32_precision = wanted
 
 
 def medium_error() -> float:

@@ -184,15 +184,17 @@ class RuntimeSpec:
     """The runtime slot: where and how the model executes, realised once after the last step.
 
     Args:
-        name: of the runtime: "eager", "executorch", "inductor", "onnxruntime", "opencl", "openvino".
+        name: of the runtime: "cuda_graphs", "eager", "executorch", "inductor", "onnxruntime", "opencl", "openvino".
         threads: of the CPU; None leaves the runtime's default.
         channels_last: memory format of 4-d tensors, in training and in PyTorch runtimes.
-        matmul: "highest" or "medium", torch.set_float32_matmul_precision ("medium" goes through oneDNN).
+        matmul: "highest", "high" (TF32 on a GPU, which has it for convolutions too) or "medium" (through oneDNN on the CPU):
+            torch.set_float32_matmul_precision.
         compile: torch.compile the training step.
+        compile_mode: "default", or "reduce-overhead": kernels of a step are replayed as CUDA graphs.
         autocast: "none", "bf16" or "fp16": in training, operations that allow it compute in that type.
         quant: quantization, or None.
         weights: "fp32", "bf16" or "fp16": type of the finished weights, in which products are computed where the runtime can.
-        device: "cpu" or "cuda".
+        device: "cpu" or "cuda": where PyTorch computes, in training and in its runtimes; other runtimes have their own.
         storage: "plain", or "entropy": weights are entropy-coded in the files and decoded when they are loaded.
         options: further plain data for the runtime.
     """
@@ -202,6 +204,7 @@ class RuntimeSpec:
     channels_last: bool = False
     matmul: str = "highest"
     compile: bool = False
+    compile_mode: str = "default"
     autocast: str = "none"
     quant: QuantSpec | None = None
     weights: str = "fp32"
@@ -212,12 +215,14 @@ class RuntimeSpec:
     @property
     def by_torch(self) -> bool:
         """Whether PyTorch executes it, in the type of the weights, and not a runtime that reads an ONNX file."""
-        return self.name in ("eager", "inductor")
+        return self.name in ("cuda_graphs", "eager", "inductor")
 
     @property
     def int8(self) -> tuple[str, ...]:
         """The kinds of activations with which it runs int8 models, named as in `QuantSpec.activations`."""
-        return {"eager": ("none",), "executorch": ("static", "dynamic")}.get(self.name, ("static", "dynamic", "none"))
+        if self.by_torch and (self.name != "inductor" or self.device != "cpu"):
+            return ("none",)
+        return ("static", "dynamic") if self.name == "executorch" else ("static", "dynamic", "none")
 
     @property
     def bits(self) -> int:
@@ -229,4 +234,9 @@ class RuntimeSpec:
     @property
     def exact(self) -> bool:
         """Whether it computes what the model does, up to the rounding of float32."""
-        return self.quant is None and self.weights == "fp32"
+        return self.quant is None and self.weights == "fp32" and not self.tf32
+
+    @property
+    def tf32(self) -> bool:
+        """Whether float32 products are rounded to TF32, 11 bits of precision: an error of about 1e-3."""
+        return self.by_torch and self.device != "cpu" and self.matmul != "highest"

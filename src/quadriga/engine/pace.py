@@ -11,9 +11,9 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from quadriga.core import cuda
 from quadriga.core.batch import Batch
 from quadriga.core.data import Data
 from quadriga.core.recipe import Recipe
@@ -46,8 +46,7 @@ class Clocked(Hook):
 
     def after_step(self, model: nn.Module, progress: float) -> None:
         """Note the time, with nothing under way on the device."""
-        if self.device != "cpu":
-            torch.cuda.synchronize()
+        cuda.synchronize(self.device)
         self.times.append(self.clock())
 
 

@@ -19,6 +19,7 @@ from quadriga import artifact, runtime
 from quadriga.core.batch import Tree, call
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
 from quadriga.core.metric import Metric
+from quadriga.core.products import products_kept
 from quadriga.core.recipe import Recipe
 from quadriga.core.setup import Arm, Context, Setup
 from quadriga.core.slots import RuntimeSpec
@@ -147,13 +148,13 @@ class Desk:
     def _eager_variant(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Speed of the unchanged model in eager PyTorch under a runtime specification."""
         setup = self._probe(recipe).setup
-        threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
-        try:
-            run = runtime.prepare(setup.model.eval(), setup.runtime)
-            speeds = {f"speed/{b}": self._speed(run, b, args.get("seconds", 0.3)) for b in args["batches"]}
-        finally:
-            torch.set_num_threads(threads)
-            torch.set_float32_matmul_precision(matmul)
+        threads = torch.get_num_threads()
+        with products_kept():
+            try:
+                run = runtime.prepare(setup.model.eval(), setup.runtime)
+                speeds = {f"speed/{b}": self._speed(run, b, args.get("seconds", 0.3)) for b in args["batches"]}
+            finally:
+                torch.set_num_threads(threads)
         return {"values": speeds, "spec": asdict(setup.runtime)}
 
     def _profile(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:

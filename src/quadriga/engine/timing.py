@@ -18,6 +18,8 @@ import torch
 
 from quadriga import runtime
 from quadriga.core.batch import Batch, Tree, evaluating, resize, tensors
+from quadriga.core.cuda import settle
+from quadriga.core.products import products_kept
 from quadriga.core.setup import Arm, Context
 from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import describe
@@ -74,15 +76,14 @@ def _seen(inputs: Tree, context: Context) -> Context:
 @contextmanager
 def _as_it_was(arms: Sequence[Arm]) -> Iterator[None]:
     """Afterwards models have their modes back, and the process its threads and matmul precision."""
-    threads, matmul = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    with ExitStack() as stack:
+    threads = torch.get_num_threads()
+    with products_kept(), ExitStack() as stack:
         for model, _ in arms:
             stack.enter_context(evaluating(model))
         try:
             yield
         finally:
             torch.set_num_threads(threads)
-            torch.set_float32_matmul_precision(matmul)
 
 
 @contextmanager
@@ -143,10 +144,10 @@ def _count(call: Callable[[], Any], seconds: float, clock: Callable[[], float]) 
 
 def _block(call: Callable[[], Any], count: int, clock: Callable[[], float]) -> float:
     for _ in range(1 + count // 10):
-        call()
+        settle(call())
     times = []
     for _ in range(count):
         before = clock()
-        call()
+        settle(call())
         times.append(clock() - before)
     return median(times)

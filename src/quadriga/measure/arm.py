@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
+from quadriga.core.cuda import peak_allocated, settle
 from quadriga.measure.memory import forget_peak, peak_resident, resident
 from quadriga.measure.process import die_with_parent
 
@@ -79,12 +80,12 @@ def _rebuild(workload: Any, recipe: Any, seed: int) -> Any:
 
 def warm(run: Run, inputs: Any, seconds: float) -> int:
     """Call until `seconds` have passed, at least three times, and return how many calls last that long."""
-    run(inputs)  # compiles, allocates
+    settle(run(inputs))  # compiles, allocates
     times: list[float] = []
     start = time.perf_counter()
     while len(times) < 2 or time.perf_counter() - start < seconds:
         before = time.perf_counter()
-        run(inputs)
+        settle(run(inputs))
         times.append(time.perf_counter() - before)
     later = sorted(times[len(times) // 2 :])
     return max(1, math.ceil(seconds / max(later[len(later) // 2], 1e-9)))
@@ -93,20 +94,14 @@ def warm(run: Run, inputs: Any, seconds: float) -> int:
 def block(run: Run, inputs: Any, calls: int) -> dict[str, float]:
     """Wall and processor seconds per call, over `calls` calls; a tenth as many first, untimed, since it has slept."""
     for _ in range(max(1, calls // 10)):
-        run(inputs)
-    _synchronize()
+        output = run(inputs)
+    settle(output)
     cpu, wall = time.process_time(), time.perf_counter()
     for _ in range(calls):
-        run(inputs)
-    _synchronize()
+        output = run(inputs)
+    settle(output)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     return {"wall": wall / calls, "cpu": cpu / calls}
-
-
-def _synchronize() -> None:
-    torch = sys.modules.get("torch")
-    if torch is not None and torch.cuda.is_initialized():
-        torch.cuda.synchronize()
 
 
 class Server:
@@ -136,7 +131,9 @@ class Server:
             return {"calls": calls}
         if command["do"] == "block":
             return block(self.run, self.inputs[command["batch"]], command["calls"])
-        return {"startup": self.startup, "peak": peak_resident(), "growth": max(0, peak_resident() - self.base)}
+        device = peak_allocated()
+        growth = max(0, peak_resident() - self.base) + device
+        return {"startup": self.startup, "peak": peak_resident(), "growth": growth, "device": device}
 
 
 def serve(source: TextIO, sink: TextIO) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.core.batch import Tree
+from quadriga.core.cuda import settle
 from quadriga.measure.process import Arm, ArmFailed, Process
 from quadriga.measure.timings import Blocks, Timings
 from quadriga.measure.tree import save_tree
@@ -31,12 +32,12 @@ def quick(
         clock: in seconds.
     """
     for _ in range(2):
-        run(inputs)
+        settle(run(inputs))
     times: list[float] = []
     start = clock()
     while len(times) < 5 or clock() - start < seconds:
         before = clock()
-        run(inputs)
+        settle(run(inputs))
         times.append(clock() - before)
     return statistics.median(times)
 

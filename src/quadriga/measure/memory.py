@@ -41,7 +41,8 @@ def _status(key: str) -> int:
 
 
 def peak(arm: Mapping[str, Any], inputs: Mapping[int, Any], *, folder: Path | None = None, timeout: float = 300.0) -> int:
-    """Peak memory that loading and running an arm adds to a fresh process that has imported torch, in bytes.
+    """Peak memory that loading and running an arm adds to a fresh process that has imported torch, in bytes; of tensors on a
+    GPU too, without what CUDA itself takes there.
 
     Args:
         arm: as in `latency.paired`.

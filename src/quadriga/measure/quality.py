@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, device_of, evaluating, tree_map
+from quadriga.core.cuda import settle
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
@@ -125,8 +126,7 @@ def _outputs(run: Callable[[Tree], Tree], data: Data, batch_size: int) -> Iterat
         batch = batch.to(home) if module else batch
         start = time.perf_counter()
         output = call(module, batch.inputs) if module else run(batch.inputs)
-        if home.type == "cuda":
-            torch.cuda.synchronize(home)
+        settle(output)
         yield batch, output, time.perf_counter() - start
 
 

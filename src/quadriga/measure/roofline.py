@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from quadriga.core.batch import Tree, call, tensors
+from quadriga.core.cuda import settle
 from quadriga.core.roofline import REST, waits
 from quadriga.measure.ceilings import Ceilings, ceilings
 from quadriga.measure.flops import evaluating, flops, formulas
@@ -67,7 +68,7 @@ def profile(
                 for layer in layers.values():
                     layer.seconds.append(0.0)
                 start = time.perf_counter()
-                call(model, inputs)
+                settle(call(model, inputs))
                 totals.append(time.perf_counter() - start)
     rest = _Layer("", 0, [total - sum(layer.seconds[i] for layer in layers.values()) for i, total in enumerate(totals)])
     rest.parameters = max(0, parameters(model) - sum(layer.parameters for layer in layers.values()))
@@ -125,6 +126,7 @@ def _clocks(layer: _Layer) -> tuple[Callable[..., None], Callable[..., None]]:
         layer.started = time.perf_counter()
 
     def after(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        settle(output)
         layer.seconds[-1] += time.perf_counter() - layer.started
 
     return before, after

@@ -26,7 +26,8 @@ class Timings:
         errors: why an arm has fewer restarts than were made.
         startup: arm → seconds from start to ready, per restart (arms start at the same time, so they share the cores).
         peak: arm → peak resident bytes; the largest restart.
-        growth: arm → the part of it above torch and the inputs.
+        growth: arm → the part of it above torch and the inputs, and what its tensors took on a GPU.
+        device: arm → the most bytes that its tensors took on a GPU; 0 where it used none.
     """
 
     seconds: dict[int, dict[str, list[Blocks]]]
@@ -36,6 +37,7 @@ class Timings:
     startup: dict[str, list[float]] = field(default_factory=dict)
     peak: dict[str, int] = field(default_factory=dict)
     growth: dict[str, int] = field(default_factory=dict)
+    device: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, batches: list[int], arms: list[str], planned: int) -> Timings:
@@ -57,6 +59,7 @@ class Timings:
         self.startup.setdefault(arm, []).append(float(facts.get("startup", 0.0)))
         self.peak[arm] = max(self.peak.get(arm, 0), int(facts.get("peak", 0)))
         self.growth[arm] = max(self.growth.get(arm, 0), int(facts.get("growth", 0)))
+        self.device[arm] = max(self.device.get(arm, 0), int(facts.get("device", 0)))
 
     def per_call(self, batch: int, arm: str, clock: str = "wall") -> list[list[float]]:
         """Seconds per call of one clock, "wall" or "cpu": restarts × blocks."""

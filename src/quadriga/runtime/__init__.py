@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quadriga.core.batch import Tree, call, evaluating, resize, tensors, tree_map
+from quadriga.core import cuda
+from quadriga.core.batch import Tree, call, evaluating, resize, tensors, to_device, tree_map
 from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
 from quadriga.core.files import atomic_write, write_json
 from quadriga.core.half import HALF, halved, in_float, in_half
@@ -98,8 +99,10 @@ def _able(spec: RuntimeSpec) -> Any:
     state = modules[spec.name].probe()
     if not state.ok:
         raise NotApplicable(f"{spec.name} cannot run here: {state.reason}", state.remedy)
-    if spec.device != "cpu":
-        raise NotApplicable(f"{spec.name} is built for the CPU, not for {spec.device}", 'use device = "cpu"')
+    if spec.device not in ("cpu", "cuda"):
+        raise BadInput(f'there is no device "{spec.device}"', "known: cpu, cuda")
+    if spec.by_torch and spec.device != "cpu" and (gpus := cuda.found()).used is None:
+        raise NotApplicable(f"{spec.name} cannot run on the GPU here: {gpus.reason}", gpus.remedy)
     return modules[spec.name]
 
 
@@ -154,7 +157,8 @@ def open_built(folder: str | Path, spec: RuntimeSpec | None = None) -> Built:
 def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
     """A live module as eager PyTorch runs it under a specification: weights, memory format, matmul precision and threads.
 
-    The matmul precision and the threads are the process's. The model is not changed: other weights are a copy.
+    The matmul precision and the threads are the process's. The model is not changed: other weights are a copy, and so is a
+    model on a GPU, which takes inputs from where they are and gives outputs back there.
 
     Args:
         model: any module.
@@ -163,10 +167,14 @@ def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
     Returns:
         inputs tree → outputs tree, in inference mode.
     """
-    standalone.torch_settings({"matmul": spec.matmul}, spec.threads)
+    session = {"matmul": spec.matmul, "device": spec.device}
+    standalone.torch_settings(session, spec.threads)
+    gpu = standalone.gpu_of(session)
     half = HALF.get(spec.weights)
     if half is not None:
         model = halved(model, half)
+    if gpu is not None:
+        model = deepcopy(model).to(gpu)
     if spec.channels_last:
         model = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     modes = model.eval()
@@ -177,4 +185,7 @@ def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
         with torch.inference_mode():
             return call(modes, inputs) if half is None else in_float(call(modes, in_half(inputs, half)))
 
-    return run
+    def there(inputs: Tree) -> Any:
+        return to_device(run(to_device(inputs, gpu)), tensors(inputs)[0].device)
+
+    return run if gpu is None else there

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,44 @@ def write_program(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, 
         else:
             stored[name], stored[name + ".scale"] = int8(stored[name])
     atomic_write(folder / "weights.safetensors", save({n: t.detach().contiguous() for n, t in stored.items()}))
-    atomic_write(folder / "program.py", source(taken.program.graph_module, len(names)))
+    module = taken.program.graph_module
+    placed = module if spec.device == "cpu" else on_device(module, spec.device)
+    atomic_write(folder / "program.py", source(placed, len(names)))
     return {
         "files": ["program.py", "weights.safetensors"],
         "weights": names,
         "aliases": aliases,
         "quantized": quantized,
         "four": four,
-        "session": {"channels_last": spec.channels_last, "matmul": spec.matmul},
-        "tolerance": 0.1 if spec.weights != "fp32" or _rounds(spec) else 1e-4,
+        "session": {"channels_last": spec.channels_last, "matmul": spec.matmul, "device": spec.device},
+        "tolerance": 0.1 if spec.weights != "fp32" or _rounds(spec) else 1e-2 if spec.tf32 else 1e-4,
         "needs": [f"torch>={torch.__version__.split('+')[0]}", "safetensors"],
     }
+
+
+def float_products(spec: RuntimeSpec) -> None:
+    """Refuse int8 activations, which PyTorch's operators could only imitate in float."""
+    if spec.quant is not None and spec.quant.activations != "none":
+        remedy = "use onnxruntime or openvino, or inductor on the CPU"
+        raise NotApplicable(f"{spec.name} does not run {spec.quant.activations} int8", remedy)
+
+
+def on_device(module: fx.GraphModule, device: str) -> fx.GraphModule:
+    """A copy whose operators make new tensors on a device, where weights and inputs will be: a model's forward may name the
+    CPU, and says it where it only means the place of its inputs."""
+    module, place = deepcopy(module), torch.device(device)
+
+    def there(value: Any) -> Any:
+        return place if isinstance(value, torch.device) else value
+
+    for part in (m for m in module.modules() if isinstance(m, fx.GraphModule)):
+        for node in list(part.graph.nodes):
+            node.args = tuple(map(there, node.args))
+            node.kwargs = {name: there(value) for name, value in node.kwargs.items()}
+            if node.target is torch.ops.aten._assert_tensor_metadata.default:  # of the device that it was traced on
+                part.graph.erase_node(node)
+        part.recompile()
+    return module
 
 
 def _rounds(spec: RuntimeSpec) -> bool:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from quadriga.core.errors import NotApplicable
 from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import Capture
-from quadriga.runtime._program import write_program
+from quadriga.runtime._program import float_products, write_program
 from quadriga.runtime._types import Probe, package_probe
 
 NAME = "eager"
@@ -25,6 +24,5 @@ def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -
     Raises:
         NotApplicable: int8 activations, which it could only imitate in float.
     """
-    if spec.quant is not None and spec.quant.activations != "none":
-        raise NotApplicable(f"eager does not run {spec.quant.activations} int8", "use onnxruntime or openvino, or inductor")
+    float_products(spec)
     return write_program(taken, spec, folder)

@@ -6,6 +6,7 @@ import os
 import platform
 import shutil
 import sysconfig
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from quadriga.core.errors import NotApplicable
 from quadriga.core.quiet import quiet
 from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.runtime._capture import Capture
-from quadriga.runtime._program import write_program
+from quadriga.runtime._program import float_products, write_program
 from quadriga.runtime._pt2e import needs_torchao, observed, quantize
 from quadriga.runtime._types import Probe, package_probe
 
@@ -35,9 +36,14 @@ def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -
     """Write the program and the weights; the compilation happens where it is loaded.
 
     Raises:
-        NotApplicable: int8 activations without torchao, on a processor that is no x86, or with one scale per tensor.
+        NotApplicable: int8 activations on a GPU, without torchao, on a processor that is no x86, or with one scale per
+            tensor; no Triton for a GPU.
     """
-    if spec.quant is not None and spec.quant.activations != "none":
+    if spec.device != "cpu":
+        if util.find_spec("triton") is None:
+            raise NotApplicable("the package triton is not installed, which compiles for GPUs", "pip install triton")
+        float_products(spec)
+    elif spec.quant is not None and spec.quant.activations != "none":
         taken = _int8(taken, spec.quant)
     return {**write_program(taken, spec, folder), "compiles": True, "each_size": _each_size(taken)}
 

@@ -19,6 +19,7 @@ import re
 import shutil
 import sys
 import tempfile
+import threading
 import types
 import warnings
 import zlib
@@ -33,7 +34,8 @@ from torch import Tensor
 FORMAT = 1
 NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # a plain file name
 OPENCL_REMEDY = "apt-get install pocl-opencl-icd ocl-icd-libopencl1 (the CPU), or the OpenCL driver of your GPU's vendor"
-SHAPES = 16  # of inputs, for which OpenCL keeps a recorded network
+SHAPES = 16  # of inputs, for which OpenCL and CUDA graphs keep a recorded network
+GPU_REMEDY = "install a PyTorch with CUDA, check the driver with nvidia-smi, or build the model for the CPU"
 PACKED = "model.qdz"  # the model files and what runtime.json says else, in one entropy-coded file
 Tree = Any
 Leaves = Callable[[list[Tensor]], list[Tensor]]
@@ -476,7 +478,8 @@ def from_cl(y: Any) -> Tensor:
 def eager_model(folder: Path, entry: Mapping[str, Any], threads: int | None) -> Callable[..., Tree]:
     """Run program.py, the exported operations, with the weights of weights.safetensors."""
     torch_settings(entry["session"], threads)
-    weights = load_weights(folder, entry)
+    gpu = gpu_of(entry["session"])
+    weights = load_weights(folder, entry, gpu)
     forward = program(folder)
     ready = channels_last if entry["session"]["channels_last"] else lambda x: x
 
@@ -488,6 +491,8 @@ def eager_model(folder: Path, entry: Mapping[str, Any], threads: int | None) -> 
         with torch.no_grad():
             return list(forward(None, *weights, *map(ready, leaves)))
 
+    if gpu is not None:
+        return on_gpu(entry, gpu, call)
     return single if _single(entry) else _shaped(entry, call)
 
 
@@ -496,7 +501,8 @@ def inductor_model(folder: Path, entry: Mapping[str, Any], threads: int | None) 
     import torch._inductor.config as inductor
 
     torch_settings(entry["session"], threads)
-    weights = load_weights(folder, entry)
+    gpu = gpu_of(entry["session"])
+    weights = load_weights(folder, entry, gpu)
     ready = channels_last if entry["session"]["channels_last"] else lambda x: x
     compiled: dict[int | None, Callable[..., Any]] = {}
 
@@ -513,6 +519,8 @@ def inductor_model(folder: Path, entry: Mapping[str, Any], threads: int | None) 
     def single(x: Tensor) -> Tensor:
         return call([x])[0]
 
+    if gpu is not None:
+        return on_gpu(entry, gpu, call)
     return single if _single(entry) else _shaped(entry, call)
 
 
@@ -531,8 +539,10 @@ class Program(torch.nn.Module):
 
 
 def torch_settings(session: Mapping[str, Any], threads: int | None) -> None:
-    """Set the matmul precision and, when a number is given, the threads of this process."""
+    """Set the matmul precision and, when a number is given, the threads of this process; for a GPU, cuDNN's precision too."""
     torch.set_float32_matmul_precision(session["matmul"])
+    if session.get("device", "cpu") != "cpu":
+        torch.backends.cudnn.allow_tf32 = session["matmul"] != "highest"
     if threads is not None:
         torch.set_num_threads(threads)
 
@@ -554,8 +564,8 @@ def program(folder: Path) -> Callable[..., Any]:
 _numbers = itertools.count()
 
 
-def load_weights(folder: Path, entry: Mapping[str, Any]) -> list[Tensor | None]:
-    """The program's weights in order; tied ones are one tensor, integers become float again."""
+def load_weights(folder: Path, entry: Mapping[str, Any], gpu: torch.device | None = None) -> list[Tensor | None]:
+    """The program's weights in order, on a GPU if one is given; tied ones are one tensor, integers become float again."""
     from safetensors.torch import load_file
 
     stored, four = load_file(inside(folder, "weights.safetensors")), entry.get("four", {})
@@ -564,6 +574,8 @@ def load_weights(folder: Path, entry: Mapping[str, Any]) -> list[Tensor | None]:
         stored[name] = unpack4(stored[name], scale, four[name]) if name in four else stored[name].float() * scale
     if entry["session"]["channels_last"]:
         stored = {name: channels_last(t) for name, t in stored.items()}
+    if gpu is not None:
+        stored = {name: t.to(gpu) for name, t in stored.items()}
     return [None if name is None else stored[entry["aliases"].get(name, name)] for name in entry["weights"]]
 
 
@@ -574,7 +586,140 @@ def unpack4(packed: Tensor, scale: Tensor, shape: list[int]) -> Tensor:
     return (q.view(rows, scale.shape[1], -1) * scale[:, :, None]).reshape(rows, columns)
 
 
+# ---- NVIDIA GPUs
+
+
+def gpu_of(session: Mapping[str, Any]) -> torch.device | None:
+    """The GPU that a model was built for; None if that is the CPU.
+
+    Raises:
+        RuntimeError: there is none here; the text says what to do.
+    """
+    if session.get("device", "cpu") == "cpu":
+        return None
+    if not torch.cuda.is_available():
+        why = "finds none here" if torch.backends.cuda.is_built() else "is built without CUDA"
+        raise RuntimeError(f"this model runs on an NVIDIA GPU, and this PyTorch {why}; {GPU_REMEDY}")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def on_gpu(entry: Mapping[str, Any], gpu: torch.device, call: Leaves) -> Callable[..., Tree]:
+    """Inputs from either memory are copied to the GPU, and outputs to where the first input lies."""
+
+    def moved(leaves: list[Tensor]) -> list[Tensor]:
+        home = leaves[0].device
+        with torch.cuda.device(gpu):  # where the program's own tensors are made
+            outputs = call([x.to(gpu, non_blocking=True) for x in leaves])
+        return [y.to(home) for y in outputs]  # towards the CPU this waits for the values
+
+    def single(x: Tensor) -> Tensor:
+        return moved([x])[0]
+
+    return single if _single(entry) else _shaped(entry, moved)
+
+
+def cuda_graphs_model(folder: Path, entry: Mapping[str, Any], threads: int | None) -> Callable[..., Tree]:
+    """Replay program.py, recorded as a CUDA graph at the first call of each shape of inputs. Calls take turns."""
+    torch_settings(entry["session"], threads)
+    gpu = gpu_of(entry["session"])
+    assert gpu is not None, "cuda_graphs is built for a GPU"
+    weights, forward, nhwc = load_weights(folder, entry, gpu), program(folder), entry["session"]["channels_last"]
+    call = Replay(lambda leaves: list(forward(None, *weights, *leaves)), gpu, nhwc)
+
+    def single(x: Tensor) -> Tensor:
+        return call([x])[0]
+
+    return single if _single(entry) else _shaped(entry, call)
+
+
+class Replay:
+    """Recordings by the shapes and types of inputs, the last `SHAPES` of them; they share intermediate memory."""
+
+    def __init__(self, run: Leaves, gpu: torch.device, nhwc: bool) -> None:
+        self.run, self.gpu, self.nhwc = run, gpu, nhwc
+        self.ready: dict[tuple[Any, ...], Recording] = {}
+        self.lock, self.last = threading.Lock(), torch.cuda.current_stream(gpu)
+        self.place = (gpu, torch.cuda.Stream(gpu), torch.cuda.graph_pool_handle())
+
+    def __call__(self, leaves: list[Tensor]) -> list[Tensor]:
+        """Input tensors in either memory → outputs in memory of their own, where the first input lies."""
+        home, key = leaves[0].device, tuple((x.shape, x.dtype) for x in leaves)
+        with self.lock, torch.no_grad():
+            stream = torch.cuda.current_stream(self.gpu)
+            if stream != self.last:  # the buffers may still be in use on the other one
+                stream.wait_stream(self.last)
+                self.last = stream
+            recording = self.ready.get(key) or self.record(key, leaves)
+            outputs = recording.replay(leaves)
+            return [y.clone() if home == self.gpu else y.to(home) for y in outputs]  # the next call writes there
+
+    def record(self, key: tuple[Any, ...], leaves: list[Tensor]) -> Recording:
+        """A new recording, in place of the oldest one if there are too many."""
+        while len(self.ready) >= SHAPES:
+            torch.cuda.synchronize(self.gpu)  # it may be running
+            self.ready.pop(next(iter(self.ready)))
+        self.ready[key] = made = Recording(self.run, leaves, self.place, self.nhwc)
+        return made
+
+
+class Recording:
+    """A program's kernels for inputs of one shape, with buffers for its inputs and outputs.
+
+    Args:
+        run: the program.
+        leaves: inputs of that shape.
+        place: the GPU, the stream to record on, and the memory that recordings share: they are replayed in turn, and nothing is
+            left in it from one to the next.
+        nhwc: whether buffers of images are channels-last.
+
+    Raises:
+        RuntimeError: it reads values back while it runs.
+    """
+
+    def __init__(self, run: Leaves, leaves: list[Tensor], place: tuple[Any, Any, Any], nhwc: bool) -> None:
+        self.run, self.graph, gpu = run, None, place[0]
+        with torch.inference_mode(False), torch.no_grad(), torch.cuda.device(gpu), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            self.inputs = [channels_last(x.to(gpu, copy=True)) if nhwc else x.to(gpu, copy=True) for x in leaves]
+            if all(x.numel() for x in self.inputs):  # of no examples, no kernel would be recorded
+                self._warm(*place)
+                self._record(*place)
+
+    def _warm(self, gpu: torch.device, side: Any, pool: Any) -> None:
+        """Run beside the caller's stream, so that libraries and plans are ready; the last time, reading back is an error."""
+        here, mode = torch.cuda.current_stream(gpu), torch.cuda.get_sync_debug_mode()
+        side.wait_stream(here)
+        try:
+            with torch.cuda.stream(side):
+                for number in range(3):
+                    if number == 2:
+                        torch.cuda.set_sync_debug_mode("error")
+                    self.run(self.inputs)
+        except RuntimeError as error:
+            raise RuntimeError(f"no CUDA graph can be recorded: {error}") from error
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+            here.wait_stream(side)
+
+    def _record(self, gpu: torch.device, side: Any, pool: Any) -> None:
+        graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream(gpu)
+        recording = torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local")
+        with torch.cuda.stream(here), recording:  # one that fails leaves its own stream behind as the current one
+            self.outputs = self.run(self.inputs)
+        self.graph = graph
+
+    def replay(self, leaves: list[Tensor]) -> list[Tensor]:
+        """The outputs' buffers, once these inputs have been worked off."""
+        for buffer, x in zip(self.inputs, leaves, strict=True):
+            buffer.copy_(x, non_blocking=True)
+        if self.graph is None:
+            return self.run(self.inputs)
+        self.graph.replay()
+        return self.outputs
+
+
 RUNTIMES = {
+    "cuda_graphs": cuda_graphs_model,
     "eager": eager_model,
     "executorch": executorch_model,
     "inductor": inductor_model,

@@ -107,9 +107,11 @@ def lossless_recipes(study: Study) -> list[Recipe]:
 
 
 def eager_recipes(study: Study) -> list[Recipe]:
-    """Eager PyTorch, tuned: threads, memory format and matmul back end."""
+    """Eager PyTorch, tuned: threads, memory format and matmul back end; on the GPU too, where there is one."""
     one = step("threads", count=1)
     wanted = [(), (one,), (step("channels_last"),), (one, step("channels_last")), (step("matmul_backend"),)]
+    if "hardware" in study.space.families and not study.space.cards["cuda"].get("unsearched"):
+        wanted += [(step("cuda"),), (step("cuda"), step("channels_last"))]
     return [Recipe(w, "eager" + ", ".join(["", *map(str, w)])) for w in wanted]
 
 

@@ -119,7 +119,7 @@ class Combiner:
 def _exported(setup: Setup, inputs: Tree) -> Outcome:
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         try:
-            built = runtime.build(setup.model.eval(), replace(setup.runtime, device="cpu"), setup.context, folder, (1, 2))
+            built = runtime.build(setup.model.eval(), setup.runtime, setup.context, folder, (1, 2))
         except NotApplicable as refusal:
             return Outcome(REFUSED, setup.runtime.name, str(refusal))
         outputs = tensors(built.run()(inputs))

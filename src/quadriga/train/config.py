@@ -69,7 +69,10 @@ def config_of(
         "optimizer": type(optimizer).__qualname__,
         "optimizer's values": digest([sorted(b.items()) for b in bases]),
         "optimizer's groups": digest(parameter_names(setup.model, optimizer)),
-        "runtime": [runtime.device, runtime.channels_last, runtime.matmul, runtime.compile, runtime.autocast],
+        "runtime": [
+            *(runtime.device, runtime.channels_last, runtime.matmul, runtime.compile, runtime.autocast),
+            *([runtime.compile_mode] if runtime.compile_mode != "default" else []),
+        ],
     }
 
 

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, device_of, tree_map
-from quadriga.core.errors import BadInput
+from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.half import HALF, in_float
 from quadriga.core.metric import Loss
+from quadriga.core.products import matmul_precision
 from quadriga.core.setup import Setup
 from quadriga.core.slots import RuntimeSpec
+from quadriga.train.transfer import Transfer
 
 
 def reduce(losses: Tensor, batch: Batch) -> Tensor:
@@ -81,6 +83,11 @@ def parts(batch: Batch, size: int) -> Iterator[Batch]:
         yield replace(batch, inputs=inputs, target=target, index=batch.index[here], weight=weight)
 
 
+def named(device: str) -> torch.device:
+    """The device with its number, as tensors that lie there say it."""
+    return torch.device(device, torch.cuda.current_device()) if device == "cuda" else torch.device(device)
+
+
 class Runner:
     """How the runtime slot executes training: `forward_backward`, `update`, and where batches have to be.
 
@@ -95,8 +102,12 @@ class Runner:
     """
 
     def __init__(self, model: nn.Module, loss: Loss, spec: RuntimeSpec, micro: int | None = None) -> None:
-        self.loss, self.device, self.channels_last = loss, torch.device(spec.device), spec.channels_last
-        self.forward: Any = torch.compile(model) if spec.compile else model
+        self.loss, self.device, self.channels_last = loss, named(spec.device), spec.channels_last
+        self.graphs = spec.compile and spec.compile_mode == "reduce-overhead"
+        if self.graphs and micro is not None:
+            raise NotApplicable("CUDA graphs overwrite the gradients that accumulate", 'compile with mode = "default"')
+        self.forward: Any = torch.compile(model, mode=spec.compile_mode) if spec.compile else model
+        self.transfer = Transfer(self.device) if self.device.type == "cuda" else None
         self.micro, self.half = micro, HALF.get(spec.autocast)
         scaled = self.half is torch.float16  # whose smallest number is 6e-8, larger than many gradients
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
@@ -115,10 +126,12 @@ class Runner:
 
     def _backward(self, part: Batch, whole: Tensor | int) -> tuple[Tensor, Tensor]:
         """A part's losses, and what they add to the reduced loss."""
+        if self.graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is needed any more
         losses = self._losses(part)
         factors = shares(losses, part, whole)
         losses.backward(factors if self.scaler is None else self.scaler.scale(factors))
-        losses = losses.detach()
+        losses = losses.detach().clone() if self.graphs else losses.detach()  # a loss may be the model's own output
         return losses, torch.dot(losses, factors) if losses.dim() else losses * factors
 
     def _losses(self, batch: Batch) -> Tensor:
@@ -157,7 +170,7 @@ class Runner:
         plain = isinstance(inputs, Tensor) and isinstance(target, Tensor) and batch.weight is None  # as it usually is
         if plain and inputs.device == target.device == batch.index.device == self.device:
             return batch
-        return batch.to(self.device)
+        return batch.to(self.device) if self.transfer is None else self.transfer(batch)
 
     def layout(self, batch: Batch) -> Batch:
         """The batch with 4-d inputs in the runtime's memory format."""
@@ -180,16 +193,15 @@ def entered(contexts: Iterable[AbstractContextManager[Any]]) -> Iterator[None]:
 
 @contextmanager
 def settings(spec: RuntimeSpec) -> Iterator[None]:
-    """The process-wide settings of a runtime slot, put back afterwards: threads and matmul precision."""
-    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    try:
-        if spec.threads is not None:
-            torch.set_num_threads(spec.threads)
-        torch.set_float32_matmul_precision(spec.matmul)
-        yield
-    finally:
-        torch.set_num_threads(threads)
-        torch.set_float32_matmul_precision(precision)
+    """The process-wide settings of a runtime slot, put back afterwards: threads and the precision of products."""
+    threads = torch.get_num_threads()
+    with matmul_precision(spec.matmul, spec.device):
+        try:
+            if spec.threads is not None:
+                torch.set_num_threads(spec.threads)
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 @contextmanager

@@ -10,9 +10,11 @@ from typing import Any
 
 import torch
 
+from quadriga.core import cuda
 from quadriga.core.errors import NotApplicable
 from quadriga.core.half import HALF
 from quadriga.core.setup import Setup
+from quadriga.methods.hardware._needs import ends_on
 
 SLOW = 0.9  # of the speed of float32 products, below which there are no native ones
 GAIN = 1.02  # in time per training step, below which a setting is not worth having
@@ -31,8 +33,8 @@ def faster(setup: Setup, what: str, **settings: Any) -> None:
     if pace is None:
         return
     if settings.get("autocast") in HALF:  # without such products a few steps would take minutes
-        native(settings["autocast"], setup.runtime.device)
-    final = setup.context.runtime
+        native(settings["autocast"], ends_on(setup))
+    final = replace(setup.context.runtime, device=ends_on(setup))
     plain = {name: getattr(setup.runtime, name) for name in settings}
     arms = [replace(setup, runtime=replace(final, **values)) for values in (plain, settings)]
 
@@ -64,9 +66,14 @@ speed_here = cache(product_speed)
 def native(kind: str, device: str) -> None:
     """Refuse half precision where this processor multiplies in it more slowly than in float32: it has no such products.
 
+    Of a GPU its capability says so: bfloat16 from 8.0 on, float16 from 7.0.
+
     Raises:
-        NotApplicable: with the measured ratio.
+        NotApplicable: with the measured ratio, or the capability.
     """
+    row = cuda.found().used if device != "cpu" else None
+    if row is not None and not row[kind]:
+        raise NotApplicable(f"{row['name']} (capability {row['capability']}) has no {kind} products", "keep float32")
     if device == "cpu" and (speed := speed_here(HALF[kind])) < SLOW:
         reason = f"this processor multiplies {kind} at {speed:.2g} of float32's speed"
         raise NotApplicable(reason, "keep float32, or end in a runtime that only stores the weights so")

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+from dataclasses import replace
 from importlib import util
+from typing import Any
 
+from quadriga.core import cuda
 from quadriga.core.errors import NotApplicable
 from quadriga.core.setup import Setup
 from quadriga.core.slots import RuntimeSpec
@@ -35,8 +38,31 @@ def half_runs(spec: RuntimeSpec) -> None:
         raise NotApplicable(f"executorch stores no {spec.weights} weights here", "use onnxruntime, openvino or inductor")
 
 
-def compiler() -> None:
-    """Refuse without a C++ compiler."""
+def gpu() -> dict[str, Any]:
+    """The GPU that PyTorch would use, as a row of `cuda.Found`. Refuse where there is none."""
+    state = cuda.found()
+    if state.used is None:
+        raise NotApplicable(state.reason, state.remedy)
+    return state.used
+
+
+def on_gpu(setup: Setup) -> RuntimeSpec:
+    """The runtime slot with the GPU as its device. Refuse without one, or where products would lose bits unasked."""
+    gpu()
+    if setup.runtime.matmul == "medium":
+        raise NotApplicable("the matmul precision medium, meant for the CPU, is TF32 on a GPU", "use tf32, not matmul_backend")
+    return replace(setup.runtime, device="cuda")
+
+
+def ends_on(setup: Setup) -> str:
+    """Where PyTorch computes in this recipe: the device that was chosen so far, or will be."""
+    return "cpu" if {setup.runtime.device, setup.context.runtime.device} == {"cpu"} else "cuda"
+
+
+def compiler(device: str = "cpu") -> None:
+    """Refuse without a C++ compiler; for a GPU, without Triton."""
+    if device != "cpu" and util.find_spec("triton") is None:
+        raise NotApplicable("the package triton is not installed, which compiles for GPUs", "pip install triton")
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
         raise NotApplicable("there is no C++ compiler", "install g++ (apt-get install g++)")
 

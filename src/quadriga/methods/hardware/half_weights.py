@@ -11,7 +11,7 @@ from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.hardware._measured import native
-from quadriga.methods.hardware._needs import half_runs
+from quadriga.methods.hardware._needs import ends_on, half_runs
 
 LARGEST = torch.finfo(torch.float16).max
 
@@ -46,8 +46,13 @@ class HalfWeights(Method):
         if self.kind == "fp16" and any(bool((w.abs() > LARGEST).any()) for w in weights):
             raise NotApplicable(f"a weight is larger than {LARGEST:,.0f}, the largest number of float16", 'use kind = "bf16"')
         if setup.context.runtime.by_torch:
+<<<<<<< HEAD
             native(self.kind, setup.runtime.device)
         chosen = replace(setup.runtime, weights=self.kind)
         if "RUNTIME" in setup.traits:
             half_runs(chosen)
         return replace(setup, runtime=chosen)
+=======
+            native(self.kind, ends_on(setup))
+        return replace(setup, runtime=replace(setup.runtime, weights=self.kind))
+>>>>>>> 4ba54c04b1fb82ccf945a325973ff39590d2ec9b

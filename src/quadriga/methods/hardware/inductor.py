@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.hardware._needs import compiler, int8_runs, one_runtime
+from quadriga.methods.hardware._needs import compiler, ends_on, int8_runs, one_runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,9 +23,9 @@ class Inductor(Method):
     name = "inductor"
 
     def apply(self, setup: Setup) -> Setup:
-        """Choose it. NotApplicable when a runtime is chosen already, int8 lacks torchao, or there is no C++ compiler."""
+        """Choose it. NotApplicable when a runtime is chosen already, int8 lacks torchao, or there is no compiler."""
         one_runtime(setup)
         chosen = replace(setup.runtime, name=self.name)
         int8_runs(chosen)
-        compiler()
+        compiler(ends_on(setup))
         return replace(setup, runtime=chosen)

@@ -32,7 +32,9 @@ class MatmulBackend(Method):
     precision: Literal["highest", "medium"] = "medium"
 
     def apply(self, setup: Setup) -> Setup:
-        """Set the precision. NotApplicable when it is set already, or products would not be float32."""
+        """Set the precision. NotApplicable when it is set already, on a GPU, or where products would not be float32."""
+        if setup.runtime.device != "cpu":
+            raise NotApplicable("the GPU multiplies, and not a library of the CPU", "use tf32 there")
         if setup.runtime.matmul == self.precision:
             raise NotApplicable(f"the matmul precision is {self.precision} already")
         if self.precision == "medium" and (error := medium_error()) > LIMIT:

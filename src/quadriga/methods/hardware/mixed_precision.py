@@ -13,7 +13,8 @@ from quadriga.core.errors import NotApplicable
 from quadriga.core.half import HALF
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.hardware._measured import faster
+from quadriga.methods.hardware._measured import faster, native
+from quadriga.methods.hardware._needs import ends_on
 
 
 @cache
@@ -58,8 +59,10 @@ class MixedPrecision(Method):
             raise NotApplicable(f"training is in {setup.runtime.autocast} already", "keep one mixed_precision step")
         if any(p.is_floating_point() and p.dtype is not torch.float32 for p in setup.model.parameters()):
             raise NotApplicable("the model's weights are not float32", "autocast starts from float32 weights")
+        if (device := ends_on(setup)) != "cpu":
+            native(self.kind, device)
         recurrent = any(isinstance(m, nn.LSTM) for m in setup.model.modules())
-        if recurrent and setup.runtime.device == "cpu" and not lstm_trains(self.kind):
+        if recurrent and device == "cpu" and not lstm_trains(self.kind):
             raise NotApplicable(f"this processor trains no LSTM in {self.kind}", "keep float32")
         after = replace(setup, runtime=replace(setup.runtime, autocast=self.kind))
         if self.keep == "faster":
