@@ -46,13 +46,8 @@ class HalfWeights(Method):
         if self.kind == "fp16" and any(bool((w.abs() > LARGEST).any()) for w in weights):
             raise NotApplicable(f"a weight is larger than {LARGEST:,.0f}, the largest number of float16", 'use kind = "bf16"')
         if setup.context.runtime.by_torch:
-<<<<<<< HEAD
-            native(self.kind, setup.runtime.device)
+            native(self.kind, ends_on(setup))
         chosen = replace(setup.runtime, weights=self.kind)
         if "RUNTIME" in setup.traits:
             half_runs(chosen)
         return replace(setup, runtime=chosen)
-=======
-            native(self.kind, ends_on(setup))
-        return replace(setup, runtime=replace(setup.runtime, weights=self.kind))
->>>>>>> 4ba54c04b1fb82ccf945a325973ff39590d2ec9b
