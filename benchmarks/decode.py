@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from quadriga.core.data import TensorData
+from quadriga.core.recipe import Recipe
 from quadriga.core.workload import Workload
+from quadriga.engine.walk import walk
+from quadriga.workloads import load
 from quadriga.workloads.plays import shakespeare
 from quadriga.workloads.ready.gpt_shakespeare import CONTEXT, GPT
 
@@ -80,6 +85,18 @@ def decoding(gpt: GPT, rows: int = ROWS) -> Workload:
     splits = shakespeare()
     parts = {name: _cached(gpt, getattr(splits, name), rows) for name in ("train", "val", "test")}
     return Workload(model=Decode(gpt), **parts, metric="bits_per_byte", batch_size=32, trained=True, name="gpt_decode")
+
+
+def decode(folder: str = "out/hardware/decode-gpt") -> Workload:
+    """`decoding` of gpt_shakespeare with 2 M parameters, trained by its own recipe once.
+
+    Args:
+        folder: keeps its checkpoint.
+    """
+    source = load("gpt_shakespeare?size=2M")
+    trained = walk(source, source.baseline or Recipe(), seed=0, store=Path(folder)).setup.model
+    assert isinstance(trained, GPT)
+    return decoding(trained)
 
 
 def _cached(gpt: GPT, data: TensorData, rows: int) -> TensorData:

@@ -54,6 +54,16 @@ activations = "weights"
 [[step]]
 method = "onnxruntime"
 """
+SPARSE = """
+[[step]]
+method = "train"
+baseline = true
+[[step]]
+method = "prune_weights"
+ratio = 0.8
+[[step]]
+method = "onnxruntime"
+"""
 EXPORT = INT8.replace('[[step]]\nmethod = "quantize_int8"\nactivations = "weights"\n', "")
 
 
@@ -62,6 +72,7 @@ def folder(tmp_path_factory):
     place = tmp_path_factory.mktemp("verbs")
     (place / "mine.py").write_text(MODEL)
     (place / "int8.toml").write_text(INT8)
+    (place / "sparse.toml").write_text(SPARSE)
     (place / "export.toml").write_text(EXPORT)
     return place
 
@@ -130,12 +141,14 @@ def test_the_baseline_against_a_recipe(call):
     structure(found, {"1", "32"})
     assert found["bytes_ratio"] == found["bytes"]["b"] / found["bytes"]["a"]
     assert abs(found["quality"]["difference"]) < 2  # int8 weights change little, and it is the very same training
-    assert found["quality"]["baseline"] > 60
+    assert found["quality"]["baseline"] > 60 and found["fakes"] == []
 
 
-def test_a_metric_of_the_whole_split_is_bootstrapped(call):
-    found = call("compare", "mine.py:with_f1", "int8.toml", "--batch", "4")
+def test_a_metric_of_the_whole_split_is_bootstrapped_and_zeros_are_unmasked(call):
+    found = call("compare", "mine.py:with_f1", "sparse.toml", "--batch", "4")
     structure(found, {"4"})
+    assert len(found["fakes"]) == 1 and found["fakes"][0].startswith("zeros (") and "in onnxruntime" in found["fakes"][0]
+    assert "% smaller" in found["fakes"][0] or "% larger" in found["fakes"][0]
     quality = found["quality"]
     assert quality["metric"] == "f1" and "BCa" in quality["method"] and 0 < quality["value"] <= 1
     assert quality["low"] <= quality["difference"] <= 1

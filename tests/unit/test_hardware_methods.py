@@ -20,6 +20,7 @@ from quadriga.methods.hardware.channels_last import ChannelsLast
 from quadriga.methods.hardware.compile import Compile
 from quadriga.methods.hardware.eager import Eager
 from quadriga.methods.hardware.executorch import ExecuTorch
+from quadriga.methods.hardware.half_weights import HalfWeights
 from quadriga.methods.hardware.inductor import Inductor
 from quadriga.methods.hardware.matmul_backend import MatmulBackend
 from quadriga.methods.hardware.onnxruntime import ONNXRuntime
@@ -156,4 +157,6 @@ def test_executorch_and_what_it_does_not_run_refuse_each_other(setup, monkeypatc
             method(after)
     with pytest.raises(NotApplicable, match="executorch stores no bf16 weights"):
         ExecuTorch()(replace(setup, runtime=replace(setup.runtime, weights="bf16")))
+    with pytest.raises(NotApplicable, match="executorch stores no bf16 weights"):
+        HalfWeights(kind="bf16")(ExecuTorch()(setup))
     assert ExecuTorch()(QuantizeInt8()(setup)).runtime == RuntimeSpec("executorch", quant=QuantSpec())

@@ -18,7 +18,7 @@ from quadriga.core.metric import Metric, accuracy, mean_squared_error
 from quadriga.measure.quality import Scores, score
 from quadriga.measure.stats import tango_lower
 from quadriga.verify.equal import TOLERANCE, equal
-from quadriga.verify.fake import fakes
+from quadriga.verify.fake import Worth, fakes, told
 from quadriga.verify.quality import PAIRED, SET, TANGO, compare, disagreement, without_labels
 
 torch.set_num_threads(1)
@@ -256,6 +256,26 @@ def test_bytes_that_did_not_shrink_are_found():
     assert kinds(bytes=200, baseline_bytes=200) == {"bytes"}
     assert fakes(bytes=250, baseline_bytes=200)[0]["number"] == 1.25
     assert fakes(bytes=199, baseline_bytes=200) == []
+
+
+def test_float_weights_that_are_called_int8_are_found():
+    weights = sum(p.numel() for p in net().parameters())
+    assert {r["kind"]: r["number"] for r in fakes(net(), bytes=4 * weights, bits=8)} == {"storage": 32}
+    assert fakes(net(), bytes=4 * weights) == fakes(net(), bytes=2 * weights, bits=8) == []
+
+
+def test_each_kind_is_told_with_what_it_is_worth():
+    masked = net()
+    prune.l1_unstructured(masked[0], "weight", amount=0.6)
+    rows = [*fakes(masked, net()), *fakes(Tied(False), Tied(True)), *fakes(net(), bytes=9000, bits=8)]
+    lines = told(rows, Worth("onnxruntime", 0.001, 0.0))
+    assert len(lines) == 4 and all("0 % smaller, 0 % faster in onnxruntime" in line for line in lines)
+    assert "by a mask" in lines[0] and "called" not in lines[0] and "zeros (60% of 0.weight)" in lines[-1]
+
+
+def test_what_it_is_worth_has_a_sign():
+    assert str(Worth("eager", -0.5, -0.2)) == "50 % larger, 20 % slower in eager"
+    assert str(Worth("openvino", 0.75)) == "75 % smaller in openvino"
 
 
 class Tied(nn.Module):

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-INSTALL = "install a PyTorch with CUDA: pip install torch --index-url https://download.pytorch.org/whl/cu130"
+INSTALL = "install a PyTorch with CUDA, as pytorch.org/get-started says"
 DRIVER = "check the driver with nvidia-smi, and CUDA_VISIBLE_DEVICES"
 
 

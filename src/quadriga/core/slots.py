@@ -225,6 +225,13 @@ class RuntimeSpec:
         return ("static", "dynamic") if self.name == "executorch" else ("static", "dynamic", "none")
 
     @property
+    def bits(self) -> int:
+        """That most weights take in the files."""
+        if self.quant is not None:
+            return self.quant.weights
+        return 32 if self.weights == "fp32" else 16
+
+    @property
     def exact(self) -> bool:
         """Whether it computes what the model does, up to the rounding of float32."""
         return self.quant is None and self.weights == "fp32" and not self.tf32

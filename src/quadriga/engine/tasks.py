@@ -269,7 +269,8 @@ class Desk:
                 )
         values = {"bytes": float(size), "parameters": float(parameters(setup.model)), **self._training_cost(walked)}
         info = {"checkpoint": _name(walked), "live": isinstance(run, _Live), "decisions": list(walked.decisions)}
-        found = fakes(setup.model, self.workload.build(self.seed), bytes=size, baseline_bytes=args.get("baseline_bytes"))
+        told = {"bytes": size, "baseline_bytes": args.get("baseline_bytes"), "bits": setup.runtime.bits}
+        found = fakes(setup.model, self.workload.build(self.seed), **told)
         return {"values": values, "info": {**info, "fakes": found, "realized": [setup.runtime.name, setup.runtime.storage]}}
 
     def _score(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def probe() -> dict[str, Probe]:
     return {name: module.probe() for name, module in sorted(_modules().items())}
 
 
+@torch.inference_mode(mode=False)  # a copy that is made in the caller's inference mode could not be exported
 def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | Path, batches: Sequence[int] = (1, 64)) -> Built:
     """Realise a specification: write the model's files, `load.py` and `runtime.json` into a folder.
 
@@ -109,6 +110,7 @@ def _store_packed(folder: Path, entry: dict[str, Any]) -> None:
     """Put the model files and the entry into one entropy-coded file, with what decodes it beside `load.py`."""
     from quadriga.runtime import _pack, _unpack
 
+    entry = {**entry, "needs": [*entry["needs"], *(["numpy"] if "numpy" not in entry["needs"] else [])]}
     files = {name: (folder / name).read_bytes() for name in entry["files"]}
     atomic_write(folder / standalone.PACKED, _pack.pack(files, entry))
     atomic_write(folder / "_unpack.py", Path(_unpack.__file__).read_bytes())

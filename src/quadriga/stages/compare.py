@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from quadriga.measure.timings import Timings
 from quadriga.runtime.standalone import Damaged
 from quadriga.stages.state import LEVEL
 from quadriga.stages.verbs import done, folder_for
+from quadriga.verify.fake import Worth, told
 from quadriga.verify.quality import compare as compare_quality
 from quadriga.workloads import load, names
 from quadriga.workloads.check import check
@@ -75,6 +76,7 @@ def compare(
         "latency_ratio": {str(n): r.plain() for n in timings.batches if (r := timings.ratio("a", "b", n)) is not None},
         "latency": {str(n): {s: m.value for s in "ab" if (m := timings.latency(n, s)) is not None} for n in timings.batches},
         "bytes": {name: one.bytes for name, one in ready.items()}, "bytes_ratio": ready["b"].bytes / ready["a"].bytes,
+        "fakes": _fakes(ready, timings),
         "quality": compare_quality(scores["a"], scores["b"], task.metric, 0.0, LEVEL), "split": "test",
     }  # fmt: skip
 
@@ -88,12 +90,15 @@ class Ready:
         bytes: that it needs on disk.
         recipe: its steps, where it was made here.
         folder: with a load.py, or None for a live model.
+        fakes: what looks like compression in it and is none; and the runtime.
     """
 
     arm: Mapping[str, Any]
     bytes: int
     recipe: Recipe = field(default_factory=Recipe)
     folder: Path | None = None
+    fakes: tuple[Mapping[str, Any], ...] = ()
+    runtime: str = "eager"
 
 
 class Side:
@@ -128,10 +133,10 @@ class Side:
         recipe = Recipe.load(self.text).on(baseline) if self.kind == "recipe" else baseline
         args = {"recipe": recipe.plain(), "name": f"compare-{recipe.hash}", "batches": (1, desk.workload.batch_size)}
         made = done(desk.do("realize", args), self.text)
-        folder = desk.folder / "built" / args["name"]
+        folder, known = desk.folder / "built" / args["name"], {"fakes": tuple(made["info"]["fakes"])}
         if desk.workload.reference is not None and (self.kind == "workload" or made["info"]["live"]):
-            return self._live(desk, recipe, made)  # as its user runs it
-        return _in_folder(folder, self.text, recipe)
+            return replace(self._live(desk, recipe, made), **known)  # as its user runs it
+        return replace(_in_folder(folder, self.text, recipe), **known, runtime=made["info"]["realized"][0])
 
     def _live(self, desk: Desk, recipe: Recipe, made: Mapping[str, Any]) -> Ready:
         kept = made["info"]["checkpoint"]
@@ -151,6 +156,14 @@ class Side:
             raise BadInput(f"{self.text} has no counterpart to be called like: {refusal.reason}", refusal.remedy) from refusal
         atomic_write(folder / "model.onnx", Path(self.text).read_bytes())
         return _in_folder(folder, self.text)
+
+
+def _fakes(ready: Mapping[str, Ready], timings: Timings) -> list[str]:
+    """What looks like compression in b and is none, with what b gained over a in this comparison."""
+    ratios = [r for n in timings.batches if (r := timings.ratio("a", "b", n)) is not None]
+    sure = [1.0 if r.low <= 1 <= r.high else r.value for r in ratios]
+    faster = math.prod(sure) ** (1 / len(sure)) - 1 if sure else None
+    return told(ready["b"].fakes, Worth(ready["b"].runtime, 1 - ready["b"].bytes / ready["a"].bytes, faster))
 
 
 def _in_folder(folder: Path, text: str, recipe: Recipe | None = None) -> Ready:

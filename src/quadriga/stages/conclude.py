@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import fastest, lossless_trials
 from quadriga.stages.state import LEVEL, TIMING_LEVEL, Study
 from quadriga.stages.training_cost import time_training
-from quadriga.verify.fake import told
+from quadriga.verify.fake import Worth, told
 from quadriga.verify.quality import compare, without_labels
 
 OPPONENTS = {
@@ -253,10 +254,14 @@ class Judge:
             finalist.why_not = "its training is not shown to cost less than the baseline's"
 
     def _note_fakes(self, best: Finalist | None) -> None:
-        """Say of the winner what looks like compression and is none."""
+        """Say of the winner what looks like compression and is none, with what it gained over the lossless exports."""
         if best and best.trial and (found := best.trial.info.get("fakes", [])):
             runtime, storage = best.trial.info.get("realized", ("the runtime", "plain"))
-            self.study.notes += [f"the winner: {line}" for line in told(found, runtime, storage)]
+            least = min((t.values["bytes"] for t in self.study.stage("opponent") if t.ok), default=best.trial.values["bytes"])
+            rivals = (best.ratios or {}).get("lossless_export", {}).values()
+            faster = math.prod(_surely(r) for r in rivals) ** (1 / len(rivals)) - 1 if rivals else None
+            worth = Worth(runtime, 1 - best.trial.values["bytes"] / least, faster)
+            self.study.notes += [f"the winner: {line}" for line in told(found, worth, storage)]
 
     def _gain(self, finalist: Finalist) -> float:
         assert finalist.trial is not None and finalist.ratios is not None
@@ -299,6 +304,11 @@ class Judge:
             for name in ("same_training", "from_scratch", "by_chance")
             if name in scores
         }
+
+
+def _surely(found: Mapping[str, Any]) -> float:
+    """A ratio; 1 where it may as well be equal."""
+    return 1.0 if found.get("low") and found["low"] <= 1 <= found["high"] else float(found["value"])
 
 
 def opponents_ratios(timings: Timings, arm: str) -> dict[str, dict[str, Any]]:

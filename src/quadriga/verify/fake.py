@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 
 LARGE = 256  # smaller tensors are biases and norms; equal or zero ones among them mean nothing
 MOSTLY = 0.3  # of a weight's entries
+ALMOST = 0.9  # of what float32 takes
 
 
 def fakes(
@@ -21,6 +23,7 @@ def fakes(
     *,
     bytes: int | None = None,
     baseline_bytes: int | None = None,
+    bits: int = 32,
 ) -> list[dict[str, Any]]:
     """Findings that belie a claim of compression; an empty list is a clean bill.
 
@@ -28,9 +31,11 @@ def fakes(
         model: the finished model, as it is exported; None to look at the bytes alone.
         baseline: what it came from; ties and zeros that it had already are not held against the model.
         bytes, baseline_bytes: of the files that each needs in order to run.
+        bits: that a weight of the model is said to take.
 
     Returns:
-        Rows {"kind", "where", "number", "text"}; kinds: "mask", "parametrization", "zeros", "fake_quant", "untied", "bytes".
+        Rows {"kind", "where", "number", "text"}; kinds: "mask", "parametrization", "zeros", "fake_quant", "untied", "storage"
+        (float weights in files that are said to hold integers), "bytes".
 
     Example:
         >>> layer = torch.nn.utils.prune.random_unstructured(nn.Linear(30, 30), "weight", amount=0.5)
@@ -40,28 +45,54 @@ def fakes(
     found = []
     if model is not None:
         found += [*_masks(model), *_zeros(model, baseline), *_fake_quant(model), *_untied(model, baseline)]
+        found += _storage(model, bytes, bits)
     if bytes is not None and baseline_bytes is not None and bytes >= baseline_bytes:
         text = f"the files take {bytes:,} bytes, the baseline's {baseline_bytes:,}"
         found.append(_finding("bytes", "", bytes / baseline_bytes, text))
     return found
 
 
-def told(found: Sequence[Mapping[str, Any]], runtime: str, storage: str) -> list[str]:
-    """The findings as sentences of a report; zeros are said together, and what they are worth in this runtime.
+@dataclass(frozen=True)
+class Worth:
+    """What the model gained over the unchanged one in the same runtime, as it was measured.
+
+    Args:
+        runtime: that executes both.
+        smaller: share of the bytes that is gone; negative where there are more.
+        faster: share of the speed that was won; None where nothing was timed.
+    """
+
+    runtime: str
+    smaller: float
+    faster: float | None = None
+
+    def __str__(self) -> str:
+        speed = "" if self.faster is None else f", {_percent(self.faster)} % {'slower' if self.faster <= -0.005 else 'faster'}"
+        return f"{_percent(self.smaller)} % {'larger' if self.smaller <= -0.005 else 'smaller'}{speed} in {self.runtime}"
+
+
+def _percent(share: float) -> str:
+    return f"{abs(100 * share):.0f}"
+
+
+def told(found: Sequence[Mapping[str, Any]], worth: Worth, storage: str = "plain") -> list[str]:
+    """The findings as sentences of a report, zeros together, each with what the whole model has gained by measurement.
 
     Args:
         found: rows of `fakes`.
-        runtime: that executes the model.
-        storage: "plain" or "entropy".
+        worth: of the model.
+        storage: "plain" or "entropy", which makes zeros cost few bytes.
 
     Example:
-        >>> told([{"kind": "zeros", "where": "fc.weight", "number": 0.9}], "onnxruntime", "plain")
-        ['zeros (90% of fc.weight) are worth nothing here, not even bytes: onnxruntime multiplies by them all the same']
+        >>> told([{"kind": "zeros", "where": "fc.weight", "number": 0.9}], Worth("onnxruntime", 0.0, 0.0))
+        ['zeros (90% of fc.weight) are multiplied by all the same: 0 % smaller, 0 % faster in onnxruntime']
+        >>> str(Worth("eager", -0.251))
+        '25 % larger in eager'
     """
-    lines = [f"compression that does not compress: {row['text']}" for row in found if row["kind"] != "zeros"]
+    lines = [f"compression that does not compress: {row['text']}: {worth}" for row in found if row["kind"] != "zeros"]
     zeros = ", ".join(f"{row['number']:.0%} of {row['where']}" for row in found if row["kind"] == "zeros")
-    worth = "bytes alone, by entropy coding" if storage == "entropy" else "nothing here, not even bytes"
-    return [*lines, *([f"zeros ({zeros}) are worth {worth}: {runtime} multiplies by them all the same"] if zeros else [])]
+    coded = " (bytes by entropy coding)" if storage == "entropy" else ""
+    return [*lines, *([f"zeros ({zeros}) are multiplied by all the same: {worth}{coded}"] if zeros else [])]
 
 
 def _finding(kind: str, where: str, number: float, text: str) -> dict[str, Any]:
@@ -123,6 +154,15 @@ def _fake_quant(model: nn.Module) -> list[dict[str, Any]]:
         return []
     text = f"{len(names)} places simulate integers in float, such as {_at(names[0])}; convert them before export"
     return [_finding("fake_quant", _at(names[0]), len(names), text)]
+
+
+def _storage(model: nn.Module, bytes: int | None, bits: int) -> list[dict[str, Any]]:
+    """Files as large as float32 weights, though a weight is said to take fewer bits."""
+    count = sum(p.numel() for p in model.parameters())
+    if bytes is None or bits >= 32 or not count or bytes < ALMOST * 4 * count:
+        return []
+    text = f"weights are said to take {bits} bits, and the files hold {8 * bytes / count:.0f} for each of {count:,}"
+    return [_finding("storage", "", 8 * bytes / count, text)]
 
 
 def _untied(model: nn.Module, baseline: nn.Module | None) -> list[dict[str, Any]]:

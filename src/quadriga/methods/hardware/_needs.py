@@ -32,6 +32,12 @@ def int8_runs(spec: RuntimeSpec) -> None:
         packages("torchao", extra="pt2e")
 
 
+def half_runs(spec: RuntimeSpec) -> None:
+    """Refuse half weights where the runtime stores none, whichever came first."""
+    if spec.weights != "fp32" and spec.name == "executorch":
+        raise NotApplicable(f"executorch stores no {spec.weights} weights here", "use onnxruntime, openvino or inductor")
+
+
 def gpu() -> dict[str, Any]:
     """The GPU that PyTorch would use, as a row of `cuda.Found`. Refuse where there is none."""
     state = cuda.found()

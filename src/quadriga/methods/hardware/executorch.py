@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.hardware._needs import int8_runs, one_runtime, packages
+from quadriga.methods.hardware._needs import half_runs, int8_runs, one_runtime, packages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +27,6 @@ class ExecuTorch(Method):
         one_runtime(setup)
         chosen = replace(setup.runtime, name=self.name)
         int8_runs(chosen)
-        if chosen.weights != "fp32":
-            raise NotApplicable(f"executorch stores no {chosen.weights} weights here", "use onnxruntime or openvino")
+        half_runs(chosen)
         packages("executorch", "torchao", "flatbuffers", "ruamel", "tabulate", extra="executorch")
         return replace(setup, runtime=chosen)

@@ -11,7 +11,7 @@ from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.hardware._measured import native
-from quadriga.methods.hardware._needs import ends_on
+from quadriga.methods.hardware._needs import ends_on, half_runs
 
 LARGEST = torch.finfo(torch.float16).max
 
@@ -47,4 +47,7 @@ class HalfWeights(Method):
             raise NotApplicable(f"a weight is larger than {LARGEST:,.0f}, the largest number of float16", 'use kind = "bf16"')
         if setup.context.runtime.by_torch:
             native(self.kind, ends_on(setup))
-        return replace(setup, runtime=replace(setup.runtime, weights=self.kind))
+        chosen = replace(setup.runtime, weights=self.kind)
+        if "RUNTIME" in setup.traits:
+            half_runs(chosen)
+        return replace(setup, runtime=chosen)

@@ -1,0 +1,375 @@
+"""Every runtime × precision, other tools' own int8, and what `quadriga run --only hardware` picks: one table a workload.
+
+    QUADRIGA_DATA=shipped python benchmarks/hardware.py                   # goes on where the last call stopped; an hour
+    python benchmarks/hardware.py --only lenet_fashion --restarts 4       # a part of it
+
+For each workload: `quadriga run --only hardware --minimize latency` searches with half a point, or half a percent, as floor.
+Then every row is realised from the same trained baseline and scored on the whole test split, in the runtime itself; so are the
+peers, made as their own documentation says (`hardware_peers.py`), each in its own environment. All are timed in turn, each arm
+in its own process, in two rounds: in the first all of them on one thread; in the second, which is what is quoted, eager PyTorch
+as it is and at its best setting, the pick, all peers, and the five fastest rows within the floor, on one thread and on two.
+Ratios are of wall time with Student's 99 % interval over restarts. "peak" is the part of the measured ceiling of that type's
+products which batch size 64 reaches. Rows that were refused say why. Writes a table and one JSON file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import hardware_peers as peers
+
+from quadriga.core.files import atomic_write, read_json, write_json
+from quadriga.core.recipe import Recipe, Step, step
+from quadriga.core.workload import Workload
+from quadriga.engine.tasks import Desk
+from quadriga.measure.flops import flops as forward_flops
+from quadriga.measure.latency import paired
+from quadriga.measure.machine import facts
+from quadriga.measure.quality import Scores
+from quadriga.measure.timings import Timings
+from quadriga.verify.quality import compare
+from quadriga.workloads import load
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE, KEPT = ROOT / "docs/hardware.md", ROOT / "benchmarks/results/hardware.json"
+FLOORS = {"pt": ("-0.5pt", 0.5)}  # unit → floor as it is typed, and its margin; all others half a percent
+BEST = 5  # rows that are timed twice
+TASKS = {  # workload → budget of the search
+    "lenet_fashion": "4m",
+    "resnet20_fashion": "6m",
+    "lstm_wordnet": "6m",
+    "gpt_shakespeare?size=2M": "7m",
+    f"{ROOT / 'benchmarks/decode.py'}:decode": "5m",
+    "mobilenetv2_fashion": "8m",
+    "minilm_wordnet": "8m",
+}
+FETCHED = ("mobilenetv2_fashion", "minilm_wordnet")  # by `quadriga fetch`
+
+FLOAT, BF16 = (), (step("half_weights", kind="bf16"),)
+STATIC, DYNAMIC, WEIGHTS = (
+    (step("quantize_int8", activations=kind, **more),)
+    for kind, more in (("static", {"calibration": "mse"}), ("dynamic", {}), ("weights", {}))
+)
+LEFT, INT4 = (step("quantize_int8", calibration="mse", sensitive="float"),), (step("quantize_int4"),)
+ROWS = {
+    "eager": {"float32": FLOAT, "bf16": BF16, "int8 weights": WEIGHTS},
+    "inductor": {"float32": FLOAT, "bf16": BF16, "int8": STATIC},
+    "onnxruntime": {
+        "float32": FLOAT, "int8": STATIC, "int8, harmful layers float": LEFT, "int8 dynamic": DYNAMIC, "int8 weights": WEIGHTS,
+        "int4 weights": INT4,
+    },
+    "openvino": {
+        "float32": FLOAT, "bf16": BF16, "int8": STATIC, "int8, harmful layers float": LEFT, "int8 weights": WEIGHTS,
+        "int4 weights": INT4,
+    },
+    "executorch": {"float32": FLOAT, "int8": STATIC, "int8 dynamic": DYNAMIC},
+}  # fmt: skip
+TUNED = {
+    "1 thread": {"threads": 1},
+    "1 thread, channels-last": {"threads": 1, "channels_last": True},
+    "channels-last": {"channels_last": True},
+    "oneDNN products": {"matmul": "medium"},
+    "1 thread, oneDNN products": {"threads": 1, "matmul": "medium"},
+}
+
+
+@dataclass
+class Row:
+    """An arm: how it is started, and what is known of it.
+
+    Args:
+        arm: for `paired`; None where it was refused.
+        bytes: of its files.
+        precision: of its products, a key of the measured ceilings.
+        scores: of the test split.
+        refused: why there is no arm.
+        steps: of the recipe, without the baseline's.
+    """
+
+    arm: Mapping[str, Any] | None
+    bytes: float = 0.0
+    precision: str = "fp32"
+    scores: Scores | None = None
+    refused: str = ""
+    steps: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+class Bench:
+    """One workload: its search, its rows, its timings; all kept in a folder.
+
+    Args:
+        name: of the workload.
+        work: parent of the folder.
+        restarts: of the second round.
+    """
+
+    def __init__(self, name: str, work: Path, restarts: int) -> None:
+        self.name, self.short = name, name.rpartition(":")[2].partition("?")[0]
+        self.folder, self.restarts = work / self.short, restarts
+        self.workload: Workload = load(name)
+        unit = self.workload.metric.unit
+        self.floor, self.margin = FLOORS.get(unit, ("-0.5%rel", None))
+        self.batches = (1, 64)
+
+    def search(self, budget: str) -> dict[str, Any]:
+        """What `quadriga run` hands over, once."""
+        out = self.folder / "study"
+        if not (out / "result.json").exists():
+            command = ["-m", "quadriga", "run", self.name, "--only", "hardware", "--floor", self.floor, "--minimize", "latency",
+                       "--budget", budget, "--out", str(out)]  # fmt: skip
+            subprocess.run([sys.executable, *command], check=False)
+        found: dict[str, Any] = read_json(out / "result.json")
+        return found
+
+    def rows(self) -> dict[str, Row]:
+        """Every runtime × precision, realised and scored."""
+        desk, made = Desk(self.workload, self.folder / "study", 0), {}
+        for runtime, precisions in ROWS.items():
+            for precision, steps in precisions.items():
+                made[f"{runtime}, {precision}"] = self._row(desk, runtime, precision, steps)
+        return made
+
+    def _row(self, desk: Desk, runtime: str, precision: str, steps: Sequence[Step]) -> Row:
+        end = () if runtime == "eager" and precision == "float32" else (step("threads", count=1), step(runtime))
+        recipe = Recipe((*(self.workload.baseline or Recipe()).steps, *steps, *end))
+        name = f"{runtime}-{precision}".replace(" ", "-").replace(",", "")
+        args = {"recipe": recipe.plain(), "hash": recipe.hash, "name": name, "batches": self.batches}
+        result = desk.do("realize", args)
+        if result["status"] != "complete":
+            print(f"[hardware] {self.short}, {name}: {result['status']}: {result.get('reason')}", file=sys.stderr, flush=True)
+            return Row(None, refused=str(result.get("reason")))
+        folder = self.folder / "study" / "built" / name
+        live = not end or result["info"]["live"]
+        where = {} if live else {"folder": os.path.abspath(folder)}
+        scored = desk.do("score", {**args, "split": "test", **where})
+        if scored["status"] != "complete":
+            return Row(None, refused=str(scored.get("reason")))
+        print(f"[hardware] {self.short}, {name}: {scored['values']['quality']:.4f}", file=sys.stderr, flush=True)
+        arm = self._eager(recipe, result) if live else {"kind": "folder", "path": str(folder.resolve())}
+        product = (
+            "bf16" if "bf16" in precision else "int8" if precision.startswith("int8") and "weights" not in precision else "fp32"
+        )
+        scores = Scores.load(desk.folder / scored["info"]["scores"])
+        return Row(arm, result["values"]["bytes"], product, scores, steps=str(Recipe((*steps, *end))))
+
+    def _eager(self, recipe: Recipe, result: Mapping[str, Any]) -> dict[str, Any]:
+        kept = result["info"]["checkpoint"]
+        path = str((self.folder / "study" / "checkpoints" / kept).resolve()) if kept else None
+        return {"kind": "eager", "workload": self.name, "seed": 0, "recipe": recipe.plain(), "checkpoint": path}
+
+    def pick(self, found: Mapping[str, Any]) -> Row:
+        """The artifact of the search."""
+        if found["winner"] is None:
+            return Row(None, refused=f"the search ended {found['status']}")
+        folder = self.folder / "study" / "artifact"
+        run = peers.scored(self.workload, folder)
+        steps = Recipe.from_plain(found["winner"]["recipe"]).steps[len((self.workload.baseline or Recipe()).steps) :]
+        size = float(found["winner"]["bytes"]) if "bytes" in found["winner"] else peers.size(folder)
+        return Row({"kind": "folder", "path": str(folder.resolve())}, size, scores=run, steps=str(Recipe(tuple(steps))))
+
+    def time(self, rows: Mapping[str, Row], label: str, restarts: int) -> Timings:
+        """Time arms in turn; kept under their names."""
+        path = self.folder / f"{label}.json"
+        key = {name: dict(row.arm) for name, row in sorted(rows.items()) if row.arm}
+        kept = read_json(path) if path.exists() else {}
+        if kept.get("key") != key or kept.get("restarts") != restarts:
+            inputs = {b: self.workload.inputs(b) for b in self.batches}
+            made = paired(key, inputs, restarts=restarts, blocks=6, block_seconds=0.05, folder=self.folder / label,
+                          timeout=600)  # fmt: skip
+            kept = {"key": key, "restarts": restarts, "timings": made.plain()}
+            write_json(path, kept)
+        return Timings.from_plain(kept["timings"])
+
+    def within(self, row: Row, base: Scores) -> bool:
+        """Whether the test score is within the floor (as measured, not as proved)."""
+        if row.scores is None:
+            return False
+        margin = 0.005 * abs(base.value) if self.margin is None else self.margin
+        return bool(self.workload.metric.gain(row.scores.value, base.value) >= -margin)
+
+    def tuned(self, rows: Mapping[str, Row]) -> Row:
+        """Eager PyTorch at the best of its settings, by a first timing of them all."""
+        base = rows["eager, float32"]
+        arms = {name: Row({**base.arm, "spec": spec}) for name, spec in TUNED.items()} if base.arm else {}
+        timings = self.time({"as it is": base, **arms}, "tuned", 2)
+        done = [n for n in arms if speeds(timings, "as it is", n, self.batches)]
+        best = max(done, key=lambda n: mean_speed(timings, "as it is", n, self.batches))
+        return Row(arms[best].arm, base.bytes, scores=base.scores, steps=best)
+
+    def run(self, budget: str) -> dict[str, Any]:
+        """All of it, as plain data."""
+        found = self.search(budget)
+        rows = self.rows()
+        base = rows["eager, float32"].scores
+        assert base is not None
+        rows["eager, tuned"] = self.tuned(rows)
+        others = {
+            name: Row(**made) for name, made in peers.make(self.workload, self.folder, rows["eager, float32"].arm).items()
+        }
+        first = self.time({**rows, **others}, "first", 2)
+        able = [n for n, r in rows.items() if r.arm and not n.startswith("eager") and self.within(r, base)]
+        able = [n for n in able if speeds(first, "eager, float32", n, self.batches)]
+        best = sorted(able, key=lambda n: -mean_speed(first, "eager, float32", n, self.batches))[:BEST]
+        quoted = {n: rows[n] for n in ("eager, float32", "eager, tuned", *best)}
+        quoted |= {f"{n}, 2 threads": on_two_threads(rows[n]) for n in best}
+        quoted |= {n: r for n, r in others.items() if r.arm} | {"quadriga run --only hardware": self.pick(found)}
+        second = self.time(quoted, "second", self.restarts)
+        return self.plain({**rows, **others, **quoted}, first, second, base, found)
+
+    def plain(
+        self, rows: Mapping[str, Row], first: Timings, second: Timings, base: Scores, found: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The table's data."""
+        flops = forward_flops(self.workload.build(0).eval(), self.workload.inputs(64))
+        limits = peers.ceilings_on_one_thread()
+        made = [self._plain(n, r, first, second, base, flops, limits) for n, r in rows.items()]
+        return {"workload": self.short, "metric": self.workload.metric.name, "unit": self.workload.metric.unit,
+                "floor": self.floor, "data": dict(self.workload.data_note), "status": found["status"], "rows": made,
+                **verdicts(made, second, self.batches), "machine": facts()}  # fmt: skip
+
+    def _plain(
+        self, name: str, row: Row, first: Timings, second: Timings, base: Scores, flops: float, limits: Mapping[str, float]
+    ) -> dict[str, Any]:
+        where = second if second.seconds[1].get(name) else first
+        told = {"name": name, "refused": row.refused or where.errors.get(name, ""), "steps": row.steps, "bytes": row.bytes,
+                "quoted": where is second, "within": self.within(row, base)}  # fmt: skip
+        if row.scores is not None:
+            quality = compare(base, row.scores, self.workload.metric, 0.0, 0.975)
+            told |= {"quality": quality["value"], "difference": quality["difference"]}
+        for rival in ("eager, float32", "eager, tuned"):
+            told[f"over {rival}"] = {str(b): r.plain() for b in self.batches if (r := _ratio(where, rival, name, b))}
+        if (one := where.latency(64, name)) is not None and limits.get(row.precision):
+            told |= {"startup": min(where.startup[name]), "peak": flops / one.value / limits[row.precision]}
+        return told
+
+
+def _ratio(timings: Timings, rival: str, name: str, batch: int) -> Any:
+    both = rival in timings.seconds[batch] and name in timings.seconds[batch]
+    return timings.ratio(rival, name, batch) if both else None
+
+
+def speeds(timings: Timings, rival: str, name: str, batches: Sequence[int]) -> list[float]:
+    """How many times faster than the rival, one for each batch size; empty where it failed."""
+    found = [_ratio(timings, rival, name, b) for b in batches]
+    return [r.value for r in found if r is not None] if all(r is not None for r in found) else []
+
+
+def mean_speed(timings: Timings, rival: str, name: str, batches: Sequence[int]) -> float:
+    """Their geometric mean, which is what a search for latency compares."""
+    return math.prod(speeds(timings, rival, name, batches)) ** (1 / len(batches))
+
+
+def on_two_threads(row: Row) -> Row:
+    """The same files, told to use two threads."""
+    assert row.arm is not None
+    here = Path(row.arm["path"])
+    there = here.with_name(f"{here.name}-2-threads")
+    shutil.rmtree(there, ignore_errors=True)
+    shutil.copytree(here, there)
+    write_json(there / "runtime.json", {**read_json(there / "runtime.json"), "threads": 2})
+    return Row({"kind": "folder", "path": str(there)}, row.bytes, row.precision, row.scores, steps=row.steps)
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]], timings: Timings, batches: Sequence[int]) -> dict[str, Any]:
+    """The pick against the best row and against the best peer, in the geometric mean over batch sizes and for each."""
+    pick, found = "quadriga run --only hardware", {}
+    ours = {r["name"] for r in rows if r["within"] and r["quoted"] and r["name"] != pick and not r["name"].startswith("peer")}
+    theirs = {r["name"] for r in rows if r["within"] and r["quoted"] and r["name"].startswith("peer")}
+    for said, names in (("best row", ours), ("best peer", theirs)):
+        able = [n for n in names if speeds(timings, "eager, float32", n, batches)]
+        if not able or not speeds(timings, "eager, float32", pick, batches):
+            continue
+        best = max(able, key=lambda n: mean_speed(timings, "eager, float32", n, batches))
+        each = {str(b): {"name": (top := _best(timings, able, b)), **timings.ratio(top, pick, b).plain()} for b in batches}  # type: ignore[union-attr]
+        found[said] = {"name": best, "pick is faster by": mean_speed(timings, best, pick, batches), "each": each}
+    return found
+
+
+def _best(timings: Timings, names: Sequence[str], batch: int) -> str:
+    return max(names, key=lambda n: timings.ratio("eager, float32", n, batch).value)  # type: ignore[union-attr]
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """As Markdown."""
+    lines = ["# Every runtime and precision", "", (__doc__ or "").partition("\n\n    QUADRIGA")[0].strip(), "",
+             (__doc__ or "").partition("a part of it\n\n")[2].strip(), ""]  # fmt: skip
+    for r in results:
+        told = f"Floor {r['floor']}; {r['machine']['instructions']}; the search ended {r['status']}."
+        head = (
+            f"| row | test {r['unit'] or r['metric']} | over eager, batch 1 | batch 64 | over tuned eager, batch 1 | batch 64 |"
+        )
+        lines += [f"## {r['workload']}", "", told, "", f"{head} bytes | start-up s | peak |", "|---" * 9 + "|"]
+        lines += [_line(row) for row in r["rows"]]
+        lines += ["", *[_said(key, r[key]) for key in ("best row", "best peer") if key in r], ""]
+    return "\n".join(lines)
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    if row["refused"]:
+        return f"| {row['name']} | refused: {row['refused'].splitlines()[0][:160]} | | | | | | | |"
+    cells = [
+        _cell(row[f"over {rival}"].get(b), row["quoted"]) for rival in ("eager, float32", "eager, tuned") for b in ("1", "64")
+    ]
+    quality = (
+        f"{row['quality']:.4g} ({row['difference']:+.3g}){'' if row['within'] else ', below the floor'}"
+        if "quality" in row
+        else "–"
+    )
+    name = f"**{row['name']}**: `{row['steps']}`" if row["name"].startswith("quadriga") else row["name"]
+    more = f"{row['startup']:.1f} | {row['peak']:.2f}" if "peak" in row else "– | –"
+    return f"| {name} | {quality} | {' | '.join(cells)} | {row['bytes']:,.0f} | {more} |"
+
+
+def _cell(ratio: Mapping[str, Any] | None, quoted: bool) -> str:
+    if ratio is None:
+        return "–"
+    span = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if quoted and ratio.get("low") else ""
+    return f"{ratio['value']:.2f}{span}"
+
+
+def _said(key: str, found: Mapping[str, Any]) -> str:
+    each = "; ".join(f"batch {b}: {e['value']:.2f} ({e['low']:.2f} to {e['high']:.2f}) times as fast as {e['name']}"
+                     for b, e in found["each"].items())  # fmt: skip
+    return f"- The pick against the {key}, {found['name']}: {found['pick is faster by']:.2f} times as fast in the mean; {each}."
+
+
+def keep(results: Sequence[Mapping[str, Any]]) -> None:
+    """Put results in the place of earlier ones of the same workloads, and write the table anew."""
+    kept = {r["workload"]: r for r in read_json(KEPT)["workloads"]} if KEPT.exists() else {}
+    kept.update({r["workload"]: r for r in results})
+    write_json(KEPT, {"workloads": list(kept.values())})
+    atomic_write(TABLE, table(list(kept.values())))
+
+
+def main() -> None:
+    """The workloads that are asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", action="append", help="a workload of the list, by the beginning of its name")
+    parser.add_argument("--restarts", type=int, default=6)
+    parser.add_argument("--budget", help="of each search, such as 4m")
+    parser.add_argument("--work", type=Path, default=Path("out/hardware"))
+    options = parser.parse_args()
+    for name, budget in TASKS.items():
+        short = name.rpartition(":")[2]
+        if options.only and not any(short.startswith(o) for o in options.only):
+            continue
+        if name in FETCHED and not peers.fetched(name):
+            print(f"[hardware] {name} is left out: quadriga fetch {name}", file=sys.stderr)
+            continue
+        result = Bench(name, options.work, options.restarts).run(options.budget or budget)
+        keep([result])
+        print(table([result]))
+
+
+if __name__ == "__main__":
+    main()
