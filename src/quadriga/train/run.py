@@ -95,13 +95,14 @@ class Run:
         steps = count_steps(len(self.data), self.sampler.batch_size, self.epochs, self.covered, self.position)
         self.begun, self.span = self.position, steps * self.sampler.batch_size
         self.covered += self.epochs
+        self.machine = machine(self.setup.runtime.device)
         self.config = config_of(self.setup, self.optimizer, self.bases, self.hooks, len(self.data))
         self.config |= {"epochs": float(self.epochs), "seed": self.seed, "start": self.origin}
 
     def resume(self, state: State, folder: Path) -> None:
         """Go on where a state of this same run stands."""
         extra = state.extra
-        notes = check_same(self.config, machine(self.setup.runtime.device), extra, str(folder))
+        notes = check_same(self.config, self.machine, extra, str(folder))
         self.load(state, extra)
         self.done, self.samples, self.step, self.position = (extra[k] for k in ("done", "samples", "step", "position"))
         self.finished, self.slower = extra["finished"], min(self.slower, extra["slower"])
@@ -179,13 +180,7 @@ class Run:
         self.watch.look()  # weights that an infinite loss made are not worth keeping
         names = ("done", "samples", "step", "position", "covered", "finished", "note", "slower")
         hooks = [(type(h).__qualname__, h.state_dict()) for h in self.hooks]
-        here = machine(self.setup.runtime.device)
-        facts = {"config": self.config, "machine": here, "recent": list(self.watch.recent), "spent": self.costs()}
-            "config": self.config,
-            "machine": machine(self.setup.runtime.device),
-            "recent": list(self.watch.recent),
-            "spent": self.costs(),
-        }
+        facts = {"config": self.config, "machine": self.machine, "recent": list(self.watch.recent), "spent": self.costs()}
         extra = {**{k: getattr(self, k) for k in names}, **facts, "hooks": hooks, "runner": self.runner.state()}
         save_state(folder, self.model, self.optimizer, {**extra, "rng": rng.capture()})
 
