@@ -66,7 +66,7 @@ def without_gpu(monkeypatch):
 def test_a_pytorch_without_cuda_is_told_from_a_machine_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: False)
     found = cuda.found.__wrapped__()
-    assert found.used is None and "built without CUDA" in found.reason and "pip install torch" in found.remedy
+    assert found.used is None and "built without CUDA" in found.reason and "install a PyTorch with CUDA" in found.remedy
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
 
     def absent():
