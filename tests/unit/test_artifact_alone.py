@@ -20,7 +20,7 @@ from quadriga.core.metric import accuracy
 from quadriga.core.recipe import Recipe
 from quadriga.core.setup import Context
 from quadriga.core.slots import QuantSpec, RuntimeSpec
-from quadriga.runtime.standalone import read_entry
+from quadriga.runtime.standalone import RUNTIMES, read_entry, source
 
 ALONE = """
 import json, sys
@@ -48,6 +48,15 @@ CASES = [
     for name in sorted(runtime.probe())
     for kind in SPECS
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(RUNTIMES))
+def test_load_py_is_the_parts_that_its_runtime_needs(name):
+    text, space = source(name), {"__name__": "load", "__file__": "load.py"}
+    exec(compile(text, "load.py", "exec"), space)
+    assert name in space["RUNTIMES"] and callable(space["load"]) and "quadriga.runtime" not in text
+    foreign = {"onnxruntime", "openvino", "executorch", "tinygrad"} - {name, "tinygrad" if name == "opencl" else ""}
+    assert not any(f"import {other}" in text or f"from {other}" in text for other in foreign)
 
 
 def needed(names):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from gpu_on_cpu import Imitation, Stream
@@ -145,7 +147,7 @@ class Pair(nn.Module):
 
 @pytest.fixture
 def imitated(monkeypatch):
-    monkeypatch.setattr(standalone, "gpu_of", lambda session: torch.device("cpu"))
+    monkeypatch.setattr(standalone.cuda_graphs, "gpu_of", lambda session: torch.device("cpu"))
     return Imitation(monkeypatch)
 
 
@@ -153,7 +155,7 @@ def imitated(monkeypatch):
 def test_a_recording_gives_the_models_values_in_memory_of_their_own(nhwc, imitated, tmp_path):
     workload = tiny_cnn()
     model, inputs = workload.build(0).eval(), workload.val.batch(torch.arange(16)).inputs
-    run = standalone.cuda_graphs_model(tmp_path, written(model, inputs, tmp_path, channels_last=nhwc), 1)
+    run = standalone.cuda_graphs.cuda_graphs_model(tmp_path, written(model, inputs, tmp_path, channels_last=nhwc), 1)
     kept = []
     with torch.no_grad():
         for size in (1, 2, 16, 2, 1):
@@ -171,7 +173,7 @@ def test_several_inputs_and_outputs_and_no_examples(imitated, tmp_path):
     taken = capture(model, context)
     entry = {"batches": [1], "inputs": taken.inputs, "names": taken.names, "outputs": taken.outputs, "rank": taken.rank}
     entry |= _program.write_program(taken, RuntimeSpec("cuda_graphs"), tmp_path)
-    run = standalone.cuda_graphs_model(tmp_path, entry, 1)
+    run = standalone.cuda_graphs.cuda_graphs_model(tmp_path, entry, 1)
     with torch.inference_mode():  # the buffers have to outlive it
         first = run(leaves)
     again = run(tuple(2 * x for x in leaves))
@@ -182,9 +184,9 @@ def test_several_inputs_and_outputs_and_no_examples(imitated, tmp_path):
 
 
 def test_the_oldest_recording_makes_room_and_another_stream_waits(imitated, tmp_path, monkeypatch):
-    monkeypatch.setattr(standalone, "SHAPES", 2)
+    monkeypatch.setattr(standalone.cuda_graphs, "RECORDED", 2)
     model, inputs = tiny_mlp().build(0).eval(), torch.randn(8, 10)
-    run = standalone.cuda_graphs_model(tmp_path, written(model, inputs, tmp_path), 1)
+    run = standalone.cuda_graphs.cuda_graphs_model(tmp_path, written(model, inputs, tmp_path), 1)
     for size in (1, 2, 3, 1):
         torch.testing.assert_close(run(inputs[:size]), model(inputs[:size]).detach())
     assert len(imitated.graphs) == 4 and imitated.log.count("synchronize") == 2
@@ -202,8 +204,25 @@ def test_reading_values_back_is_an_error_that_names_it(imitated, monkeypatch):
         return [leaves[0] * leaves[0].sum().item()]
 
     with pytest.raises(RuntimeError, match="no CUDA graph can be recorded: called a synchronizing"):
-        standalone.Recording(reading, [torch.ones(2)], (torch.device("cpu"), Stream(), None), False)
+        standalone.cuda_graphs.Recording(reading, [torch.ones(2)], (torch.device("cpu"), Stream(), None), False)
     assert imitated.mode == 0 and not imitated.graphs
+
+
+def test_nothing_is_collected_while_kernels_are_recorded(imitated):
+    """What the collector frees may belong to another recording, and would end this one."""
+    seen = []
+
+    def run(leaves):
+        seen.append(gc.isenabled())
+        if len(seen) == 8:
+            raise MemoryError
+        return [leaves[0] + 1]
+
+    place = (torch.device("cpu"), Stream(), None)
+    assert standalone.cuda_graphs.Recording(run, [torch.ones(2)], place, False).replay([torch.zeros(2)])[0].tolist() == [1, 1]
+    with pytest.raises(MemoryError):
+        standalone.cuda_graphs.Recording(run, [torch.ones(2)], place, False)
+    assert seen == [True, True, True, False] * 2 and gc.isenabled()
 
 
 # transfer

@@ -108,7 +108,7 @@ def test_a_recordings_outputs_are_the_callers_whatever_comes_next(tmp_path):
     run = runtime.build(model, GRAPHS, context_of(inputs), tmp_path).run()
     with torch.no_grad():
         expected = model(inputs)
-    kept = {size: run(inputs[:size].to(DEVICE)) for size in range(1, standalone.SHAPES + 5)}
+    kept = {size: run(inputs[:size].to(DEVICE)) for size in range(1, standalone.cuda_graphs.RECORDED + 5)}
     for size, found in kept.items():
         torch.testing.assert_close(found.cpu(), expected[:size], rtol=1e-4, atol=1e-5)
     wrong = []
@@ -134,9 +134,9 @@ def test_a_program_that_reads_values_back_is_refused_and_leaves_all_as_it_was():
     place = (torch.device(DEVICE, torch.cuda.current_device()), torch.cuda.Stream(), torch.cuda.graph_pool_handle())
     stream = torch.cuda.current_stream()
     with pytest.raises(RuntimeError, match="no CUDA graph can be recorded"):
-        standalone.Recording(lambda leaves: [leaves[0] * leaves[0].sum().item()], [torch.ones(2)], place, False)
+        standalone.cuda_graphs.Recording(lambda leaves: [leaves[0] * leaves[0].sum().item()], [torch.ones(2)], place, False)
     assert torch.cuda.current_stream() == stream and torch.cuda.get_sync_debug_mode() == 0
-    good = standalone.Recording(lambda leaves: [leaves[0] * 2], [torch.ones(2)], place, False)
+    good = standalone.cuda_graphs.Recording(lambda leaves: [leaves[0] * 2], [torch.ones(2)], place, False)
     assert good.replay([torch.full((2,), 3.0)])[0].tolist() == [6.0, 6.0]
 
 

@@ -290,7 +290,7 @@ def test_threads_are_recorded_and_can_be_overridden(tmp_path, monkeypatch):
     built.run(threads=1)
     assert seen[-2:] == [(2, "0"), (1, "0")]
     runtime.build(nn.Linear(3, 2).eval(), replace(ONE, threads=None), context(torch.randn(4, 3)), tmp_path).run()
-    assert seen[-1] == (standalone._cores(), "0")
+    assert seen[-1] == (standalone.folder.cores(), "0")
     eager = runtime.build(nn.Linear(3, 2).eval(), RuntimeSpec("eager", threads=2), context(torch.randn(4, 3)), tmp_path)
     eager.run()
     assert torch.get_num_threads() == 2

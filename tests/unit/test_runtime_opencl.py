@@ -41,7 +41,7 @@ def computed(monkeypatch):
 
     kernels, seen, run, back = [], [], ops_cl.CLProgram.__call__, standalone.from_cl
     monkeypatch.setattr(ops_cl.CLProgram, "__call__", lambda *a, **k: (kernels.append(1), run(*a, **k))[1])
-    monkeypatch.setattr(standalone, "from_cl", lambda y: (seen.append((y.device, len(kernels))), back(y))[1])
+    monkeypatch.setattr(standalone.opencl, "from_cl", lambda y: (seen.append((y.device, len(kernels))), back(y))[1])
     return seen
 
 
@@ -103,9 +103,9 @@ def test_structures_strides_gradients_and_memory(tmp_path):
 
 
 def test_every_shape_is_recorded_once_and_only_so_many_are_kept(monkeypatch, tmp_path):
-    made, real = [], standalone.opencl_shape
-    monkeypatch.setattr(standalone, "opencl_shape", lambda *a: (made.append(1), real(*a))[1])
-    monkeypatch.setattr(standalone, "SHAPES", 2)
+    made, real = [], standalone.opencl.opencl_shape
+    monkeypatch.setattr(standalone.opencl, "opencl_shape", lambda *a: (made.append(1), real(*a))[1])
+    monkeypatch.setattr(standalone.opencl, "SHAPES", 2)
     model, x = nn.Linear(3, 2).eval(), torch.randn(4, 3)
     run = runtime.build(model, SPEC, context(x), tmp_path).run()
     made.clear()

@@ -11,7 +11,8 @@ from quadriga import runtime
 from quadriga.core.slots import RuntimeSpec
 from quadriga.methods.hardware.entropy_storage import EntropyStorage
 from quadriga.methods.structure.cluster_weights import ClusterWeights
-from quadriga.runtime import _pack, _unpack, standalone
+from quadriga.runtime import _pack, standalone
+from quadriga.runtime.standalone import _unpack
 from quadriga.testing import tiny_cnn
 from quadriga.testing.setups import trained_setup
 

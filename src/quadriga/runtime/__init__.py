@@ -1,7 +1,7 @@
 """How a finished model executes: one file a runtime, one call shape.
 
 A runtime is a module of this folder with `NAME`, `probe() -> Probe` and `write(capture, spec, folder, batches) -> dict`;
-adding one touches its file and the loader in `standalone.py`.
+adding one touches its file and its part of `load.py` in `standalone/`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
         _store_packed(folder, entry)
     else:
         write_json(folder / "runtime.json", entry)
-    atomic_write(folder / "load.py", Path(standalone.__file__).read_bytes())
+    atomic_write(folder / "load.py", standalone.source(spec.name).encode())
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     built = open_built(folder, spec)
     if not entry.get("compiles"):
@@ -108,7 +108,8 @@ def _able(spec: RuntimeSpec) -> Any:
 
 def _store_packed(folder: Path, entry: dict[str, Any]) -> None:
     """Put the model files and the entry into one entropy-coded file, with what decodes it beside `load.py`."""
-    from quadriga.runtime import _pack, _unpack
+    from quadriga.runtime import _pack
+    from quadriga.runtime.standalone import _unpack
 
     entry = {**entry, "needs": [*entry["needs"], *(["numpy"] if "numpy" not in entry["needs"] else [])]}
     files = {name: (folder / name).read_bytes() for name in entry["files"]}

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from quadriga.runtime._cuts import Cut, cuts_of
-from quadriga.runtime._unpack import FILTERS, LOWEST, MAGIC, inflate, lanes, unpack
+from quadriga.runtime.standalone._unpack import FILTERS, LOWEST, MAGIC, inflate, lanes, unpack
 
 Array = np.ndarray[Any, Any]
 DISTINCT = 4096  # values of a table, at most

@@ -1,0 +1,118 @@
+"""The files of the folder, read by plain names and compared with their manifest."""
+
+from __future__ import annotations
+
+import atexit
+import hashlib
+import json
+import lzma
+import os
+import re
+import shutil
+import tempfile
+import types
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+FORMAT = 1
+NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # a plain file name
+PACKED = "model.qdz"  # the model files and what runtime.json says else, in one entropy-coded file
+RUNTIMES: dict[str, Callable[..., Any]] = {}  # name → (folder, entry, threads) → callable; filled by the parts that follow
+
+
+class Damaged(RuntimeError):
+    """A file of the folder is missing or changed, or the model does not compute what it did when it was made."""
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The path of a file of the folder; a name that could leave it, and a link, are refused."""
+    path = folder / name
+    if not re.fullmatch(NAME, name) or path.is_symlink():
+        raise Damaged(f"{name!r} is not a plain file of this folder")
+    if not path.is_file():
+        raise Damaged(f"{name} is missing")
+    return path
+
+
+def read_entry(folder: Path) -> dict[str, Any]:
+    """What runtime.json says, checked for what this file can run."""
+    try:
+        entry = json.loads(inside(folder, "runtime.json").read_text(encoding="utf-8"))
+        entry = _packed_entry(folder, entry) if "packed" in entry else entry
+        format_, runtime = entry["format"], entry["runtime"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise Damaged(f"runtime.json is damaged: {error!r}") from error
+    if format_ != FORMAT or runtime not in RUNTIMES:
+        raise Damaged(f"runtime.json has format {format_!r} and runtime {runtime!r}, which this load.py cannot run")
+    return dict(entry)
+
+
+def _packed_entry(folder: Path, short: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry that a packed file holds; its own name takes the place of those of the files in it."""
+    try:
+        entry = _decoder().read_head(inside(folder, short["packed"]).read_bytes())[0]["entry"]
+        return {**entry, "packed": entry["files"], "files": [short["packed"]]}
+    except (ValueError, TypeError, KeyError, IndexError, lzma.LZMAError, zlib.error) as error:
+        raise Damaged(f"{short['packed']} is damaged: {error!r}") from error
+
+
+def unpacked(folder: Path, entry: Mapping[str, Any]) -> Path:
+    """Decode the packed model files into a private folder, which goes with the process."""
+    data, place = inside(folder, entry["files"][0]).read_bytes(), Path(tempfile.mkdtemp(prefix="quadriga-"))
+    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    for number, name in enumerate(entry["packed"]):
+        if not re.fullmatch(NAME, name):
+            raise Damaged(f"{name!r} is not a plain file name")
+        try:
+            (place / name).write_bytes(_decoder().unpack(data, number))
+        except (ValueError, TypeError, KeyError, IndexError, lzma.LZMAError, zlib.error) as error:
+            raise Damaged(f"{entry['files'][0]} is damaged: {error!r}") from error
+    return place
+
+
+def _decoder() -> types.ModuleType:
+    """_unpack.py, which lies beside this file."""
+    path = Path(__file__).resolve().with_name("_unpack.py")
+    if not path.is_file():
+        raise Damaged("_unpack.py is missing")
+    module = types.ModuleType("_unpack")
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
+    return module
+
+
+def check_files(folder: Path) -> int:
+    """Compare every file with manifest.json, and return how many there are; 0 when there is no manifest."""
+    if not (folder / "manifest.json").exists():
+        return 0
+    text = inside(folder, "manifest.json").read_bytes()
+    try:
+        manifest = json.loads(text)
+        canonical = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
+        files = {name: (row["sha256"], row["bytes"]) for name, row in manifest["files"].items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Damaged(f"manifest.json is damaged: {error!r}") from error
+    if canonical != text or manifest.get("format") != FORMAT:
+        raise Damaged("manifest.json is damaged: it is not as it was written")
+    for name, (digest, size) in files.items():
+        path = inside(folder, name)
+        if path.stat().st_size != size or _sha256(path) != digest:
+            raise Damaged(f"{name} is damaged: its size or SHA-256 differs from manifest.json")
+    for name in ("runtime.json", *read_entry(folder)["files"]):
+        if name not in files:
+            raise Damaged(f"manifest.json is damaged: it lacks {name}")
+    return len(files)
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def needs(error: ImportError, entry: Mapping[str, Any]) -> ImportError:
+    return ImportError(f"{error}; this model needs: pip install {' '.join(entry['needs'])}")
