@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -30,7 +29,7 @@ import hardware_peers as peers
 from quadriga.core.files import atomic_write, read_json, write_json
 from quadriga.core.recipe import Recipe, Step, step
 from quadriga.core.workload import Workload
-from quadriga.engine.tasks import Desk
+from quadriga.engine.pool import Order, ProcessPool, cores
 from quadriga.measure.flops import flops as forward_flops
 from quadriga.measure.latency import paired
 from quadriga.measure.machine import facts
@@ -42,13 +41,14 @@ from quadriga.workloads import load
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, KEPT = ROOT / "docs/hardware.md", ROOT / "benchmarks/results/hardware.json"
 FLOORS = {"pt": ("-0.5pt", 0.5)}  # unit → floor as it is typed, and its margin; all others half a percent
+EAGER = "eager, float32"
 BEST = 5  # rows that are timed twice
 TASKS = {  # workload → budget of the search
-    "lenet_fashion": "4m",
-    "resnet20_fashion": "6m",
-    "lstm_wordnet": "6m",
-    "gpt_shakespeare?size=2M": "7m",
-    f"{ROOT / 'benchmarks/decode.py'}:decode": "5m",
+    "lenet_fashion": "3m",
+    "resnet20_fashion": "5m",
+    "lstm_wordnet": "5m",
+    "gpt_shakespeare?size=2M": "6m",
+    f"{ROOT / 'benchmarks/decode.py'}:decode": "4m",
     "mobilenetv2_fashion": "8m",
     "minilm_wordnet": "8m",
 }
@@ -132,35 +132,67 @@ class Bench:
         return found
 
     def rows(self) -> dict[str, Row]:
-        """Every runtime × precision, realised and scored."""
-        desk, made = Desk(self.workload, self.folder / "study", 0), {}
-        for runtime, precisions in ROWS.items():
-            for precision, steps in precisions.items():
-                made[f"{runtime}, {precision}"] = self._row(desk, runtime, precision, steps)
-        return made
-
-    def _row(self, desk: Desk, runtime: str, precision: str, steps: Sequence[Step]) -> Row:
-        end = () if runtime == "eager" and precision == "float32" else (step("threads", count=1), step(runtime))
-        recipe = Recipe((*(self.workload.baseline or Recipe()).steps, *steps, *end))
-        name = f"{runtime}-{precision}".replace(" ", "-").replace(",", "")
-        args = {"recipe": recipe.plain(), "hash": recipe.hash, "name": name, "batches": self.batches}
-        result = desk.do("realize", args)
-        if result["status"] != "complete":
-            print(f"[hardware] {self.short}, {name}: {result['status']}: {result.get('reason')}", file=sys.stderr, flush=True)
-            return Row(None, refused=str(result.get("reason")))
-        folder = self.folder / "study" / "built" / name
-        live = not end or result["info"]["live"]
-        where = {} if live else {"folder": os.path.abspath(folder)}
-        scored = desk.do("score", {**args, "split": "test", **where})
-        if scored["status"] != "complete":
-            return Row(None, refused=str(scored.get("reason")))
-        print(f"[hardware] {self.short}, {name}: {scored['values']['quality']:.4f}", file=sys.stderr, flush=True)
-        arm = self._eager(recipe, result) if live else {"kind": "folder", "path": str(folder.resolve())}
-        product = (
-            "bf16" if "bf16" in precision else "int8" if precision.startswith("int8") and "weights" not in precision else "fp32"
+        """Every runtime × precision, realised and scored once, two at a time."""
+        wanted = {
+            f"{runtime}, {precision}": (runtime, steps) for runtime, kinds in ROWS.items() for precision, steps in kinds.items()
+        }
+        args = {name: self._args(name, *what) for name, what in wanted.items()}
+        made = self._done("realize", args)
+        for name, one in made.items():
+            if one["status"] == "complete" and not self._live(name, one):
+                args[name]["folder"] = f"built/{args[name]['name']}"
+        scored = self._done(
+            "score", {n: {**args[n], "split": "test"} for n, one in made.items() if one["status"] == "complete"}
         )
-        scores = Scores.load(desk.folder / scored["info"]["scores"])
-        return Row(arm, result["values"]["bytes"], product, scores, steps=str(Recipe((*steps, *end))))
+        return {n: self._row(n, args[n], made[n], scored.get(n)) for n in wanted}
+
+    def _args(self, name: str, runtime: str, steps: Sequence[Step]) -> dict[str, Any]:
+        end = () if name == EAGER else (step("threads", count=1), step(runtime))
+        recipe = Recipe((*(self.workload.baseline or Recipe()).steps, *steps, *end))
+        short = name.replace(" ", "-").replace(",", "")
+        return {"recipe": recipe.plain(), "hash": recipe.hash, "name": short, "batches": self.batches}
+
+    def _live(self, name: str, made: Mapping[str, Any]) -> bool:
+        return name == EAGER or bool(made["info"]["live"])
+
+    def _done(self, task: str, args: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+        """Results of a task by name; those that are kept are not asked for again."""
+        path = self.folder / f"{task}.json"
+        kept: dict[str, Any] = read_json(path) if path.exists() else {}
+        names = [n for n, a in args.items() if kept.get(n, {}).get("hash") != a["hash"]]
+        pool = ProcessPool(self.name, self.folder / "study", 0, cores())
+        try:
+            for number, name in enumerate(names):
+                pool.submit(Order(number, task, args[name]))
+            for _ in names:
+                number, result = wait(pool)
+                name = names[number]
+                kept[name] = {**result, "hash": args[name]["hash"]}
+                told = result.get("reason") or {k: v for k, v in result["values"].items() if k in ("bytes", "quality")}
+                print(f"[hardware] {self.short}, {name}: {result['status']}: {told}", file=sys.stderr, flush=True)
+                write_json(path, kept)
+        finally:
+            pool.stop()
+        return {name: kept[name] for name in args}
+
+    def _row(self, name: str, args: Mapping[str, Any], made: Mapping[str, Any], scored: Mapping[str, Any] | None) -> Row:
+        if scored is None or scored["status"] != "complete":
+            return Row(None, refused=str((scored or made).get("reason")))
+        recipe, folder = Recipe.from_plain(args["recipe"]), self.folder / "study"
+        arm = {"kind": "folder", "path": str((folder / "built" / args["name"]).resolve())}
+        if self._live(name, made):
+            arm = self._eager(recipe, made)
+        precision = name.partition(", ")[2]
+        integers = precision.startswith("int8") and "weights" not in precision
+        scores = Scores.load(folder / scored["info"]["scores"])
+        steps = Recipe(recipe.steps[len((self.workload.baseline or Recipe()).steps) :])
+        return Row(
+            arm,
+            made["values"]["bytes"],
+            "bf16" if "bf16" in precision else "int8" if integers else "fp32",
+            scores,
+            steps=str(steps),
+        )
 
     def _eager(self, recipe: Recipe, result: Mapping[str, Any]) -> dict[str, Any]:
         kept = result["info"]["checkpoint"]
@@ -199,7 +231,7 @@ class Bench:
 
     def tuned(self, rows: Mapping[str, Row]) -> Row:
         """Eager PyTorch at the best of its settings, by a first timing of them all."""
-        base = rows["eager, float32"]
+        base = rows[EAGER]
         arms = {name: Row({**base.arm, "spec": spec}) for name, spec in TUNED.items()} if base.arm else {}
         timings = self.time({"as it is": base, **arms}, "tuned", 2)
         done = [n for n in arms if speeds(timings, "as it is", n, self.batches)]
@@ -210,17 +242,15 @@ class Bench:
         """All of it, as plain data."""
         found = self.search(budget)
         rows = self.rows()
-        base = rows["eager, float32"].scores
+        base = rows[EAGER].scores
         assert base is not None
         rows["eager, tuned"] = self.tuned(rows)
-        others = {
-            name: Row(**made) for name, made in peers.make(self.workload, self.folder, rows["eager, float32"].arm).items()
-        }
+        others = {name: Row(**made) for name, made in peers.make(self.workload, self.folder, rows[EAGER].arm).items()}
         first = self.time({**rows, **others}, "first", 2)
         able = [n for n, r in rows.items() if r.arm and not n.startswith("eager") and self.within(r, base)]
-        able = [n for n in able if speeds(first, "eager, float32", n, self.batches)]
-        best = sorted(able, key=lambda n: -mean_speed(first, "eager, float32", n, self.batches))[:BEST]
-        quoted = {n: rows[n] for n in ("eager, float32", "eager, tuned", *best)}
+        able = [n for n in able if speeds(first, EAGER, n, self.batches)]
+        best = sorted(able, key=lambda n: -mean_speed(first, EAGER, n, self.batches))[:BEST]
+        quoted = {n: rows[n] for n in (EAGER, "eager, tuned", *best)}
         quoted |= {f"{n}, 2 threads": on_two_threads(rows[n]) for n in best}
         quoted |= {n: r for n, r in others.items() if r.arm} | {"quadriga run --only hardware": self.pick(found)}
         second = self.time(quoted, "second", self.restarts)
@@ -246,11 +276,18 @@ class Bench:
         if row.scores is not None:
             quality = compare(base, row.scores, self.workload.metric, 0.0, 0.975)
             told |= {"quality": quality["value"], "difference": quality["difference"]}
-        for rival in ("eager, float32", "eager, tuned"):
+        for rival in (EAGER, "eager, tuned"):
             told[f"over {rival}"] = {str(b): r.plain() for b in self.batches if (r := _ratio(where, rival, name, b))}
         if (one := where.latency(64, name)) is not None and limits.get(row.precision):
             told |= {"startup": min(where.startup[name]), "peak": flops / one.value / limits[row.precision]}
         return told
+
+
+def wait(pool: ProcessPool) -> tuple[int, dict[str, Any]]:
+    """The next result of a pool."""
+    while True:
+        if (done := pool.next(5.0)) is not None:
+            return done
 
 
 def _ratio(timings: Timings, rival: str, name: str, batch: int) -> Any:
@@ -286,17 +323,17 @@ def verdicts(rows: Sequence[Mapping[str, Any]], timings: Timings, batches: Seque
     ours = {r["name"] for r in rows if r["within"] and r["quoted"] and r["name"] != pick and not r["name"].startswith("peer")}
     theirs = {r["name"] for r in rows if r["within"] and r["quoted"] and r["name"].startswith("peer")}
     for said, names in (("best row", ours), ("best peer", theirs)):
-        able = [n for n in names if speeds(timings, "eager, float32", n, batches)]
-        if not able or not speeds(timings, "eager, float32", pick, batches):
+        able = [n for n in names if speeds(timings, EAGER, n, batches)]
+        if not able or not speeds(timings, EAGER, pick, batches):
             continue
-        best = max(able, key=lambda n: mean_speed(timings, "eager, float32", n, batches))
+        best = max(able, key=lambda n: mean_speed(timings, EAGER, n, batches))
         each = {str(b): {"name": (top := _best(timings, able, b)), **timings.ratio(top, pick, b).plain()} for b in batches}  # type: ignore[union-attr]
         found[said] = {"name": best, "pick is faster by": mean_speed(timings, best, pick, batches), "each": each}
     return found
 
 
 def _best(timings: Timings, names: Sequence[str], batch: int) -> str:
-    return max(names, key=lambda n: timings.ratio("eager, float32", n, batch).value)  # type: ignore[union-attr]
+    return max(names, key=lambda n: timings.ratio(EAGER, n, batch).value)  # type: ignore[union-attr]
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
@@ -317,9 +354,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 def _line(row: Mapping[str, Any]) -> str:
     if row["refused"]:
         return f"| {row['name']} | refused: {row['refused'].splitlines()[0][:160]} | | | | | | | |"
-    cells = [
-        _cell(row[f"over {rival}"].get(b), row["quoted"]) for rival in ("eager, float32", "eager, tuned") for b in ("1", "64")
-    ]
+    cells = [_cell(row[f"over {rival}"].get(b), row["quoted"]) for rival in (EAGER, "eager, tuned") for b in ("1", "64")]
     quality = (
         f"{row['quality']:.4g} ({row['difference']:+.3g}){'' if row['within'] else ', below the floor'}"
         if "quality" in row
