@@ -15,7 +15,6 @@ products which batch size 64 reaches. Rows that were refused say why. Writes a t
 from __future__ import annotations
 
 import argparse
-import math
 import shutil
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import hardware_peers as peers
+from hardware_table import EAGER, PICK, mean_speed, ratio_of, speeds, table, verdicts
 
 from quadriga.core.files import atomic_write, read_json, write_json
 from quadriga.core.recipe import Recipe, Step, step
@@ -41,7 +41,6 @@ from quadriga.workloads import load
 ROOT = Path(__file__).resolve().parents[1]
 TABLE, KEPT = ROOT / "docs/hardware.md", ROOT / "benchmarks/results/hardware.json"
 FLOORS = {"pt": ("-0.5pt", 0.5)}  # unit → floor as it is typed, and its margin; all others half a percent
-EAGER = "eager, float32"
 BEST = 5  # rows that are timed twice
 TASKS = {  # workload → budget of the search
     "lenet_fashion": "3m",
@@ -252,7 +251,7 @@ class Bench:
         best = sorted(able, key=lambda n: -mean_speed(first, EAGER, n, self.batches))[:BEST]
         quoted = {n: rows[n] for n in (EAGER, "eager, tuned", *best)}
         quoted |= {f"{n}, 2 threads": on_two_threads(rows[n]) for n in best}
-        quoted |= {n: r for n, r in others.items() if r.arm} | {"quadriga run --only hardware": self.pick(found)}
+        quoted |= {n: r for n, r in others.items() if r.arm} | {PICK: self.pick(found)}
         second = self.time(quoted, "second", self.restarts)
         return self.plain({**rows, **others, **quoted}, first, second, base, found)
 
@@ -277,33 +276,10 @@ class Bench:
             quality = compare(base, row.scores, self.workload.metric, 0.0, 0.975)
             told |= {"quality": quality["value"], "difference": quality["difference"]}
         for rival in (EAGER, "eager, tuned"):
-            told[f"over {rival}"] = {str(b): r.plain() for b in self.batches if (r := _ratio(where, rival, name, b))}
+            told[f"over {rival}"] = {str(b): r.plain() for b in self.batches if (r := ratio_of(where, rival, name, b))}
         if (one := where.latency(64, name)) is not None and limits.get(row.precision):
             told |= {"startup": min(where.startup[name]), "peak": flops / one.value / limits[row.precision]}
         return told
-
-
-def wait(pool: ProcessPool) -> tuple[int, dict[str, Any]]:
-    """The next result of a pool."""
-    while True:
-        if (done := pool.next(5.0)) is not None:
-            return done
-
-
-def _ratio(timings: Timings, rival: str, name: str, batch: int) -> Any:
-    both = rival in timings.seconds[batch] and name in timings.seconds[batch]
-    return timings.ratio(rival, name, batch) if both else None
-
-
-def speeds(timings: Timings, rival: str, name: str, batches: Sequence[int]) -> list[float]:
-    """How many times faster than the rival, one for each batch size; empty where it failed."""
-    found = [_ratio(timings, rival, name, b) for b in batches]
-    return [r.value for r in found if r is not None] if all(r is not None for r in found) else []
-
-
-def mean_speed(timings: Timings, rival: str, name: str, batches: Sequence[int]) -> float:
-    """Their geometric mean, which is what a search for latency compares."""
-    return math.prod(speeds(timings, rival, name, batches)) ** (1 / len(batches))
 
 
 def on_two_threads(row: Row) -> Row:
@@ -317,65 +293,11 @@ def on_two_threads(row: Row) -> Row:
     return Row({"kind": "folder", "path": str(there)}, row.bytes, row.precision, row.scores, steps=row.steps)
 
 
-def verdicts(rows: Sequence[Mapping[str, Any]], timings: Timings, batches: Sequence[int]) -> dict[str, Any]:
-    """The pick against the best row and against the best peer, in the geometric mean over batch sizes and for each."""
-    pick, found = "quadriga run --only hardware", {}
-    ours = {r["name"] for r in rows if r["within"] and r["quoted"] and r["name"] != pick and not r["name"].startswith("peer")}
-    theirs = {r["name"] for r in rows if r["within"] and r["quoted"] and r["name"].startswith("peer")}
-    for said, names in (("best row", ours), ("best peer", theirs)):
-        able = [n for n in names if speeds(timings, EAGER, n, batches)]
-        if not able or not speeds(timings, EAGER, pick, batches):
-            continue
-        best = max(able, key=lambda n: mean_speed(timings, EAGER, n, batches))
-        each = {str(b): {"name": (top := _best(timings, able, b)), **timings.ratio(top, pick, b).plain()} for b in batches}  # type: ignore[union-attr]
-        found[said] = {"name": best, "pick is faster by": mean_speed(timings, best, pick, batches), "each": each}
-    return found
-
-
-def _best(timings: Timings, names: Sequence[str], batch: int) -> str:
-    return max(names, key=lambda n: timings.ratio(EAGER, n, batch).value)  # type: ignore[union-attr]
-
-
-def table(results: Sequence[Mapping[str, Any]]) -> str:
-    """As Markdown."""
-    lines = ["# Every runtime and precision", "", (__doc__ or "").partition("\n\n    QUADRIGA")[0].strip(), "",
-             (__doc__ or "").partition("a part of it\n\n")[2].strip(), ""]  # fmt: skip
-    for r in results:
-        told = f"Floor {r['floor']}; {r['machine']['instructions']}; the search ended {r['status']}."
-        head = (
-            f"| row | test {r['unit'] or r['metric']} | over eager, batch 1 | batch 64 | over tuned eager, batch 1 | batch 64 |"
-        )
-        lines += [f"## {r['workload']}", "", told, "", f"{head} bytes | start-up s | peak |", "|---" * 9 + "|"]
-        lines += [_line(row) for row in r["rows"]]
-        lines += ["", *[_said(key, r[key]) for key in ("best row", "best peer") if key in r], ""]
-    return "\n".join(lines)
-
-
-def _line(row: Mapping[str, Any]) -> str:
-    if row["refused"]:
-        return f"| {row['name']} | refused: {row['refused'].splitlines()[0][:160]} | | | | | | | |"
-    cells = [_cell(row[f"over {rival}"].get(b), row["quoted"]) for rival in (EAGER, "eager, tuned") for b in ("1", "64")]
-    quality = (
-        f"{row['quality']:.4g} ({row['difference']:+.3g}){'' if row['within'] else ', below the floor'}"
-        if "quality" in row
-        else "–"
-    )
-    name = f"**{row['name']}**: `{row['steps']}`" if row["name"].startswith("quadriga") else row["name"]
-    more = f"{row['startup']:.1f} | {row['peak']:.2f}" if "peak" in row else "– | –"
-    return f"| {name} | {quality} | {' | '.join(cells)} | {row['bytes']:,.0f} | {more} |"
-
-
-def _cell(ratio: Mapping[str, Any] | None, quoted: bool) -> str:
-    if ratio is None:
-        return "–"
-    span = f" ({ratio['low']:.2f} to {ratio['high']:.2f})" if quoted and ratio.get("low") else ""
-    return f"{ratio['value']:.2f}{span}"
-
-
-def _said(key: str, found: Mapping[str, Any]) -> str:
-    each = "; ".join(f"batch {b}: {e['value']:.2f} ({e['low']:.2f} to {e['high']:.2f}) times as fast as {e['name']}"
-                     for b, e in found["each"].items())  # fmt: skip
-    return f"- The pick against the {key}, {found['name']}: {found['pick is faster by']:.2f} times as fast in the mean; {each}."
+def wait(pool: ProcessPool) -> tuple[int, dict[str, Any]]:
+    """The next result of a pool."""
+    while True:
+        if (done := pool.next(5.0)) is not None:
+            return done
 
 
 def keep(results: Sequence[Mapping[str, Any]]) -> None:
@@ -383,7 +305,7 @@ def keep(results: Sequence[Mapping[str, Any]]) -> None:
     kept = {r["workload"]: r for r in read_json(KEPT)["workloads"]} if KEPT.exists() else {}
     kept.update({r["workload"]: r for r in results})
     write_json(KEPT, {"workloads": list(kept.values())})
-    atomic_write(TABLE, table(list(kept.values())))
+    atomic_write(TABLE, table(list(kept.values()), __doc__ or ""))
 
 
 def main() -> None:
@@ -403,7 +325,7 @@ def main() -> None:
             continue
         result = Bench(name, options.work, options.restarts).run(options.budget or budget)
         keep([result])
-        print(table([result]))
+        print(table([result], __doc__ or ""))
 
 
 if __name__ == "__main__":

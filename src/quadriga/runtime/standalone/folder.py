@@ -111,8 +111,10 @@ def _sha256(path: Path) -> str:
 
 
 def cores() -> int:
+    """That this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def needs(error: ImportError, entry: Mapping[str, Any]) -> ImportError:
+    """The error with the command that installs what is missing."""
     return ImportError(f"{error}; this model needs: pip install {' '.join(entry['needs'])}")

@@ -58,6 +58,7 @@ def rebuild(shape: Mapping[str, Any], leaves: list[Tensor]) -> Tree:
 
 
 def shaped(entry: Mapping[str, Any], call: Leaves) -> Callable[..., Tree]:
+    """From tree to tree, around a call from tensors to tensors; a dict may be given as keywords."""
     inputs, outputs = entry["inputs"], entry["outputs"]
 
     def run(tree: Tree = None, **named: Tree) -> Tree:
