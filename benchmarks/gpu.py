@@ -49,6 +49,7 @@ SPECS: dict[str, dict[str, Any]] = {
     "fp16": {"autocast": "fp16"}, "compiled": {"compile": True},
     "graphs": {"compile": True, "compile_mode": "reduce-overhead"},
 }  # fmt: skip
+SLOW = {"compile", "autocast"}  # on a CPU that compiles for minutes, or imitates half precision
 PAIRS = (("bare", "fit"), *(("fit", name) for name in SPECS if name != "fit"))  # a ratio above 1: the second is the faster
 
 
@@ -132,7 +133,7 @@ def restart(number: int, task: Task, steps: int, blocks: int, device: str) -> di
     workload = load(task.reference)
     data, size = workload.train, workload.batch_size
     assert data is not None
-    arms = [name for name in task.arms if device != "cpu" or not SPECS.get(name, {}).get("compile")]
+    arms = [name for name in task.arms if device != "cpu" or not SLOW & set(SPECS.get(name, {}))]
     setups = {}
     for name in arms:
         spec, make = RuntimeSpec(device=device, **SPECS.get(name, {})), partial(task.make, fused=name == "fused")

@@ -246,7 +246,7 @@ def test_the_benchmark_pairs_its_arms(benchmark):
     """Both loops learn alike on the CPU, and every pair of arms that was timed has a ratio."""
     task = benchmark.tasks("0.8M", 100)[0]
     run = benchmark.restart(0, task, steps=30, blocks=2, device="cpu")
-    here = [name for name, fields in benchmark.SPECS.items() if not fields.get("compile")]  # which takes minutes
+    here = [name for name, fields in benchmark.SPECS.items() if not benchmark.SLOW & set(fields)]
     assert {name: len(blocks) for name, blocks in run.items()} == dict.fromkeys(("bare", *here), 2)
     row = benchmark.summary([run, run])
     assert set(row["ratios"]) == {"bare/fit", *(f"fit/{name}" for name in here if name != "fit")}
