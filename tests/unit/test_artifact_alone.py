@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 import torch
@@ -25,11 +26,14 @@ from quadriga.runtime.standalone import RUNTIMES, read_entry, source
 ALONE = """
 import json, sys
 forbidden = set(json.loads(sys.argv[1]))
-class Block:
+class Without:
+    def __init__(self, finder):
+        self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] in forbidden:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
-sys.meta_path.insert(0, Block())
+        return None if name.split(".")[0] in forbidden else self.finder.find_spec(name, path, target)
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+sys.meta_path[:] = [Without(finder) for finder in sys.meta_path]
 sys.path.insert(0, sys.argv[2])
 import torch
 import load
@@ -83,6 +87,9 @@ def others(needs):
     """Modules of all installed distributions that are not needed."""
     allowed = needed(needs)
     owners = metadata.packages_distributions()
+    if "setuptools" in allowed:  # which PyTorch needs, with what it brings along
+        brought = Path(str(metadata.distribution("setuptools").locate_file("setuptools/_vendor")))
+        owners = {m: d for m, d in owners.items() if not (brought / m).exists()}
     return sorted({"quadriga", *(m for m, dists in owners.items() if not allowed & {plain(d) for d in dists})})
 
 
