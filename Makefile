@@ -44,7 +44,7 @@ test: install lint types  ## everything that CI runs: lint, types, unit, contrac
 	$(BIN)/python -m pytest -m "$(UNITS)" tests/system
 
 test-all: install lint types  ## the slow tests too, with every extra
-	@$(PIP) --no-build-isolation -e ".[all,dev]"
+	@$(PIP) --no-build-isolation -e ".[all,ray,dev]"
 	$(BIN)/python -m pytest -m "not gpu and not network"
 
 lint: .venv/.dev-stamp  ## format and rules

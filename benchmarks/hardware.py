@@ -30,7 +30,8 @@ from hardware_table import EAGER, PICK, by_processor, mean_speed, ratio_of, spee
 from quadriga.core.files import atomic_write, read_json, write_json
 from quadriga.core.recipe import Recipe, Step, step
 from quadriga.core.workload import Workload
-from quadriga.engine.pool import Order, ProcessPool, cores
+from quadriga.engine.base import Order
+from quadriga.engine.local import Local, cores
 from quadriga.measure.flops import flops as forward_flops
 from quadriga.measure.latency import paired
 from quadriga.measure.machine import facts
@@ -162,19 +163,19 @@ class Bench:
         path = self.folder / f"{task}.json"
         kept: dict[str, Any] = read_json(path) if path.exists() else {}
         names = [n for n, a in args.items() if kept.get(n, {}).get("hash") != a["hash"]]
-        pool = ProcessPool(self.name, self.folder / "study", 0, cores())
+        engine = Local(self.name, self.folder / "study", 0, cores())
         try:
             for number, name in enumerate(names):
-                pool.submit(Order(number, task, args[name]))
+                engine.submit(Order(number, task, args[name]))
             for _ in names:
-                number, result = wait(pool)
+                number, result = wait(engine)
                 name = names[number]
                 kept[name] = {**result, "hash": args[name]["hash"]}
                 told = result.get("reason") or {k: v for k, v in result["values"].items() if k in ("bytes", "quality")}
                 print(f"[hardware] {self.short}, {name}: {result['status']}: {told}", file=sys.stderr, flush=True)
                 write_json(path, kept)
         finally:
-            pool.stop()
+            engine.stop()
         return {name: kept[name] for name in args}
 
     def _row(self, name: str, args: Mapping[str, Any], made: Mapping[str, Any], scored: Mapping[str, Any] | None) -> Row:
@@ -299,10 +300,10 @@ def on_two_threads(row: Row) -> Row:
     return Row({"kind": "folder", "path": str(there)}, row.bytes, row.precision, row.scores, steps=row.steps)
 
 
-def wait(pool: ProcessPool) -> tuple[int, dict[str, Any]]:
-    """The next result of a pool."""
+def wait(engine: Local) -> tuple[int, dict[str, Any]]:
+    """The next result of an engine."""
     while True:
-        if (done := pool.next(5.0)) is not None:
+        if (done := engine.wait(5.0)) is not None:
             return done
 
 

@@ -15,7 +15,8 @@ from typing import Any
 
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.workload import Workload
-from quadriga.engine.pool import Order, ProcessPool, cores
+from quadriga.engine.base import Order
+from quadriga.engine.local import Local, cores
 from quadriga.measure.latency import paired
 from quadriga.measure.quality import Scores
 from quadriga.verify.quality import compare
@@ -38,7 +39,7 @@ def variants(workload: Workload) -> dict[str, Recipe]:
 def measure(workload: Workload, folder: Path) -> list[dict[str, Any]]:
     """Train, score and time all variants."""
     recipes = variants(workload)
-    pool = ProcessPool(str(workload.reference), folder, 0, cores())
+    engine = Local(str(workload.reference), folder, 0, cores())
     try:
         for task, more in (("realize", {}), ("score", {"split": "test"})):
             for number, recipe in enumerate(recipes.values()):
@@ -48,11 +49,11 @@ def measure(workload: Workload, folder: Path) -> list[dict[str, Any]]:
                     "hash": recipe.hash,
                     "batches": [1, workload.batch_size],
                 }
-                pool.submit(Order(number, task, {**args, **more, **({"folder": f"built/m{number}"} if more else {})}))
-            results = collect(pool, len(recipes), list(recipes))
+                engine.submit(Order(number, task, {**args, **more, **({"folder": f"built/m{number}"} if more else {})}))
+            results = collect(engine, len(recipes), list(recipes))
             values = results if task == "realize" else values  # noqa: F821 (set in the first round)
     finally:
-        pool.stop()
+        engine.stop()
     arms = {f"m{n}": {"kind": "folder", "path": str(folder / "built" / f"m{n}")} for n in range(len(recipes))}
     inputs = {b: workload.inputs(b) for b in (1, workload.batch_size)}
     timings = paired(arms, inputs, restarts=8, blocks=8, block_seconds=0.05, folder=folder / "timing")
@@ -65,11 +66,11 @@ def measure(workload: Workload, folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def collect(pool: ProcessPool, count: int, names: list[str]) -> dict[int, dict[str, float]]:
+def collect(engine: Local, count: int, names: list[str]) -> dict[int, dict[str, float]]:
     """The values of all orders; stops at the first failure."""
     found: dict[int, dict[str, float]] = {}
     while len(found) < count:
-        done = pool.next(5.0)
+        done = engine.wait(5.0)
         if done is None:
             continue
         number, result = done

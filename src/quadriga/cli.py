@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, Parameter
 
@@ -15,6 +15,9 @@ from quadriga.arguments import parse_budget, parse_families, parse_limits
 from quadriga.console import Progress, emit, show, table, tree
 from quadriga.core.errors import BadInput
 from quadriga.exits import STATUS, guarded
+
+if TYPE_CHECKING:
+    from quadriga.engine.opening import Where
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
 Objective = Literal["latency", "bytes", "parameters", "train_cost"]
@@ -40,6 +43,11 @@ def run(
     out: Path = Path("out"),
     only: Annotated[str | None, Parameter(name=["--only", "--families"])] = None,
     seed: int = 0,
+    engine: Literal["local", "ray"] = "local",
+    address: str = "auto",
+    target: str | None = None,
+    live: int | None = None,
+    gpus: float = 0.0,
     as_json: Json = False,
 ) -> int:
     """Search, verify and export the cheapest model above the floor. The same command resumes after an interruption.
@@ -53,12 +61,19 @@ def run(
         out: the folder for the artifact and the report.
         only: families that may be used, such as structure,hardware.
         seed: of everything random.
+        engine: where trials run: in processes of this machine, or on a Ray cluster whose machines all see --out.
+        address: of the Ray cluster: auto, host:port, or local for one on this machine.
+        target: the machine of the cluster on which latency is measured; this one without it.
+        live: trials under way at once, at most; on Ray 64 without it.
+        gpus: that Ray gives each trial; may be a part of one.
         as_json: print the result as one JSON object, last on stdout.
     """
     limits, seconds, families = parse_limits(limit or ()), parse_budget(budget), parse_families(only)
     from quadriga import study, workloads
+    from quadriga.engine.opening import Where
 
-    command = _command(workload, floor, minimize, limits, budget, out, families, seed)
+    where = Where(engine, address, target, live, gpus)
+    command = _command(workload, floor, minimize, limits, budget, out, families, seed, where)
     with Progress() as progress:
         result = study.run(
             workloads.load(workload),
@@ -70,6 +85,7 @@ def run(
             families=families,
             seed=seed,
             command=command,
+            where=where,
             progress=progress,
         )
     if as_json:
@@ -274,12 +290,14 @@ def _command(
     out: Path,
     families: Sequence[str] | None,
     seed: int,
+    where: Where,
 ) -> str:
     """What reproduces a run, to be pasted into a shell."""
     words = ["quadriga", "run", workload, "--floor", floor, "--minimize", minimize]
     for name, bound in limits.items():
         words += ["--limit", f"{name}={bound:g}"]
     words += ["--only", ",".join(families)] if families else []
+    words += [word for name, value in where.changed().items() for word in (f"--{name}", f"{value}")]
     return shlex.join([*words, "--budget", budget, "--seed", str(seed), "--out", str(out)])
 
 

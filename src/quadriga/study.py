@@ -13,6 +13,7 @@ from quadriga.core.files import write_json
 from quadriga.core.metric import Floor
 from quadriga.core.recipe import Recipe
 from quadriga.core.workload import Workload
+from quadriga.engine.opening import Where
 from quadriga.stages.ablate import Ablation, Ablator
 from quadriga.stages.baseline import check_floor, measure_baseline
 from quadriga.stages.compare import compare
@@ -42,6 +43,7 @@ def run(
     families: tuple[str, ...] | None = None,
     seed: int = 0,
     command: str = "",
+    where: Where | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Optimize a workload: search recipes over the four families, ablate, freeze, export, verify, report.
@@ -56,6 +58,8 @@ def run(
         families: those that may be used; all by default.
         seed: of everything random.
         command: what reproduces the run, for the report.
+        where: the engine, the processes of this machine by default; the same study may go on on another, if latency is still
+            measured on a machine of the same kind.
         progress: called with plain data.
 
     Returns:
@@ -67,7 +71,7 @@ def run(
     """
     chosen = {"families": families} if families else {}
     options = Options(Floor.parse(floor), minimize, dict(limits or {}), float(budget), seed=seed, command=command, **chosen)
-    with open_study(workload, options, Path(out), progress or (lambda event: None)) as study:
+    with open_study(workload, options, Path(out), progress or (lambda event: None), where) as study:
         if (done := study.store.get("result")) is not None:
             study.say("done", "this study is finished; its result is shown again")
             write_json(study.folder / "result.json", done)
@@ -82,7 +86,7 @@ def optimize(workload: Workload | str, *, budget: str | float = "10m", quiet: bo
         workload: a `Workload`, a ready-made name, or "file.py:function".
         budget: seconds, or text such as "90s", "10m", "1h30m".
         quiet: show no progress.
-        options: as of `run`: floor, minimize, limits, out, families, seed.
+        options: as of `run`: floor, minimize, limits, out, families, seed, where.
 
     Returns:
         The result object; `result["status"]` is "verified" or "infeasible".

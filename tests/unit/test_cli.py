@@ -23,7 +23,8 @@ from quadriga.doctor import examine
 from quadriga.report.schema import empty_result
 
 FROZEN = {
-    "run": {"--floor", "--minimize", "--limit", "--budget", "--out", "--only", "--families", "--seed", "--json"},
+    "run": {"--floor", "--minimize", "--limit", "--budget", "--out", "--only", "--families", "--seed", "--json"}
+    | {"--engine", "--address", "--target", "--live", "--gpus"},
     "train": {"--recipe", "--out", "--track", "--seed", "--json"},
     "profile": {"--batch", "--lr", "--out", "--seed", "--json"},
     "compare": {"--workload", "--batch", "--out", "--seed", "--json"},

@@ -1,4 +1,4 @@
-"""The store survives a kill; the pool turns crashes, exhausted memory and time limits into results."""
+"""The store survives a kill; the local engine turns crashes, exhausted memory and time limits into results."""
 
 from __future__ import annotations
 
@@ -81,29 +81,64 @@ def workload():
 
 
 @pytest.mark.parametrize(("mood", "status"), [("crash", Status.CRASHED), ("sleep", Status.TIMED_OUT), ("", Status.COMPLETE)])
-def test_the_pool_outlives_its_workers(tmp_path, monkeypatch, mood, status):
-    from quadriga.engine.pool import Order, ProcessPool
+def test_the_engine_outlives_its_workers(tmp_path, monkeypatch, mood, status):
+    from quadriga.engine.base import Order
+    from quadriga.engine.local import Local
 
     file = tmp_path / "odd.py"
     file.write_text(HOSTILE)
     monkeypatch.setenv("MOOD", mood)
-    pool = ProcessPool(f"{file}:workload", tmp_path, 0, 1)
+    engine = Local(f"{file}:workload", tmp_path, 0, 1)
     try:
         recipe = [{"method": "train", "epochs": 1}]
         args = {"recipe": recipe, "hash": "x", "batches": [1]}
-        pool.submit(Order(1, "train", args, limit=8.0 if mood == "sleep" else 120.0))
-        found = wait(pool)
+        engine.submit(Order(1, "train", args, limit=8.0 if mood == "sleep" else 120.0))
+        found = wait(engine)
         assert found[0] == 1 and found[1]["status"] == status, found
         if mood:
-            pool.submit(Order(2, "hello", {"recipe": [], "hash": "y"}, limit=120.0))
-            assert wait(pool)[1]["status"] == Status.COMPLETE
+            engine.submit(Order(2, "hello", {"recipe": [], "hash": "y"}, limit=120.0))
+            assert wait(engine)[1]["status"] == Status.COMPLETE
     finally:
-        pool.stop()
+        engine.stop()
 
 
-def wait(pool):
+def test_orders_are_given_up_and_processes_renewed(tmp_path, monkeypatch):
+    """A cancelled order's result never comes, begun or not; others stay; a renewed engine knows nothing of them."""
+    from quadriga.engine.base import Order
+    from quadriga.engine.local import Local
+
+    file = tmp_path / "odd.py"
+    file.write_text(HOSTILE)
+    monkeypatch.setenv("MOOD", "sleep")
+    engine = Local(f"{file}:workload", tmp_path, 0, 1)
+    try:
+        assert engine.resources().workers == 1 and engine.resources().here
+        hello, slow = {"recipe": [], "hash": "y"}, {"recipe": [{"method": "train", "epochs": 1}], "hash": "x", "batches": [1]}
+        engine.submit(Order(1, "train", slow, limit=120.0))
+        for number in (2, 3):
+            engine.submit(Order(number, "hello", hello, limit=120.0))
+        engine.cancel(2)
+        while engine._workers[0].number != 1:
+            time.sleep(0.01)
+        engine.cancel(1)
+        assert wait(engine)[0] == 3, "the sleeper was ended, the second order never begun"
+        engine.submit(Order(4, "train", slow, limit=120.0))
+        engine.renew()
+        engine.submit(Order(5, "hello", hello, limit=120.0))
+        assert wait(engine)[0] == 5
+        engine.submit(Order(6, "train", slow, limit=120.0))
+        engine.submit(Order(7, "hello", hello, limit=120.0))
+        while engine._workers[0].number != 6:
+            time.sleep(0.01)
+        engine.cancel()
+        assert not engine._waiting and engine._workers[0].number == 6, "what has begun goes on"
+    finally:
+        engine.stop()
+
+
+def wait(engine):
     end = time.monotonic() + 150
     while time.monotonic() < end:
-        if (found := pool.next(1.0)) is not None:
+        if (found := engine.wait(1.0)) is not None:
             return found
     raise AssertionError("nothing came back")

@@ -168,8 +168,7 @@ def test_training_is_timed_in_fresh_processes_and_weighed_by_its_examples(monkey
     )
     study = made("train_cost")
     study.budget, study.folder = SimpleNamespace(left=100.0), None
-    study.pool = SimpleNamespace(stop=lambda: opened.append("stopped"))
-    monkeypatch.setattr("quadriga.stages.training_cost.open_pool", lambda *a: opened.append("opened") or study.pool)
+    study.engine = SimpleNamespace(renew=lambda: opened.append("renewed"))
     study.submit = lambda *a, **k: None
     study.forget = lambda: None
 
@@ -180,7 +179,7 @@ def test_training_is_timed_in_fresh_processes_and_weighed_by_its_examples(monkey
     study.collect_all = collect
     found = time_training(study, Recipe(), samples=250.0)
     assert found["value"] == pytest.approx(8.0) and found["restarts"] == 4 and found["verdict"] == "faster"
-    assert opened == ["stopped", "opened"] * 5
+    assert opened == ["renewed"] * 5
     assert time_training(study, Recipe(), samples=0.0) is None
     study.budget.left = 1.0
     assert time_training(study, Recipe(), samples=250.0) is None

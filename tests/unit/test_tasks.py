@@ -57,10 +57,8 @@ def test_training_and_realising_cost_the_same_and_three_forward_passes_a_sample(
     assert [row["kind"] for row in realized["info"]["fakes"]] == ["bytes"]  # more than the one byte that was claimed
 
 
-class InlinePool:
+class Inline:
     """Does an order when it is asked for, and counts."""
-
-    size = 1
 
     def __init__(self, folder):
         self.desk, self.orders, self.done = desk(folder), [], 0
@@ -68,22 +66,22 @@ class InlinePool:
     def submit(self, order):
         self.orders.append(order)
 
-    def next(self, timeout):
+    def wait(self, timeout):
         order, self.done = self.orders.pop(0), self.done + 1
         return order.number, self.desk.do(order.task, order.args)
 
 
 def test_a_resumed_study_is_not_profiled_again(tmp_path):
-    pool, options = InlinePool(tmp_path), Options(floor="-1pt")
+    engine, options = Inline(tmp_path), Options(floor="-1pt")
     found = []
     for _ in range(2):
         with Store(tmp_path) as store:
             space = Space({}, frozenset(), Recipe(), frozenset())
-            study = Study(tiny_mlp(), options, tmp_path, store, pool, space, lambda event: None)
+            study = Study(tiny_mlp(), options, tmp_path, store, engine, space, lambda event: None)
             order_profile(study)
             study.collect_all(0.0)
             found.append(profile_of(study))
-    assert pool.done == 1 and found[0]["batches"][0]["batch"] == found[1]["batches"][0]["batch"] == 1
+    assert engine.done == 1 and found[0]["batches"][0]["batch"] == found[1]["batches"][0]["batch"] == 1
 
 
 @pytest.mark.parametrize(("mine", "base", "ratio"), [(1.0, 2.0, 0.5), (0.0, 0.0, 0.0), (1.0, 0.0, None), (None, 2.0, None)])

@@ -1,1 +1,1 @@
-"""Where trials run: a pool of local processes, and the store that keeps what they found."""
+"""Where trials run: the engines behind one interface, and the store that keeps what they found."""

@@ -31,7 +31,8 @@ from quadriga.engine.walk import Walked, walk
 from quadriga.measure.arm import load_folder
 from quadriga.measure.ceilings import Ceilings, ceilings
 from quadriga.measure.flops import flops as forward_flops
-from quadriga.measure.latency import quick
+from quadriga.measure.latency import paired, quick
+from quadriga.measure.machine import fingerprint
 from quadriga.measure.quality import score
 from quadriga.measure.roofline import profile
 from quadriga.measure.size import parameters, weight_bytes
@@ -61,9 +62,13 @@ class Desk:
         self._plain: Setup | None = None
         self._floor: Mapping[str, float] | None = None  # {"quality", "margin"} of the baseline on val, once it is known
         self._scrap: list[Path] = []
+        self.machine = fingerprint()
 
     def do(self, task: str, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Carry out a task by name; every way to fail is a plain record with `status` and `reason`."""
+        """Carry out a task by name; every way to fail is a plain record with `status` and `reason`. Each names the machine."""
+        return {**self._done(task, args), "machine": self.machine}
+
+    def _done(self, task: str, args: Mapping[str, Any]) -> dict[str, Any]:
         recipe = Recipe.from_plain(args.get("recipe", []))
         self._floor = args.get("floor")
         try:
@@ -304,6 +309,12 @@ class Desk:
         paces = self._paces(recipe)
         self._probe(recipe, before_train=paces.note)
         return {"values": {}, "info": {"blocks": paces.blocks(args["blocks"], args["seconds"])}}
+
+    def _timings(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Latency of arms in turn, each in its own process, as plain `Timings`: for a driver on another machine."""
+        inputs = {batch: self.workload.inputs(batch) for batch in args["batches"]}
+        found = paired(args["arms"], inputs, folder=self.folder / "timing", **args["how"])
+        return {"values": {}, "info": {"timings": found.plain()}}
 
     def _hello(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         return {"values": {}}

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +34,21 @@ def facts() -> dict[str, Any]:
         "torch": str(torch.__version__),
         "accelerator": torch.cuda.get_device_name() if cuda else None,
     }
+
+
+def fingerprint(of: Mapping[str, Any] | None = None) -> str:
+    """Eight digits that machines share whose timings may be compared: processor, instructions, accelerator, system.
+
+    Args:
+        of: facts; this machine's by default.
+
+    Example:
+        >>> fingerprint() == fingerprint(facts()) != fingerprint({**facts(), "processor": "another"})
+        True
+    """
+    known = (facts() if of is None else of).get
+    kind = [known(name) for name in ("processor", "architecture", "instructions", "accelerator", "system")]
+    return hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:8]
 
 
 def load() -> float | None:

@@ -10,13 +10,13 @@ from typing import Any
 
 from quadriga.core.recipe import Recipe
 from quadriga.core.trial import Trial
-from quadriga.measure.latency import paired
 from quadriga.measure.stats import EQUIVALENT, ratio
 from quadriga.measure.timings import Timings
 from quadriga.search.allocate import SAFE, Bar, Candidate, Score
 from quadriga.stages.baseline import bar
 from quadriga.stages.explore import Explorer, over_limit
 from quadriga.stages.state import TIMING_LEVEL, Study
+from quadriga.stages.timing import timed
 
 
 @dataclass
@@ -115,7 +115,7 @@ class Ablator:
         study = self.study
         waiting = [t for t in templates if study.space.illegal(t) is None and self._trial(t) is None]
         while (waiting or study.running) and study.budget.left > self.reserve:
-            while waiting and study.running < study.pool.size:
+            while waiting and study.running < study.workers:
                 self._submit(waiting.pop(0))
             study.collect(min(1.0, max(0.01, study.budget.left - self.reserve)))
             study.say("ablation", f"{len(waiting) + study.running} of {len(templates)} left")
@@ -160,11 +160,8 @@ class Ablator:
 
     def _round(self, arms: dict[str, dict[str, str]], restarts: int) -> Timings:
         study = self.study
-        inputs = {b: study.workload.inputs(b) for b in study.batches}
         left = max(5.0, study.budget.left - self.reserve)
-        return paired(
-            arms, inputs, restarts=restarts, blocks=6, block_seconds=0.02, folder=study.folder / "timing", budget=left
-        )
+        return timed(study, arms, restarts=restarts, blocks=6, block_seconds=0.02, budget=left)
 
     def _build(self, template: Recipe) -> Path:
         part = self.study.space.cost_part(template)

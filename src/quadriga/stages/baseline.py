@@ -132,7 +132,7 @@ def _submit_costs(study: Study) -> None:
     known = {r.hash for r in (*(t.recipe for t in study.stage("cost")), *study.under_way("cost"))}
     for recipe in study.portfolio:
         part = study.space.cost_part(recipe)
-        if part.hash not in known and study.pool.size > 1 and not study.space.fixed(part):
+        if part.hash not in known and study.workers > 1 and not study.space.fixed(part):
             known.add(part.hash)
             study.submit("cost", "cost", part, limit=study.patience(90))
 

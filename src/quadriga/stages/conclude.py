@@ -11,13 +11,12 @@ from typing import Any
 
 from quadriga.core.recipe import Recipe, Step
 from quadriga.core.trial import Trial
-from quadriga.engine.pool import open_pool
-from quadriga.measure.latency import paired
 from quadriga.measure.quality import Scores
 from quadriga.measure.timings import Timings
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import fastest, lossless_trials
 from quadriga.stages.state import LEVEL, TIMING_LEVEL, Study
+from quadriga.stages.timing import quiet, timed
 from quadriga.stages.training_cost import time_training
 from quadriga.verify.fake import Worth, told
 from quadriga.verify.quality import compare, without_labels
@@ -72,7 +71,7 @@ class Judge:
     """Verifies at most three finalists.
 
     Args:
-        study: the state; its pool is replaced by fresh processes before the sealed split is opened.
+        study: the state; its processes are replaced by fresh ones before the sealed split is opened.
     """
 
     def __init__(self, study: Study) -> None:
@@ -146,9 +145,8 @@ class Judge:
         names = [n for n in arms if n.startswith("lossless-")]
         if len(names) < 2 or self.study.short or self.study.budget.left < 60:
             return arms
-        inputs = {b: self.study.workload.inputs(b) for b in self.study.batches}
         few = {n: arms[n] for n in names}
-        timings = paired(few, inputs, restarts=2, blocks=4, block_seconds=0.03, folder=self.study.folder / "timing", seed=1)
+        timings = timed(self.study, few, restarts=2, blocks=4, block_seconds=0.03, seed=1)
         keep = set()
         for batch in self.study.batches:
             found = {n: m.value for n in names if (m := timings.latency(batch, n)) is not None}
@@ -185,8 +183,7 @@ class Judge:
     def _open_test(self, finalists: list[Finalist]) -> dict[str, Scores]:
         """Score baseline, finalists and controls on test, in processes started for it."""
         study = self.study
-        study.pool.stop()
-        study.pool = open_pool(study.workload, study.folder, study.options.seed)
+        study.engine.renew()
         opened = study.store.get("opened", [])
         study.store.put("opened", [*opened, {"split": "test", "when": time.time(), "by": [f.recipe.hash for f in finalists]}])
         study.say("verification", "scoring on the sealed test split")
@@ -220,13 +217,12 @@ class Judge:
 
     def _time(self, arms: dict[str, dict[str, Any]]) -> Timings:
         study = self.study
-        study.pool.stop()
+        quiet(study)
         arms = self._screen(arms)
         study.say("verification", f"timing {len(arms)} arms in turn, each in its own process")
-        inputs = {b: study.workload.inputs(b) for b in study.batches}
-        return paired(
-            arms, inputs, restarts=5 if self.study.short else 8, blocks=8, block_seconds=0.02 if self.study.short else 0.04,
-            folder=study.folder / "timing", budget=max(10.0, study.budget.left - 4),
+        return timed(
+            study, arms, restarts=5 if self.study.short else 8, blocks=8, block_seconds=0.02 if self.study.short else 0.04,
+            budget=max(10.0, study.budget.left - 4),
         )  # fmt: skip
 
     def _time_training(self, finalist: Finalist) -> None:

@@ -79,7 +79,7 @@ class Explorer:
         """Search until the budget's share is spent or nothing can win any more."""
         study = self.study
         while study.budget.left > self._until():
-            while study.running < study.pool.size and self._start_one():
+            while study.running < study.workers and self._start_one():
                 pass
             if not study.running:
                 break
@@ -323,7 +323,7 @@ def rungs(study: Study, reserve: float) -> tuple[float, ...]:
         top = 4.0
     else:
         epoch = base["seconds"] / base["samples"] * len(train)
-        share = max(5.0, study.budget.left - reserve) * study.pool.size
+        share = max(5.0, study.budget.left - reserve) * study.workers
         top = min(trained_epochs(study.workload.baseline) or 4.0, share / 8 / epoch)
     top = max(top, 0.05)
     lengths = tuple(float(f"{top / ETA**k:.3g}") for k in (2, 1, 0))

@@ -6,8 +6,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from quadriga.engine.pool import open_pool
-from quadriga.measure.machine import facts
 from quadriga.report.schema import complete
 from quadriga.report.verdict import sentence
 from quadriga.stages.conclude import Conclusion
@@ -21,8 +19,7 @@ def keep_winner(study: Study, conclusion: Conclusion, evidence: dict[str, Any]) 
     folder = winner.folder if winner else None
     if study.find(("final", "baseline"), recipe) is None:
         return None
-    study.pool.stop()
-    study.pool = open_pool(study.workload, study.folder, study.options.seed)
+    study.engine.renew()
     args = {"folder": folder, "evidence": evidence, "card": _card(study, evidence)}
     study.submit("artifact", "artifact", recipe, limit=60, args=args)
     done = study.collect_all(study.budget.left - 90)
@@ -42,7 +39,7 @@ def _card(study: Study, evidence: dict[str, Any]) -> dict[str, Any]:
     return {
         "title": f"{workload.name}, {'made cheaper' if winner else 'unchanged: nothing better was found'}",
         "about": sentence(told), "winner": winner, "baseline": evidence["baseline"], "limits": limits,
-        "command": study.options.command, "machine": facts(), "seed": study.options.seed,
+        "command": study.options.command, "machine": dict(study.machine), "seed": study.options.seed,
     }  # fmt: skip
 
 

@@ -16,9 +16,12 @@ from quadriga.core.method import REMEDIES
 from quadriga.core.recipe import Recipe
 from quadriga.core.setup import Setup
 from quadriga.core.workload import Workload
-from quadriga.engine.pool import InlinePool, open_pool
+from quadriga.engine.base import Engine
+from quadriga.engine.local import Inline
+from quadriga.engine.opening import Where, open_engine
 from quadriga.engine.store import Store
 from quadriga.engine.walk import workload_key
+from quadriga.measure.machine import fingerprint
 from quadriga.search.space import Space
 from quadriga.stages.state import Options, Progress, Study
 from quadriga.verify.fake import fakes
@@ -28,12 +31,16 @@ SIMULATED = ("mask", "zeros", "fake_quant")
 
 
 @contextmanager
-def open_study(workload: Workload, options: Options, out: Path, progress: Progress) -> Iterator[Study]:
-    """Check the workload, open the store and the pool; close both at the end, whatever happens.
+def open_study(
+    workload: Workload, options: Options, out: Path, progress: Progress, where: Where | None = None
+) -> Iterator[Study]:
+    """Check the workload, open the store and the engine; close both at the end, whatever happens.
 
     Raises:
-        BadInput: the folder holds another study, or the workload cannot be used, or the floor's unit is not the metric's.
+        BadInput: the folder holds another study, or timings of another machine; or the workload or the engine cannot be used, or
+            the floor's unit is not the metric's.
     """
+    out = out.resolve()  # other machines have another working directory
     with Store(out) as store:
         notes = check(workload)
         _check_unit(workload, options)
@@ -48,14 +55,28 @@ def open_study(workload: Workload, options: Options, out: Path, progress: Progre
         space = Space(
             cards, traits, workload.baseline or Recipe(), frozenset(options.families), options.minimize == "train_cost"
         )
-        pool = open_pool(workload, out, options.seed)
-        study = Study(workload, options, out, store, pool, space, progress)
-        study.notes += notes + _given(model) + _notes(workload, pool) + _left_out(space)
+        engine = open_engine(workload, out, options.seed, where, alike="train_cost" in (options.minimize, *options.limits))
         try:
-            yield study
+            _check_machine(store, engine, out)
+            study = Study(workload, options, out, store, engine, space, progress)
+            study.notes += notes + _given(model) + _notes(workload, engine) + _left_out(space)
+            try:
+                yield study
+            finally:
+                study.budget.keep()
         finally:
-            study.budget.keep()
-            study.pool.stop()
+            engine.close()
+
+
+def _check_machine(store: Store, engine: Engine, out: Path) -> None:
+    """Timings of unlike machines are never compared, so a study stays with the kind of machine that it began with."""
+    now = engine.resources().target
+    was = store.get("machine")
+    if was is not None and fingerprint(was) != fingerprint(now):
+        told = [f"{m['processor']} ({m['instructions']}, {m['accelerator'] or 'no GPU'})" for m in (was, now)]
+        remedy = "go on there, or choose another --out folder"
+        raise BadInput(f"{out} holds timings of another machine: {told[0]}; this one is {told[1]}", remedy)
+    store.put("machine", dict(now))
 
 
 def _for_search(card: Mapping[str, Any], families: Sequence[str]) -> dict[str, Any]:
@@ -74,9 +95,9 @@ def _check_unit(workload: Workload, options: Options) -> None:
         )
 
 
-def _notes(workload: Workload, pool: object) -> list[str]:
+def _notes(workload: Workload, engine: object) -> list[str]:
     notes = []
-    if isinstance(pool, InlinePool):
+    if isinstance(engine, Inline):
         notes.append(
             "the model is a live object that no other process can rebuild: trials ran one after the other in the caller's "
             "process, without isolation or time limits, and eager PyTorch was timed through an exported copy"

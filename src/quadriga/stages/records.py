@@ -9,7 +9,6 @@ from statistics import geometric_mean
 from typing import Any
 
 from quadriga.core.trial import Status
-from quadriga.measure.machine import facts
 from quadriga.report.schema import VERSION
 from quadriga.search.allocate import SAFE
 from quadriga.search.pareto import front
@@ -166,7 +165,7 @@ def records(
         "refused": refused(study),
         "not_allowed": not_allowed(study, explorer, conclusion),
         "notes": list(dict.fromkeys(study.notes)),
-        "environment": facts(),
+        "environment": dict(study.machine),
         "seeds": [options.seed],
         "splits_opened": [{**row, "by": ", ".join(row["by"])} for row in study.store.get("opened", [])],
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""What the stations share: the task, the budget, the store, the pool, and the trials so far."""
+"""What the stations share: the task, the budget, the store, the engine, and the trials so far."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from quadriga.core.metric import Floor
 from quadriga.core.recipe import Recipe
 from quadriga.core.trial import Status, Trial
 from quadriga.core.workload import Workload
-from quadriga.engine.pool import Order, Pool
+from quadriga.engine.base import Engine, Order
 from quadriga.engine.store import Store
+from quadriga.measure.machine import fingerprint
 from quadriga.measure.quality import Scores
 from quadriga.search.space import Space
 
@@ -25,6 +26,7 @@ PROBE = 80  # training steps, as long as which a probe may take
 LEVEL = 0.975  # one-sided, of the quality claim, divided among the finalists (ICH E9 convention)
 TIMING_LEVEL = 0.99
 FINALISTS = 2
+TIMED = ("speed/", "pace", "latency/")  # values that are compared, and hold for one kind of machine
 OBJECTIVES = ("latency", "bytes", "parameters", "train_cost")
 Progress = Callable[[Mapping[str, Any]], None]
 
@@ -116,13 +118,14 @@ class Study:
     """One study's state. The stations read it and add trials to it; nothing else is shared between them."""
 
     def __init__(
-        self, workload: Workload, options: Options, folder: Path, store: Store, pool: Pool, space: Space, progress: Progress
+        self, workload: Workload, options: Options, folder: Path, store: Store, engine: Engine, space: Space, progress: Progress
     ) -> None:
         self.workload, self.options, self.folder = workload, options, folder
-        self.store, self.pool, self.space = store, pool, space
+        self.store, self.engine, self.space = store, engine, space
         self.budget = Budget(options.budget, store)
         self.trials = store.trials()
         self.progress = progress
+        self.machine = engine.resources().target  # facts of the one machine whose timings are compared
         self.notes: list[str] = []
         self.portfolio: list[Recipe] = []
         self._orders: dict[int, tuple[str, Recipe, dict[str, Any]]] = {}
@@ -143,12 +146,12 @@ class Study:
         self.progress({"stage": stage, "text": text, "left": max(0.0, self.budget.left), **numbers})
 
     def submit(self, stage: str, task: str, recipe: Recipe, *, limit: float | None = None, **info: Any) -> int:
-        """Send a recipe to the pool; `info` is kept in the trial."""
+        """Send a recipe to the engine; `info` is kept in the trial."""
         self._count += 1
         always = {"batches": self.batches, "objective": self.options.minimize, "floor": self._floor()}
         args = {"recipe": recipe.plain(), "hash": recipe.hash, **always, **info.pop("args", {})}
         self._orders[self._count] = (stage, recipe, info)
-        self.pool.submit(Order(self._count, task, args, limit if limit is not None else max(5.0, self.budget.left)))
+        self.engine.submit(Order(self._count, task, args, limit if limit is not None else max(5.0, self.budget.left)))
         return self._count
 
     def patience(self, least: float) -> float:
@@ -165,23 +168,36 @@ class Study:
         return None if quality is None else {"quality": quality, "margin": self.options.floor.margin(quality)}
 
     @property
+    def workers(self) -> int:
+        """How many orders the engine runs at once."""
+        return self.engine.resources().workers
+
+    @property
     def running(self) -> int:
         """Orders under way."""
         return len(self._orders)
 
     def collect(self, timeout: float) -> Trial | None:
         """Wait for one order and acknowledge its trial; None when none ended in time."""
-        found = self.pool.next(timeout)
+        found = self.engine.wait(timeout)
         if found is None or found[0] not in self._orders:
             return None
         stage, recipe, info = self._orders.pop(found[0])
-        result = found[1]
+        result = self._comparable(found[1])
         trial = Trial(
             len(self.trials), stage, recipe, self.options.seed, Status(result["status"]), result.get("reason", ""),
             result.get("values", {}), {**info, **result.get("info", {}), **_extra(result)},
         )  # fmt: skip
         self.add(trial)
         return trial
+
+    def _comparable(self, result: dict[str, Any]) -> dict[str, Any]:
+        """The result, unless it was timed on a machine unlike the target: unlike machines are never ranked together."""
+        timed = [name for name in result.get("values", {}) if name.startswith(TIMED)]
+        if not timed or result.get("machine") in (None, fingerprint(self.machine)):
+            return result
+        reason = f"{timed[0]} was measured on a machine unlike {self.machine['processor']}, where this study measures"
+        return {"status": Status.REFUSED, "reason": reason, "machine": result["machine"]}
 
     def add(self, trial: Trial) -> None:
         """Acknowledge a trial: it is durable when this returns."""
@@ -201,7 +217,7 @@ class Study:
     def forget(self) -> int:
         """Give up what is still under way; returns how many orders were dropped. Those that no worker began are not run."""
         dropped = len(self._orders)
-        self.pool.clear()
+        self.engine.cancel()
         self._orders.clear()
         return dropped
 
@@ -249,4 +265,4 @@ class Study:
 
 
 def _extra(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: result[k] for k in ("remedy", "spec", "bad_input", "step") if result.get(k)}
+    return {k: result[k] for k in ("remedy", "spec", "bad_input", "step", "machine") if result.get(k)}

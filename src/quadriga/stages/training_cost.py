@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from quadriga.core.recipe import Recipe
-from quadriga.engine.pool import open_pool
 from quadriga.measure.stats import ratio
 from quadriga.stages.state import TIMING_LEVEL, Study
 
@@ -18,7 +17,7 @@ def time_training(study: Study, recipe: Recipe, samples: float) -> dict[str, Any
     """How many times less processor time (on a GPU: time) its training takes than the baseline's.
 
     Args:
-        study: its pool is replaced by a fresh process for each restart.
+        study: its processes are replaced by fresh ones for each restart.
         recipe: exact.
         samples: examples that its training saw.
 
@@ -40,8 +39,7 @@ def time_training(study: Study, recipe: Recipe, samples: float) -> dict[str, Any
 def _restart(study: Study, recipe: Recipe, seconds: float) -> dict[str, list[float]] | None:
     if study.budget.left < KEPT:
         return None
-    study.pool.stop()
-    study.pool = open_pool(study.workload, study.folder, study.options.seed)
+    study.engine.renew()
     study.submit("step_cost", "step_cost", recipe, args={"blocks": BLOCKS, "seconds": seconds})
     trials = [t for t in study.collect_all(KEPT / 2) if t.ok]
     study.forget()

@@ -1,8 +1,7 @@
-"""A warm pool of worker processes with pinned threads and time limits; and its stand-in for live models."""
+"""The engine of one machine: warm worker processes with pinned threads and time limits; and its stand-in for live models."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import queue
@@ -10,44 +9,17 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections import deque
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
-
-SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
-
-
-@dataclass
-class Order:
-    """A task to be done: its number, name, plain arguments and time limit in seconds."""
-
-    number: int
-    task: str
-    args: Mapping[str, Any] = field(default_factory=dict)
-    limit: float = 3600.0
+from quadriga.engine.base import SINGLE, Order, Resources
+from quadriga.measure.machine import facts
 
 
-class Pool(Protocol):
-    """Takes orders and gives back results in the order in which they finish."""
-
-    size: int
-
-    def submit(self, order: Order) -> None: ...
-
-    def next(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
-        """A finished order's number and result, or None when none came in time."""
-
-    def clear(self) -> None:
-        """Give up the orders that have not begun."""
-
-    def stop(self) -> None: ...
-
-
-class ProcessPool:
+class Local:
     """Workers are separate processes: a crash, an exhausted memory or a time limit ends one trial alone.
 
     Args:
@@ -58,13 +30,18 @@ class ProcessPool:
     """
 
     def __init__(self, reference: str, folder: Path, seed: int, size: int) -> None:
-        self.size = size
+        self._resources = Resources(size, facts(), machines={"here": size})
         self._spec = json.dumps(
             {"parent": os.getpid(), "workload": reference, "folder": str(folder), "seed": seed, "threads": 1}
         )
-        self._orders: queue.Queue[Order | None] = queue.Queue()
+        self._start()
+
+    def _start(self) -> None:
+        self._waiting: deque[Order] = deque()
+        self._given_up: set[int] = set()
+        self._changed = threading.Condition()
         self._results: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
-        self._workers: list[_Worker] = [_Worker(self._spec) for _ in range(size)]
+        self._workers = [_Worker(self._spec) for _ in range(self._resources.workers)]
         self._stopping = False
         self._threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]
         for thread in self._threads:
@@ -72,32 +49,42 @@ class ProcessPool:
 
     def submit(self, order: Order) -> None:
         """Queue an order for the next free worker."""
-        self._orders.put(order)
+        with self._changed:
+            self._waiting.append(order)
+            self._changed.notify()
 
-    def next(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
+    def wait(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
         """A finished order, or None when none came within `timeout` seconds."""
         try:
-            return self._results.get(timeout=max(timeout, 0.001))
+            found = self._results.get(timeout=max(timeout, 0.001))
         except queue.Empty:
             return None
+        return found if found[0] not in self._given_up else None
 
-    def _serve(self, worker: _Worker) -> None:
-        while (order := self._orders.get()) is not None and not self._stopping:
-            result = worker.do(order)
-            if not self._stopping:
-                self._results.put((order.number, result))
+    def cancel(self, number: int | None = None) -> None:
+        """Give up one order, and the process that is at it; or all that no worker has begun."""
+        with self._changed:
+            self._waiting = deque(o for o in self._waiting if number is not None and o.number != number)
+            if number is not None:
+                self._given_up.add(number)
+                for worker in self._workers:
+                    if worker.number == number:
+                        worker.kill()
 
-    def clear(self) -> None:
-        """Give up the orders that no worker has begun."""
-        with contextlib.suppress(queue.Empty):
-            while True:
-                self._orders.get_nowait()
+    def resources(self) -> Resources:
+        """This machine."""
+        return self._resources
+
+    def renew(self) -> None:
+        """Fresh processes, and nothing to do."""
+        self.stop()
+        self._start()
 
     def stop(self) -> None:
         """Kill the workers at once; checkpoints on disk are whole at any moment."""
-        self._stopping = True
-        for _ in self._workers:
-            self._orders.put(None)
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
         while any(thread.is_alive() for thread in self._threads):
             for worker, thread in zip(self._workers, self._threads, strict=True):
                 worker.kill()
@@ -106,12 +93,33 @@ class ProcessPool:
             worker.kill()
             worker.close()
 
+    def close(self) -> None:
+        """As `stop`."""
+        self.stop()
+
+    def _serve(self, worker: _Worker) -> None:
+        while (order := self._take(worker)) is not None:
+            result = worker.do(order)
+            worker.number = None
+            if not self._stopping:
+                self._results.put((order.number, result))
+
+    def _take(self, worker: _Worker) -> Order | None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._stopping)
+            if self._stopping:
+                return None
+            order = self._waiting.popleft()
+            worker.number = order.number
+            return order
+
 
 class _Worker:
     """One process, started ahead of its first task and again after it died."""
 
     def __init__(self, spec: str) -> None:
         self._spec = spec
+        self.number: int | None = None  # of the order that it is at
         self._start()
 
     def _start(self) -> None:
@@ -170,24 +178,23 @@ class _Worker:
                 pipe.close()
 
 
-class InlinePool:
+class Inline:
     """Runs orders in the caller's process, for a live model that no other process can rebuild.
 
     No time limit can be enforced and a crash of the interpreter ends the study; the report says so.
     """
 
-    size = 1
-
     def __init__(self, workload: Workload, folder: Path, seed: int) -> None:
         from quadriga.engine.tasks import Desk
 
         self._desk, self._orders = Desk(workload, folder, seed), list[Order]()
+        self._resources = Resources(1, facts(), machines={"here": 1})
 
     def submit(self, order: Order) -> None:
-        """Queue an order; it runs when `next` is called."""
+        """Queue an order; it runs when `wait` is called."""
         self._orders.append(order)
 
-    def next(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
+    def wait(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
         """Run the oldest order to its end; the caller's threads, precision and random generators stay as they were."""
         from quadriga.core.slots import RuntimeSpec
         from quadriga.train import rng
@@ -199,20 +206,25 @@ class InlinePool:
         with rng.isolated(), settings(RuntimeSpec()):
             return order.number, self._desk.do(order.task, order.args)
 
-    def clear(self) -> None:
-        """Give up what was queued."""
-        self._orders.clear()
+    def cancel(self, number: int | None = None) -> None:
+        """Give up one order, or all: none has begun."""
+        self._orders = [o for o in self._orders if number is not None and o.number != number]
+
+    def resources(self) -> Resources:
+        """This process."""
+        return self._resources
+
+    def renew(self) -> None:
+        """The process is the caller's, and stays as it is."""
+        self.cancel()
 
     def stop(self) -> None:
-        """Nothing runs between two calls of `next`."""
-        self.clear()
+        """Nothing runs between two calls of `wait`."""
+        self.cancel()
 
-
-def open_pool(workload: Workload, folder: Path, seed: int) -> Pool:
-    """Processes when the workload has a reference that they can load, else the caller's own process."""
-    if workload.reference is None:
-        return InlinePool(workload, folder, seed)
-    return ProcessPool(workload.reference, folder, seed, cores())
+    def close(self) -> None:
+        """As `stop`."""
+        self.cancel()
 
 
 def cores() -> int:
