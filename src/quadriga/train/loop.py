@@ -17,8 +17,8 @@ from quadriga.train import rng
 from quadriga.train.factors import set_factors
 from quadriga.train.outcome import Outcome
 from quadriga.train.run import Run
-from quadriga.train.state import kept_tensors
-from quadriga.train.step import entered, prepared
+from quadriga.train.runners import runner_for
+from quadriga.train.step import entered
 from quadriga.train.track import Tracker, current
 
 SHOW = 0.5  # seconds between calls of `progress`
@@ -65,8 +65,8 @@ def fit(
     if not (math.isfinite(epochs) and epochs > 0):
         raise BadInput(f"epochs is {epochs!r}", "give a positive number")
     folder = Path(checkpoint) if checkpoint else None
-    with rng.isolated(), prepared(setup) as runner:
-        put_back = kept_tensors(setup.model)
+    with rng.isolated(), runner_for(setup, folder) as runner:
+        put_back = runner.kept()
         run = Run(setup, data, runner, epochs, seed, clock).opened(start, folder)
         tracked = run.tracked = current(tracker)
         try:
@@ -75,7 +75,7 @@ def fit(
             if run.slower < 1:
                 raise
             put_back()
-            setup.model.zero_grad(set_to_none=True)
+            runner.model.zero_grad(set_to_none=True)
             run = Run(setup, data, runner, epochs, seed, clock, SLOWER, run.costs()).opened(start, folder)
             run.tracked = tracked
             back = f"{error}; went back to step {run.done} and on at {SLOWER:g} of the rate"
@@ -90,12 +90,13 @@ def train(run: Run, folder: Path | None, every: float, progress: Callable[[float
     if run.finished:
         return
     saved = shown = run.clock()
+    runner = run.runner
     with closing(run.loader), entered(hook.train(run.model, run.data) for hook in run.hooks):
         while not run.over:
             advance(run)
             run.tracked.tell(run)
             now = run.clock()
-            if folder and now - saved >= every and not run.over:
+            if folder and not run.over and runner.agreed(now - saved) >= every:
                 run.save(folder)
                 saved = run.clock()
             if progress and now - shown >= SHOW:
@@ -103,8 +104,8 @@ def train(run: Run, folder: Path | None, every: float, progress: Callable[[float
                 shown = now
     for hook in run.hooks:
         plain = run.data.batches(run.sampler.batch_size)
-        hook.end(run.model, (run.runner.layout(run.runner.place(batch)) for batch in plain))
-    run.watch.look_at_weights(run.model, run.done - 1, run.rate)
+        hook.end(run.model, (runner.layout(runner.place(batch)) for batch in plain))
+    run.watch.look_at_weights(runner.finite(), run.done - 1, run.rate)
     run.spent, run.finished = run.costs(), True
     run.covered = min(run.covered, run.position / len(run.data))  # less where a hook stopped: what continues goes on from here
     run.tracked.tell(run)
@@ -119,15 +120,16 @@ def advance(run: Run) -> None:
     if run.hooks or factors != run.applied:  # hooks may change a group's entries
         set_factors(run.optimizer, run.bases, factors)
         run.applied = factors
-    batch, run.position = run.loader.draw(run.position, run.step, run.size(factors), progress)
+    size = run.size(factors)
+    batch, run.position = run.loader.draw(run.position, run.step, size, progress)
     run.watch.see(run.done, run.rate, run.runner.forward_backward(batch))
     run.runner.unscale(run.optimizer)
     for hook in run.watching:
-        hook.seen(batch, run.runner.losses)
+        hook.seen(*run.runner.observed(batch))
     for hook in run.hooks:
         hook.after_backward(run.model, progress)
     run.runner.update(run.optimizer)
-    run.done, run.step, run.samples = run.done + 1, run.step + 1, run.samples + len(batch)
+    run.done, run.step, run.samples = run.done + 1, run.step + 1, run.samples + size
     for hook in run.hooks:
         hook.after_step(run.model, run.progress)
     show(run, progress)

@@ -86,10 +86,10 @@ class Watch:
         self.recent.extend(losses)
         self.pending.clear()
 
-    def look_at_weights(self, model: nn.Module, step: int, rate: float) -> None:
+    def look_at_weights(self, finite: bool, step: int, rate: float) -> None:
         """The last update may have spoilt what no later loss shows. Raises Diverged if a weight is not finite."""
         self.look()
-        if not all(bool(p.detach().isfinite().all()) for p in model.parameters()):
+        if not finite:
             raise Diverged(step, float(rate), math.nan)
 
     @property

@@ -16,8 +16,9 @@ from quadriga.core.data import Data
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
 from quadriga.core.slots import PLAIN, Factors, Hook
+from quadriga.parallel.share import Share
 from quadriga.train import rng
-from quadriga.train.checkpoint import State, read_state, save_state
+from quadriga.train.checkpoint import State
 from quadriga.train.config import check_same, config_of, machine
 from quadriga.train.data import Loader, Sampler, count_steps
 from quadriga.train.factors import group_bases, product
@@ -42,7 +43,7 @@ class Run:
     ) -> None:  # fmt: skip
         rng.seed_all(rng.derive("global", seed))
         self.setup, self.data, self.runner, self.epochs, self.seed, self.clock = setup, data, runner, epochs, seed, clock
-        self.model, training = setup.model, setup.training
+        self.model, training = runner.model, setup.training
         self.optimizer = setup.optimizer.make(self.model)
         self.bases = group_bases(self.optimizer)
         self.schedules = (*training.schedules, *setup.optimizer.schedules)
@@ -50,12 +51,14 @@ class Run:
             *(make(self.model, self.optimizer) for make in setup.optimizer.make_hooks),
             *(make(self.model) for make in training.make_hooks),
         )
+        runner.accept(self.optimizer, self.hooks)
         self.watching, self.looking = overriding(self.hooks, "seen"), [h for h in self.hooks if h.interval]
         here, selects = resident(data, runner.device), [h.select for h in overriding(self.hooks, "select")]
         home = torch.device("cpu") if selects else home_of(here)  # what chooses looks at indices, and must not wait for them
         self.sampler = Sampler(len(data), training.batch_size, seed, home)
-        feed = None if here.resident else Feed(here, seed, None if selects else self.upcoming, runner.device)
-        self.loader = Loader(here, self.sampler, training.transforms, runner.place, runner.layout, selects, feed)
+        whole = Share() if training.transforms else runner.share  # a transform draws for the batch as one
+        feed = None if here.resident else Feed(here, seed, None if selects else self.upcoming, runner.device, whole)
+        self.loader = Loader(here, self.sampler, training.transforms, runner.place, runner.layout, selects, feed, runner.share)
         self.tracked = Tracked(None)
         self.watch = Watch(1 if runner.device.type == "cpu" else WINDOW)
         self.done = self.samples = self.step = self.position = self.begun = 0
@@ -68,13 +71,15 @@ class Run:
         if start:
             self.begin(Path(start))
         self.settle()
-        if folder and (state := read_state(folder, fall_back=True)):
+        if not start:
+            self.runner.part()
+        if folder and (state := self.runner.read(folder, fall_back=True)):
             self.resume(state, folder)
         return self
 
     def begin(self, folder: Path) -> None:
         """Take over from a finished train step."""
-        state = read_state(folder)
+        state = self.runner.read(folder)
         extra = state.extra if state else {}
         if state is None or not extra["finished"]:
             raise BadInput(f"{folder} holds no finished checkpoint", "finish that train step first")
@@ -96,7 +101,7 @@ class Run:
         self.begun, self.span = self.position, steps * self.sampler.batch_size
         self.covered += self.epochs
         self.machine = machine(self.setup.runtime.device)
-        self.config = config_of(self.setup, self.optimizer, self.bases, self.hooks, len(self.data))
+        self.config = config_of(self.setup, self.optimizer, self.runner.groups(self.optimizer), self.hooks, len(self.data))
         self.config |= {"epochs": float(self.epochs), "seed": self.seed, "start": self.origin}
 
     def resume(self, state: State, folder: Path) -> None:
@@ -118,7 +123,7 @@ class Run:
             if type(hook).__qualname__ == name:
                 hook.load_state_dict(kept)
         self.runner.load_state(extra["runner"])
-        rng.restore(extra["rng"])
+        self.runner.restore(extra["rng"])
 
     @property
     def progress(self) -> float:
@@ -151,21 +156,22 @@ class Run:
 
     def size(self, factors: Factors) -> int:
         """Of a batch under these factors."""
-        return max(1, round(self.sampler.batch_size * factors.batch))
+        return min(max(1, round(self.sampler.batch_size * factors.batch)), self.sampler.length)
 
     def upcoming(self, position: int) -> Tensor:
         """Indices [batch] of the batch that starts at a position, unless hooks change their mind; none after the last."""
         if position - self.begun >= self.span:
             return torch.empty(0, dtype=torch.int64)
         size = self.size(self.factors(self.progress_at(position)))
-        return self.sampler.indices(position, min(size, self.sampler.length))
+        return self.sampler.indices(position, size)
 
     def quality(self) -> float:
         """Of the model as the hooks want it evaluated, on val."""
         evaluate = self.setup.context.evaluate
         assert evaluate is not None
-        with keeping_mode(self.model), entered(hook.eval(self.model) for hook in self.hooks):
-            found = evaluate(self.model)
+        shown = entered(hook.eval(self.model) for hook in self.hooks)
+        with keeping_mode(self.model), shown, self.runner.evaluated() as whole:
+            found = self.runner.agreed(evaluate(whole))
         self.tracked.log(self.done, {"quality": found})
         return found
 
@@ -182,7 +188,7 @@ class Run:
         hooks = [(type(h).__qualname__, h.state_dict()) for h in self.hooks]
         facts = {"config": self.config, "machine": self.machine, "recent": list(self.watch.recent), "spent": self.costs()}
         extra = {**{k: getattr(self, k) for k in names}, **facts, "hooks": hooks, "runner": self.runner.state()}
-        save_state(folder, self.model, self.optimizer, {**extra, "rng": rng.capture()})
+        self.runner.save(folder, self.optimizer, {**extra, "rng": self.runner.generators()})
 
     def outcome(self, folder: Path | None) -> Outcome:
         """The report."""
