@@ -13,6 +13,7 @@ from typing import Any
 from quadriga.core.files import read_json, write_json
 from quadriga.core.recipe import Recipe
 from quadriga.core.slots import RuntimeSpec
+from quadriga.parallel import group
 
 
 class Decisions:
@@ -20,7 +21,7 @@ class Decisions:
 
     A decision belongs to the workload, the seed, the step that asks with the steps before it that shape the network, and the
     specification that the whole recipe ends in. What is kept is JSON, and it is read back even where it was just computed,
-    so the first process and the others go on with equal data.
+    so the first process and the others go on with equal data. Of processes that train together the first one measures.
 
     Args:
         folder: where `<hash>.json` files are kept; None keeps them in memory, for this walk.
@@ -43,7 +44,7 @@ class Decisions:
         asked = {"whose": self.whose(), "steps": self.prefix.plain(), "runtime": asdict(self.spec), "key": key}
         name = digest(asked)
         if name not in self.made:
-            self.made[name] = self._kept(name, asked, compute)
+            self.made[name] = group.same(lambda: self._kept(name, asked, compute))
         return json.loads(json.dumps(self.made[name]["value"]))
 
     @property

@@ -35,6 +35,7 @@ from quadriga.measure.latency import quick
 from quadriga.measure.quality import score
 from quadriga.measure.roofline import profile
 from quadriga.measure.size import parameters, weight_bytes
+from quadriga.parallel import group
 from quadriga.train.loop import fit
 from quadriga.verify.equal import equal
 from quadriga.verify.fake import fakes
@@ -78,9 +79,13 @@ class Desk:
         except MemoryError as error:
             return {"status": Status.OUT_OF_MEMORY, "reason": f"out of memory: {error}"}
         except RuntimeError as error:
+            if group.together():  # another rank died, or will have to: all start again
+                raise
             memory = "not enough memory" in str(error) or "out of memory" in str(error)
             return {"status": Status.OUT_OF_MEMORY if memory else Status.CRASHED, "reason": _brief(error)}
         except Exception as error:  # a trial's crash is a result; the search goes on
+            if group.together():
+                raise
             return {"status": Status.CRASHED, "reason": _brief(error)}
         finally:
             while self._scrap:
@@ -168,6 +173,11 @@ class Desk:
     def _layers(self, model: nn.Module, batch: int, limits: Ceilings) -> dict[str, Any]:
         rows = profile(model, self.workload.inputs(batch), repeats=50, seconds=1.0, ceiling=limits)
         return {"batch": batch, "seconds": sum(row["seconds"] for row in rows), "layers": rows}
+
+    def _follow(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Train, and nothing else: what all processes do that train together."""
+        self._walk(recipe, args)
+        return {"values": {}}
 
     def _train(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Train, realise, and measure quality on val through the very runtime that the recipe names."""

@@ -257,8 +257,10 @@ def prefix_key(workload: Workload, recipe: Recipe, index: int, seed: int, decide
 
     Args:
         decided: the mark of the decisions made before it, since they may have given the network another shape.
+
+    Steps that only lay training out over processes are left out, so that a run goes on with more or fewer of them.
     """
-    steps = Recipe(recipe.steps[: index + 1]).plain()
+    steps = Recipe(tuple(s for s in recipe.steps[: index + 1] if s.is_train or not build(s).lays_out())).plain()
     text = json.dumps([workload_key(workload), seed, steps, *([decided] if decided else [])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
