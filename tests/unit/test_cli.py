@@ -24,7 +24,7 @@ from quadriga.report.schema import empty_result
 
 FROZEN = {
     "run": {"--floor", "--minimize", "--limit", "--budget", "--out", "--only", "--families", "--seed", "--json"},
-    "train": {"--recipe", "--out", "--track", "--seed", "--json"},
+    "train": {"--recipe", "--out", "--track", "--nproc", "--restarts", "--seed", "--json"},
     "profile": {"--batch", "--lr", "--out", "--seed", "--json"},
     "compare": {"--workload", "--batch", "--out", "--seed", "--json"},
     "verify": {"--json"},

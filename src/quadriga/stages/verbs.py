@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quadriga.core import world
 from quadriga.core.errors import BadInput
 from quadriga.core.files import write_json
-from quadriga.core.recipe import Recipe
+from quadriga.core.recipe import Recipe, step
 from quadriga.core.roofline import bounds
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
 from quadriga.engine.tasks import Desk
 from quadriga.measure.ceilings import ceilings
 from quadriga.measure.roofline import profile as layers
+from quadriga.methods import available
+from quadriga.parallel import group
 from quadriga.report.profiled import write as write_profile
-from quadriga.train.track import open_tracker, tracking
+from quadriga.train.track import Tracker, open_tracker, tracking
 from quadriga.workloads.check import check
 
 
@@ -41,6 +45,9 @@ def train(
         track: "jsonl", "tensorboard" or "mlflow": where the course of the training is written, below out/track.
         progress: called with plain data.
 
+    Where torchrun or srun started several processes, they train together; then the first one measures and writes, and the
+    others are done: they return an empty result. A recipe without a plan for them is trained data-parallel.
+
     Raises:
         BadInput: the recipe does not apply to this workload, or the training diverged.
     """
@@ -50,6 +57,12 @@ def train(
     say = progress or (lambda event: None)
     folder = folder_for(out)
     desk = Desk(workload, folder, seed, lambda part: say({"stage": "train", "text": f"{part:.0%} of this train step"}))
+    if (here := world.found()).size > 1:
+        recipe = planned(recipe)
+        _train_together(desk, recipe, open_tracker(track, folder / "track", recipe.hash) if track and here.first else None)
+        if not here.first:
+            return {}
+        track = None
     with tracking(open_tracker(track, folder / "track", recipe.hash) if track else None) as tracked:
         trained = done(desk.do("train", {"recipe": recipe.plain(), "hash": recipe.hash}), "the recipe")
         tracked.log(0, {name: trained["values"][name] for name in ("quality", "bytes", "parameters")})
@@ -66,6 +79,21 @@ def train(
     result = {**facts, "unit": workload.metric.unit, **trained["values"], "artifact": "artifact" if made else None, **note}
     write_json(folder / "train.json", result)
     return result
+
+
+def _train_together(desk: Desk, recipe: Recipe, tracker: Tracker | None) -> None:
+    """All train steps, by all processes, which then part."""
+    group.join()
+    with tracking(tracker):
+        done(desk.do("follow", {"recipe": recipe.plain(), "hash": recipe.hash}), "the recipe")
+    group.leave()
+
+
+def planned(recipe: Recipe) -> Recipe:
+    """The recipe with data parallelism in front, if none of its steps says how processes train together."""
+    if any(not s.is_train and available()[s.method].ranks for s in recipe.steps):
+        return recipe
+    return replace(recipe, steps=(step("data_parallel"), *recipe.steps))
 
 
 def done(result: Mapping[str, Any], what: str) -> Mapping[str, Any]:
