@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hardware matrix bench-gpu kills clean
+.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hardware bench-parallel bench-faults matrix bench-gpu kills clean
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -55,8 +55,8 @@ types: .venv/.dev-stamp  ## mypy, strict over the core, the composer and the pub
 	$(BIN)/mypy
 
 # The data that every checkout has, so that tables can be compared.
-bench bench-spine bench-structure bench-training bench-hardware: export QUADRIGA_DATA = shipped
-bench: bench-spine bench-structure bench-training bench-hardware matrix  ## every table of docs/, in one go (hours; each goes on where it stopped)
+bench bench-spine bench-structure bench-training bench-hardware bench-parallel bench-faults: export QUADRIGA_DATA = shipped
+bench: bench-spine bench-structure bench-training bench-hardware bench-parallel matrix  ## every table of docs/, in one go (hours; each goes on where it stopped)
 
 bench-spine: .venv/.run-stamp  ## the mission's own combination, as a table; coverage of every interval and the A/A test
 	$(BIN)/python benchmarks/mission.py
@@ -81,6 +81,12 @@ bench-training: .venv/.dev-stamp  ## the loop beside other trainers; augmentatio
 bench-hardware: .venv/.dev-stamp  ## every runtime and precision beside other tools' own int8, and what the search picks (an hour)
 	@$(PIP) --no-deps executorch torchao ruamel.yaml tabulate flatbuffers
 	$(BIN)/python benchmarks/hardware.py
+
+bench-parallel: .venv/.run-stamp  ## training in 2 and 4 processes against one: gradients, weights, memory, traffic, checkpoints (10 minutes)
+	$(BIN)/python benchmarks/parallel.py
+
+bench-faults: .venv/.run-stamp  ## kill one of two processes that train, twenty times, and look how they go on (10 minutes)
+	$(BIN)/python benchmarks/faults.py
 
 matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (half an hour)
 	$(BIN)/python benchmarks/matrix.py --jobs 2
