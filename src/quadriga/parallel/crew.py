@@ -59,10 +59,11 @@ class Crew:
             WorkerFailed: a worker raised an error or was killed.
             BadInput, NotApplicable, Diverged, MemoryError: as a worker raised it.
         """
-        for pipe in connection.wait(list(self.processes), timeout):
+        ready: list[Any] = connection.wait(list(self.processes), timeout)
+        for pipe in ready:
             rank, process = self.processes.pop(pipe)
             try:
-                told = pipe.recv()
+                told: dict[str, Any] | None = pipe.recv()
             except EOFError:
                 told = None
             pipe.close()

@@ -95,7 +95,7 @@ class Combiner:
         if not any(p.requires_grad for p in setup.model.parameters()):
             return None
         try:
-            loss = one_step(setup)
+            loss = one_step(setup).loss
         except NotApplicable as refusal:
             return Outcome(REFUSED, "step", str(refusal))
         if math.isfinite(loss) and finite(setup.model, self.workload.example):

@@ -218,7 +218,7 @@ class Run:
         told = stale.told(wanted.workers) if wanted and stale and self.stale.updates else ""
         notes = (self.note, self.loader.feed.note if self.loader.feed else "", self.tracked.note, told)
         note = "; ".join(filter(None, notes))
-        plain = stale and stale.plain()
+        plain = None if stale is None else stale.plain()
         return Outcome(self.samples, self.done, *self.spent, self.watch.mean, folder, note, self.hooks, plain)
 
     @property

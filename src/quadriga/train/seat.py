@@ -1,10 +1,10 @@
-"""A worker's place at a train step that several make: it takes batches from one stream and measures how stale its updates are."""
+"""A worker's place at a train step that several make: it draws from one stream and measures how stale its updates are."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -97,3 +97,10 @@ class Seat:
 
     def watch(self) -> None:
         """Called while it waits."""
+
+    def still(self, run: Run) -> AbstractContextManager[None]:
+        """Entered to look at the weights while nobody changes them; a place from which nobody looks has no say in it."""
+        return nullcontext()
+
+    def close(self, run: Run) -> None:
+        """The run leaves its loop."""

@@ -20,10 +20,12 @@ class Hogwild(Method):
     A batch of the stream goes to exactly one worker, by turns as they are free, so that an epoch sees every example once and
     schedules follow what all have done together. Batch statistics and the optimizer's state are shared like the weights: sgd,
     with momentum too, adam, adamw, nadam, rmsprop, adagrad and muon, which change tensors in place. Momentum adds to the
-    inertia that staleness brings anyway, so with many workers less of it is better. An optimizer that counts in its
-    groups or replaces its state is refused, and so are, with the reason, methods that keep a state from step to step (averages,
-    lookahead, early stopping, gradual pruning, qat), that choose examples by their losses (prune_data), `compile`, fp16 and a
-    GPU. Checkpoints are taken between two steps of everybody, and a killed train step goes on from the last; a worker that dies ends it.
+    inertia that staleness brings anyway, so with many workers less of it is better.
+
+    Refused, with the reason: an optimizer that counts in its groups or replaces its state; methods that keep a state from step
+    to step (averages, lookahead, early stopping, gradual pruning, qat) or choose examples by their losses (prune_data);
+    `compile`, fp16 and a GPU. Checkpoints are taken between two steps of everybody, and a killed train step goes on from the
+    last; a worker that dies ends it.
 
     Equal seeds give the same batches but not the same weights, since who comes first is chance: NONDETERMINISTIC. One worker is
     plain training to the bit. The threads of the process are divided among the workers; each starts anew with PyTorch, which
