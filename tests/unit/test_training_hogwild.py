@@ -258,7 +258,7 @@ def ready(method=None, workload=tiny_mlp, **fields):
 def refusal(setup, workload=tiny_mlp):
     with pytest.raises(NotApplicable) as caught:
         fit(setup, workload().train, epochs=2, seed=0)
-    assert caught.value.remedy
+    assert caught.value.remedy and caught.value.__notes__ == ["hogwild"]
     return caught.value.reason
 
 
@@ -284,6 +284,7 @@ def test_what_keeps_a_state_beside_tensors_is_refused():
             hogwild.check_run(type("R", (), {"setup": replace(setup, runtime=spec)}))
     with pytest.raises(NotApplicable, match="already"):
         Hogwild()(ready())
+    assert fit(Hogwild(workers=1)(build(step("ema"))(Setup.of(tiny_mlp(), seed=0))), tiny_mlp().train, epochs=1, seed=0).exact
     with pytest.raises(BadInput, match=r"hogwild\.workers is 0"):
         Hogwild(workers=0)
 

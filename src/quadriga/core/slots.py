@@ -128,10 +128,12 @@ class Asynchronous:
     Args:
         workers: processes, that of the loop among them.
         scale: whether an update's rate is multiplied by 1 / (1 + its staleness).
+        asked_by: the method that wants it, for messages.
     """
 
     workers: int
     scale: bool = False
+    asked_by: str = ""
 
 
 @dataclass(frozen=True)

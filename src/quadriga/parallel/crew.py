@@ -94,9 +94,8 @@ class Crew:
 
     def _raised(self, rank: int, error: str, args: tuple[Any, ...], text: str) -> Exception:
         if error in OURS:
-            found: Exception = OURS[error](*args)
-        else:
-            found = WorkerFailed(f"worker {rank} of {self.workers} raised {error}: {args[0]}")
+            return OURS[error](*args)
+        found = WorkerFailed(f"worker {rank} of {self.workers} raised {error}: {args[0]}")
         found.add_note(f"in worker {rank} of {self.workers}:\n{text}")
         return found
 

@@ -16,7 +16,8 @@ from operator import mul
 
 import torch
 
-from quadriga.core.slots import PLAIN
+from quadriga.core.errors import NotApplicable
+from quadriga.core.slots import PLAIN, Asynchronous
 from quadriga.parallel.block import Block
 from quadriga.parallel.board import RECENT, Board
 from quadriga.parallel.crew import Crew
@@ -33,24 +34,24 @@ class Lead(Seat):
         run: its first step is made, so that the optimizer's state is there.
         advance: a step of the loop.
         workers: with this one.
-        scale: as in `Measured`.
+        wanted: what was asked for.
     """
 
-    def __init__(self, run: Run, advance: Advance, workers: int, scale: bool) -> None:
-        self.threads = torch.get_num_threads()
+    def __init__(self, run: Run, advance: Advance, workers: int, wanted: Asynchronous) -> None:
+        self.wanted, self.threads = wanted, torch.get_num_threads()
         start = {name: getattr(run, name) for name in ("position", "step", "done", "samples")}
         lock = torch.multiprocessing.get_context("spawn").Lock()
         board = Board(workers, lock, {**start, "asked": 1})  # everybody stands still until all are there
         for place, loss in enumerate(run.watch.recent, run.done - len(run.watch.recent)):
             board.see["losses"][place % RECENT] = loss
         shared = common(run)
-        super().__init__(run, board, Block(shared), 0, scale)
+        super().__init__(run, board, Block(shared), 0, wanted.scale)
         for name, t in shared.items():
             t.data = self.block.view(name)
         share, state = max(1, self.threads // workers), tuple((name, key) for name, key, _ in states_of(run))
         job = Job(
             run.setup.context.again or partial(sent, bare(run.setup), run.data), advance, self.block, board, state,
-            run.epochs, run.seed, run.begun, run.span, run.slower, scale, share,
+            run.epochs, run.seed, run.begun, run.span, run.slower, wanted.scale, share,
         )  # fmt: skip
         self.crew: Crew | None = None
         try:
@@ -69,13 +70,14 @@ class Lead(Seat):
 
     def claim(self, run: Run) -> bool:
         """As a seat's; when nothing is left, the others have ended and the weights are this process's own again."""
-        self.watch()
-        if any(hook.stopped for hook in run.hooks):
-            self.board["stop"] = 1
-        if super().claim(run):
-            return True
         assert self.crew is not None
-        self.crew.finish()
+        with named(self.wanted):
+            self.watch()
+            if any(hook.stopped for hook in run.hooks):
+                self.board["stop"] = 1
+            if super().claim(run):
+                return True
+            self.crew.finish()
         self.collect(run)
         self.close(run)
         return False
@@ -119,9 +121,25 @@ def gather(run: Run, advance: Advance) -> None:
         WorkerFailed: one of them did not come up.
     """
     wanted = run.setup.training.asynchronous
-    if wanted is None:
+    if wanted is None or wanted.workers < 2:
         return
-    check_run(run)
+    with named(wanted):
+        check_run(run)
+        join(run, advance, wanted)
+
+
+@contextmanager
+def named(wanted: Asynchronous) -> Iterator[None]:
+    """A refusal inside says which method it was, for those who may leave it out."""
+    try:
+        yield
+    except NotApplicable as refusal:
+        refusal.add_note(wanted.asked_by)
+        raise
+
+
+def join(run: Run, advance: Advance, wanted: Asynchronous) -> None:
+    """A first step alone, then the others come; nobody does for fewer steps than two workers could share."""
     left = math.ceil((run.span - (run.position - run.begun)) / run.sampler.batch_size)
     workers = min(wanted.workers, left - 1)
     if workers < 2 or not run.next():
@@ -129,4 +147,4 @@ def gather(run: Run, advance: Advance) -> None:
     before = numbers_of(run.optimizer)
     advance(run)
     check_optimizer(run.optimizer, before)
-    run.crew = Lead(run, advance, workers, wanted.scale)
+    run.crew = Lead(run, advance, workers, wanted)

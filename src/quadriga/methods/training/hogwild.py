@@ -63,5 +63,5 @@ class Hogwild(Method):
             raise NotApplicable(f"the model trains on {setup.runtime.device}, where processes take turns", "train on the CPU")
         if setup.runtime.compile:
             raise NotApplicable("every worker would compile the training step for itself", "leave out compile")
-        asked = Asynchronous(self.workers, self.scale)
+        asked = Asynchronous(self.workers, self.scale, self.name)
         return replace(setup, training=replace(setup.training, asynchronous=asked))
