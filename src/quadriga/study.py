@@ -70,6 +70,7 @@ def run(
     with open_study(workload, options, Path(out), progress or (lambda event: None)) as study:
         if (done := study.store.get("result")) is not None:
             study.say("done", "this study is finished; its result is shown again")
+            write_json(study.folder / "result.json", done)
             return dict(done)
         return _stations(study)
 

@@ -38,6 +38,13 @@ def made(minimize="latency", limits=None):
     return study
 
 
+def test_probes_of_a_slow_model_have_longer():
+    pace = [Trial(0, "pace", Recipe(), values={"seconds": 344.0, "step": 2.5})]
+    assert Study.patience(SimpleNamespace(stage=lambda name: pace if name == "pace" else []), 90) == 200
+    assert Study.patience(SimpleNamespace(stage=lambda name: pace if name == "pace" else []), 600) == 600
+    assert Study.patience(SimpleNamespace(stage=lambda name: []), 60) == 60
+
+
 def test_time_between_sessions_does_not_count(tmp_path):
     now = [100.0]
     with Store(tmp_path) as store:

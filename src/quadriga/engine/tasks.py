@@ -251,7 +251,8 @@ class Desk:
         fit(setup, self.workload.train, epochs=few / len(self.workload.train), seed=self.seed)
         outcome = fit(setup, self.workload.train, epochs=2 * few / len(self.workload.train), seed=self.seed)
         epochs = sum(s.fields.get("epochs", 10) for s in recipe.steps if s.is_train)
-        return {"values": {"seconds": outcome.seconds / outcome.samples * epochs * len(self.workload.train)}}
+        whole = outcome.seconds / outcome.samples * epochs * len(self.workload.train)
+        return {"values": {"seconds": whole, "step": outcome.seconds / outcome.steps}}
 
     def _build(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Realise an untrained recipe in a folder that stays, for timing."""

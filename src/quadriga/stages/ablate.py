@@ -127,7 +127,7 @@ class Ablator:
         if study.options.minimize == "train_cost":
             for template in templates:
                 if study.space.illegal(template) is None and self.explorer.pace(template) is None:
-                    study.submit("cost", "cost", study.space.cost_part(template), limit=60)
+                    study.submit("cost", "cost", study.space.cost_part(template), limit=study.patience(60))
             for trial in study.collect_all(self.reserve):
                 self.explorer.costs[trial.recipe.hash] = trial
             study.forget()
@@ -169,7 +169,7 @@ class Ablator:
     def _build(self, template: Recipe) -> Path:
         part = self.study.space.cost_part(template)
         name = f"ablation-{part.hash}"
-        self.study.submit("build", "build", part, limit=60, args={"name": name})
+        self.study.submit("build", "build", part, limit=self.study.patience(60), args={"name": name})
         return self.study.folder / "built" / name
 
     def _judge(self, row: Row, template: Recipe, timing: dict[str, Any] | None) -> None:

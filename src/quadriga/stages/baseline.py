@@ -124,7 +124,7 @@ def _submit_opponents(study: Study) -> None:
         wanted = [*wanted, *lossless, *(eager[1:] if not study.short else [])]
     for stage, task, recipe in wanted:
         if (stage, recipe.hash) not in known and study.space.illegal(recipe) is None:
-            study.submit(stage, task, recipe, limit=60)
+            study.submit(stage, task, recipe, limit=study.patience(60))
 
 
 def _submit_costs(study: Study) -> None:
@@ -134,7 +134,7 @@ def _submit_costs(study: Study) -> None:
         part = study.space.cost_part(recipe)
         if part.hash not in known and study.pool.size > 1 and not study.space.fixed(part):
             known.add(part.hash)
-            study.submit("cost", "cost", part, limit=90)
+            study.submit("cost", "cost", part, limit=study.patience(90))
 
 
 def lossless_trials(study: Study) -> list[Trial]:

@@ -135,7 +135,7 @@ class Explorer:
             asked = part.hash in self.waiting
             self.waiting.setdefault(part.hash, []).append(recipe)
             if not asked:
-                limit = max(90.0, self.study.options.budget / 10)  # a method may measure on its way
+                limit = self.study.patience(max(90.0, self.study.options.budget / 10))  # a method may measure on its way
                 self.study.submit("cost", "cost", part, limit=min(limit, max(5.0, self.study.budget.left - self._until())))
                 return True
         return False

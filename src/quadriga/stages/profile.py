@@ -16,7 +16,7 @@ def order_profile(study: Study) -> None:
     Nothing waits for it: it stands in the queue behind the probes of the opponents, and a short study goes on without.
     """
     if not study.stage("profile") and study.store.get("frozen") is None:
-        study.submit("profile", "profile", Recipe(), limit=LIMIT)
+        study.submit("profile", "profile", Recipe(), limit=study.patience(LIMIT))
 
 
 def profile_of(study: Study) -> dict[str, Any] | None:

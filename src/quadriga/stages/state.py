@@ -21,6 +21,7 @@ from quadriga.engine.store import Store
 from quadriga.measure.quality import Scores
 from quadriga.search.space import Space
 
+PROBE = 80  # training steps, as long as which a probe may take
 LEVEL = 0.975  # one-sided, of the quality claim, divided among the finalists (ICH E9 convention)
 TIMING_LEVEL = 0.99
 FINALISTS = 2
@@ -149,6 +150,14 @@ class Study:
         self._orders[self._count] = (stage, recipe, info)
         self.pool.submit(Order(self._count, task, args, limit if limit is not None else max(5.0, self.budget.left)))
         return self._count
+
+    def patience(self, least: float) -> float:
+        """Seconds that a probe may take: as long as some batches take to train, where the model is slow or the machine busy.
+
+        Args:
+            least: seconds.
+        """
+        return max([least, *(PROBE * t.values.get("step", 0.0) for t in self.stage("pace") if t.ok)])
 
     def _floor(self) -> dict[str, float] | None:
         """What a candidate on val is held against, once the baseline was measured."""
