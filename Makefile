@@ -78,7 +78,7 @@ bench-training: .venv/.dev-stamp  ## the loop beside other trainers; augmentatio
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/train_cost.py
 
-bench-hogwild: .venv/.run-stamp  ## workers on shared weights beside serial SGD: quality and staleness (15 minutes)
+bench-hogwild: .venv/.run-stamp  ## workers on shared weights beside serial SGD: quality and staleness (20 minutes)
 	$(BIN)/python benchmarks/hogwild.py
 
 bench-hardware: .venv/.dev-stamp  ## every runtime and precision beside other tools' own int8, and what the search picks (an hour)
