@@ -4,9 +4,9 @@
 
 Every arm trains the same network for the same epochs, on the same batches in the same order, by SGD at 0.1 that falls linearly
 to zero, with one thread a worker. Quality is that of the whole test split; an arm's difference from serial SGD is taken seed by
-seed, with a 95 % t-interval over seeds: all seeds for the claim about 4 workers, the first few for other arms. Staleness counts the updates by others between a worker's read of the weights and its
-own update. "again" repeats an arm with the same seeds: how far two runs are apart that only chance distinguishes. Prints tables
-and writes one JSON file.
+seed, with a 95 % t-interval over seeds: all seeds for the claim about 4 workers, the first few for other arms. Staleness counts
+the updates by others between a worker's read of the weights and its own update. "again" repeats an arm with the same seeds: how
+far two runs are apart that only chance distinguishes. Prints tables and writes one JSON file.
 """
 
 from __future__ import annotations
@@ -135,9 +135,8 @@ def table(found: dict[str, Any]) -> str:
     for row in found["rows"]:
         less = row.get("difference")
         told = f"{less['value']:+.2f} ({less['low']:+.2f} to {less['high']:+.2f})" if less else ""
-        lines.append(
-            f"| {row['name']} | {row['count']} | {row['quality']:.2f} | {told} | {row['seconds']:.0f} | {row['cpu_seconds']:.0f} |"
-        )
+        cells = (row["name"], row["count"], f"{row['quality']:.2f}", told, f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}")
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     bins = [*map(str, range(SHOWN - 1)), f"{SHOWN - 1} or more"]
     lines += ["", f"| staleness | mean | max | {' | '.join(bins)} |", "|---" * (3 + SHOWN) + "|"]
     for row in found["rows"]:
