@@ -73,6 +73,7 @@ def config_of(
             *(runtime.device, runtime.channels_last, runtime.matmul, runtime.compile, runtime.autocast),
             *([runtime.compile_mode] if runtime.compile_mode != "default" else []),
         ],
+        **({"asynchronous": [shared.workers, shared.scale]} if (shared := training.asynchronous) else {}),
     }
 
 
