@@ -283,7 +283,8 @@ class Bench:
             told |= {"quality": quality["value"], "difference": quality["difference"]}
         for rival in (EAGER, "eager, tuned"):
             told[f"over {rival}"] = {str(b): r.plain() for b in self.batches if (r := ratio_of(where, rival, name, b))}
-        if (one := where.latency(64, name)) is not None and limits.get(row.precision):
+        one = where.latency(64, name) if name in where.seconds[64] else None
+        if one is not None and limits.get(row.precision):
             told |= {"startup": min(where.startup[name]), "peak": flops / one.value / limits[row.precision]}
         return told
 
