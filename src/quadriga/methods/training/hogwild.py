@@ -33,7 +33,7 @@ class Hogwild(Method):
 
     Args:
         workers: processes, at least 1, with the one that trains anyway.
-        scale: multiply an update's rate by 1 / (1 + its staleness).
+        scale: multiply an update's rate by 1 / (1 + its staleness); give a larger rate with it.
 
     Source: Recht et al. 2011, arXiv:1106.5730; Zhang et al. 2016, arXiv:1511.05950 (scale).
     """
