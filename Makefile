@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hardware bench-parallel bench-faults matrix bench-gpu kills clean
+.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults matrix bench-gpu kills clean
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -55,8 +55,8 @@ types: .venv/.dev-stamp  ## mypy, strict over the core, the composer and the pub
 	$(BIN)/mypy
 
 # The data that every checkout has, so that tables can be compared.
-bench bench-spine bench-structure bench-training bench-hardware bench-parallel bench-faults: export QUADRIGA_DATA = shipped
-bench: bench-spine bench-structure bench-training bench-hardware bench-parallel matrix  ## every table of docs/, in one go (hours; each goes on where it stopped)
+bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults: export QUADRIGA_DATA = shipped
+bench: bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel matrix  ## every table of docs/, in one go (hours; each goes on where it stopped)
 
 bench-spine: .venv/.run-stamp  ## the mission's own combination, as a table; coverage of every interval and the A/A test
 	$(BIN)/python benchmarks/mission.py
@@ -77,6 +77,9 @@ bench-training: .venv/.dev-stamp  ## the loop beside other trainers; augmentatio
 	$(BIN)/python benchmarks/augment.py
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/train_cost.py
+
+bench-hogwild: .venv/.run-stamp  ## workers on shared weights beside serial SGD: quality and staleness (20 minutes)
+	$(BIN)/python benchmarks/hogwild.py
 
 bench-hardware: .venv/.dev-stamp  ## every runtime and precision beside other tools' own int8, and what the search picks (an hour)
 	@$(PIP) --no-deps executorch torchao ruamel.yaml tabulate flatbuffers

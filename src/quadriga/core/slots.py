@@ -129,6 +129,21 @@ class Hook:
 
 
 @dataclass(frozen=True)
+class Asynchronous:
+    """A train step by several processes that update one set of weights in shared memory without locks.
+
+    Args:
+        workers: processes, that of the loop among them.
+        scale: whether an update's rate is multiplied by 1 / (1 + its staleness).
+        asked_by: the method that wants it, for messages.
+    """
+
+    workers: int
+    scale: bool = False
+    asked_by: str = ""
+
+
+@dataclass(frozen=True)
 class Training:
     """The training slot: how a batch becomes a step.
 
@@ -136,7 +151,7 @@ class Training:
     with the model, so that hooks have state per run. A batch of more than `micro` examples is worked off in parts of at most
     so many, whose gradients add up to its own. `finish` is called once a train step and those that continue it are
     over, in every process that rebuilds the network: model → the model that later steps see, such as one without the units
-    that faded out.
+    that faded out. `asynchronous` says how many processes make the steps, if it is more than the loop's own.
     """
 
     loss: Loss
@@ -146,6 +161,7 @@ class Training:
     make_hooks: tuple[Callable[[nn.Module], Hook], ...] = ()
     finish: tuple[Callable[[nn.Module], nn.Module], ...] = ()
     micro: int | None = None
+    asynchronous: Asynchronous | None = None
 
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]

@@ -7,7 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -188,6 +188,8 @@ class Desk:
         sizes = {"bytes": float(size), "parameters": float(parameters(model))}
         values = {"quality": scores["quality"], **sizes, **self._training_cost(walked)}
         kept = {"checkpoint": _name(walked), "decisions": list(walked.decisions), "notes": list(walked.notes)}
+        if walked.staleness:
+            kept["staleness"] = list(walked.staleness)
         return {"values": values, "info": {"scores": scores["path"], **kept}}
 
     def _training_cost(self, walked: Walked) -> dict[str, float]:
@@ -253,6 +255,7 @@ class Desk:
         """Seconds that a recipe's training will take, going by a few steps."""
         first = next(i for i, s in enumerate(recipe.steps) if s.is_train)
         setup = self._probe(recipe, until=first).setup
+        setup = replace(setup, training=replace(setup.training, asynchronous=None))  # workers take long to come up
         size = setup.training.batch_size
         few = min(len(self.workload.train), 4 * size)
         fit(setup, self.workload.train, epochs=few / len(self.workload.train), seed=self.seed)

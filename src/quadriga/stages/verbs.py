@@ -74,9 +74,11 @@ def train(
     written = desk.do("artifact", args)
     made = written["status"] == Status.COMPLETE
     facts = {"status": "complete", "workload": workload.name, "recipe": recipe.plain(), "metric": workload.metric.name}
-    notes = [tracked.note, "" if made else f"no artifact: {written['reason']}"]
+    notes = [*trained["info"]["notes"], tracked.note, "" if made else f"no artifact: {written['reason']}"]
     note = {"note": "; ".join(filter(None, notes))} if any(notes) else {}
     result = {**facts, "unit": workload.metric.unit, **trained["values"], "artifact": "artifact" if made else None, **note}
+    if "staleness" in trained["info"]:
+        result["staleness"] = trained["info"]["staleness"]
     write_json(folder / "train.json", result)
     return result
 

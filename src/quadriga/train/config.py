@@ -83,6 +83,7 @@ def config_of(
             *([runtime.compile_mode] if runtime.compile_mode != "default" else []),
             *[kind for name in ("precision", "reduce") if (kind := options.get(name, "fp32")) != "fp32"],
         ],
+        **({"asynchronous": [shared.workers, shared.scale]} if (shared := training.asynchronous) else {}),
     }
 
 

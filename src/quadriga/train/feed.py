@@ -159,6 +159,7 @@ class Feed:
         pool, self.pool = self.pool, None
         if pool is None:
             return
+        manager = pool._executor_manager_thread  # of a broken pool it is this thread that still ends the workers
         left = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
         end = time.monotonic() + patience
@@ -167,6 +168,8 @@ class Feed:
         for process in left:
             process.kill()
             process.join()
+        if manager is not None:
+            manager.join(PATIENCE)
 
     def _order(self, index: Tensor, position: int) -> None:
         """Have this batch read first, and those that will follow it."""

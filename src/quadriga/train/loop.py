@@ -15,6 +15,7 @@ from quadriga.core.setup import Setup
 from quadriga.core.slots import Look
 from quadriga.train import rng
 from quadriga.train.factors import set_factors
+from quadriga.train.hogwild import gather
 from quadriga.train.outcome import Outcome
 from quadriga.train.run import Run
 from quadriga.train.runners import runner_for
@@ -54,13 +55,16 @@ def fit(
         tracker: is given loss, rate and progress now and then, and the quality where a hook looks at it; that of
             `tracking` by default. One that fails is left alone from then on, and the outcome's note says so.
 
+    Where the training slot is `asynchronous`, other processes make steps too; one that fails ends the train step.
+
     A loss that is not finite sends the run back to its last checkpoint, or to its start, once, at a tenth of the rate; the
     outcome's note says so.
 
     Raises:
         Diverged: the loss became NaN or infinite again.
         BadInput: a checkpoint is of another run, or damaged with no good state before it.
-        NotApplicable: the model or the optimizer is another one than at `start`.
+        NotApplicable: the model or the optimizer is another one than at `start`, or cannot be shared by workers.
+        WorkerFailed: another process of the train step raised an error or was killed.
     """
     if not (math.isfinite(epochs) and epochs > 0):
         raise BadInput(f"epochs is {epochs!r}", "give a positive number")
@@ -91,17 +95,20 @@ def train(run: Run, folder: Path | None, every: float, progress: Callable[[float
         return
     saved = shown = run.clock()
     runner = run.runner
-    with closing(run.loader), entered(hook.train(run.model, run.data) for hook in run.hooks):
-        while not run.over:
+    with entered(hook.train(run.model, run.data) for hook in run.hooks), closing(run):
+        gather(run, advance)
+        while run.next():
             advance(run)
             run.tracked.tell(run)
             now = run.clock()
             if folder and not run.over and runner.agreed(now - saved) >= every:
-                run.save(folder)
+                with run.still():
+                    run.save(folder)
                 saved = run.clock()
             if progress and now - shown >= SHOW:
                 progress(run.progress)
                 shown = now
+        show(run)  # others may have made the last step
     for hook in run.hooks:
         plain = run.data.batches(run.sampler.batch_size)
         hook.end(run.model, (runner.layout(runner.place(batch)) for batch in plain))
@@ -132,15 +139,17 @@ def advance(run: Run) -> None:
     run.done, run.step, run.samples = run.done + 1, run.step + 1, run.samples + size
     for hook in run.hooks:
         hook.after_step(run.model, run.progress)
-    show(run, progress)
+    show(run)
 
 
-def show(run: Run, before: float) -> None:
+def show(run: Run) -> None:
     """Give a look to the hooks whose interval is over."""
-    now = run.progress
+    now, before = run.progress, run.shown
+    run.shown = now
     if due := [h for h in run.looking if math.floor(now / h.interval + 1e-9) > math.floor(before / h.interval + 1e-9)]:
         context = run.setup.context
         quality = cache(lambda: run.quality()) if context.evaluate else None
-        look = Look(now, run.watch.mean, quality, context.metric.gain)
-        for hook in due:
-            hook.look(run.model, look)
+        with run.still():
+            look = Look(now, run.watch.mean, quality, context.metric.gain)
+            for hook in due:
+                hook.look(run.model, look)

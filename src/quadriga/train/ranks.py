@@ -199,6 +199,9 @@ def ranked(setup: Setup) -> Iterator[Ranks]:
     model, spec, training = setup.model, setup.runtime, setup.training
     was = model.training
     assert spec.parallel is not None
+    if training.asynchronous is not None:
+        asked = training.asynchronous.asked_by
+        raise NotApplicable(f"{asked} starts workers of its own, beside which ranks cannot train", "leave one of the two out")
     group.join(spec.device)  # which says what this rank's GPU is
     with settings(spec):
         try:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from quadriga.core.data import Data
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
 from quadriga.core.slots import PLAIN, Factors, Hook
+from quadriga.parallel.board import Staleness
 from quadriga.parallel.share import Share
 from quadriga.train import rng
 from quadriga.train.checkpoint import State
@@ -27,6 +29,9 @@ from quadriga.train.outcome import Outcome, Watch
 from quadriga.train.step import Runner, entered
 from quadriga.train.track import Tracked
 
+if TYPE_CHECKING:
+    from quadriga.train.seat import Seat
+
 WINDOW = 32  # steps between looks at the loss where a look has to wait for the device
 
 
@@ -35,6 +40,7 @@ class Run:
 
     `done` counts its own steps and `samples` the examples they saw; `step`, `position` and `covered` count steps, entries of
     the stream and epochs over all train steps that continue one another. It is over when `span` entries are behind `begun`.
+    A `crew` are the workers that make steps too, which then say whose the next batch is.
     """
 
     def __init__(
@@ -63,7 +69,9 @@ class Run:
         self.watch = Watch(1 if runner.device.type == "cpu" else WINDOW)
         self.done = self.samples = self.step = self.position = self.begun = 0
         self.applied: Factors | None = None  # that the optimizer's groups have now
-        self.covered, self.origin, self.note, self.finished = 0.0, "", "", False
+        self.covered, self.origin, self.note, self.finished, self.shown = 0.0, "", "", False, 0.0
+        self.crew: Seat | None = None
+        self.staleness = Staleness()
         self.slower, self.spent, self.since = slower, spent, (clock(), time.process_time())
 
     def opened(self, start: str | Path | None, folder: Path | None) -> Run:
@@ -100,6 +108,7 @@ class Run:
         steps = count_steps(len(self.data), self.sampler.batch_size, self.epochs, self.covered, self.position)
         self.begun, self.span = self.position, steps * self.sampler.batch_size
         self.covered += self.epochs
+        self.shown = self.progress
         self.machine = machine(self.setup.runtime.device)
         self.config = config_of(self.setup, self.optimizer, self.runner.groups(self.optimizer), self.hooks, len(self.data))
         self.config |= {"epochs": float(self.epochs), "seed": self.seed, "start": self.origin}
@@ -112,6 +121,7 @@ class Run:
         self.done, self.samples, self.step, self.position = (extra[k] for k in ("done", "samples", "step", "position"))
         self.finished, self.slower = extra["finished"], min(self.slower, extra["slower"])
         self.spent = max(self.spent, tuple(extra["spent"]))
+        self.shown, self.staleness = self.progress, Staleness.of_state(extra.get("staleness"))
         self.watch.recent.extend(extra["recent"])
         self.note = "; ".join(filter(None, [extra["note"], state.note, *([] if self.finished else notes)]))
 
@@ -124,6 +134,20 @@ class Run:
                 hook.load_state_dict(kept)
         self.runner.load_state(extra["runner"])
         self.runner.restore(extra["rng"])
+
+    def next(self) -> bool:
+        """Whether there is another step to make; if so, the run stands where its batch begins."""
+        return not self.over if self.crew is None else self.crew.claim(self)
+
+    def still(self) -> AbstractContextManager[None]:
+        """Entered to look at the weights or to keep them, while nobody changes them."""
+        return nullcontext() if self.crew is None else self.crew.still(self)
+
+    def close(self) -> None:
+        """Whatever runs beside the loop ends."""
+        if self.crew is not None:
+            self.crew.close(self)
+        self.loader.close()
 
     @property
     def progress(self) -> float:
@@ -179,7 +203,8 @@ class Run:
         """Wall and processor seconds, over all resumptions."""
         if self.finished:
             return self.spent
-        return self.spent[0] + self.clock() - self.since[0], self.spent[1] + time.process_time() - self.since[1]
+        helped = 0.0 if self.crew is None else self.crew.board.helped
+        return self.spent[0] + self.clock() - self.since[0], self.spent[1] + helped + time.process_time() - self.since[1]
 
     def save(self, folder: Path) -> None:
         """Write the complete state."""
@@ -187,14 +212,25 @@ class Run:
         names = ("done", "samples", "step", "position", "covered", "finished", "note", "slower")
         hooks = [(type(h).__qualname__, h.state_dict()) for h in self.hooks]
         facts = {"config": self.config, "machine": self.machine, "recent": list(self.watch.recent), "spent": self.costs()}
+        if self.setup.training.asynchronous is not None:
+            facts["staleness"] = self.stale.state()
         extra = {**{k: getattr(self, k) for k in names}, **facts, "hooks": hooks, "runner": self.runner.state()}
         self.runner.save(folder, self.optimizer, {**extra, "rng": self.runner.generators()})
 
     def outcome(self, folder: Path | None) -> Outcome:
         """The report."""
-        notes = (self.note, self.loader.feed.note if self.loader.feed else "", self.tracked.note)
+        wanted = self.setup.training.asynchronous
+        stale = None if wanted is None else self.stale.among(self.done)
+        told = stale.told(wanted.workers) if wanted and stale and self.stale.updates else ""
+        notes = (self.note, self.loader.feed.note if self.loader.feed else "", self.tracked.note, told)
         note = "; ".join(filter(None, notes))
-        return Outcome(self.samples, self.done, *self.spent, self.watch.mean, folder, note, self.hooks)
+        plain = None if stale is None else stale.plain()
+        return Outcome(self.samples, self.done, *self.spent, self.watch.mean, folder, note, self.hooks, plain)
+
+    @property
+    def stale(self) -> Staleness:
+        """Of the updates so far, those that are not finished included."""
+        return self.staleness if self.crew is None else self.staleness + self.crew.board.staleness
 
 
 def overriding(hooks: Iterable[Hook], name: str) -> list[Hook]:
