@@ -17,7 +17,7 @@ from quadriga.core.batch import Batch
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.setup import Setup
-from quadriga.core.slots import Factors, ParallelSpec
+from quadriga.core.slots import ParallelSpec
 from quadriga.engine.walk import prefix_key
 from quadriga.methods import build
 from quadriga.parallel import group, launch, store

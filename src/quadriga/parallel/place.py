@@ -24,6 +24,7 @@ class Place:
         owner: whether this process answers for the part, of all that hold it.
 
     Example:
+        >>> import torch
         >>> place = Place((6, 2), {0: torch.tensor([0, 1, 4, 5])})
         >>> place.local_shape, [chunk for chunk, _ in place.chunks()]
         ((4, 2), [((0, 0), (2, 2)), ((4, 0), (2, 2))])
@@ -65,7 +66,8 @@ def runs(at: Tensor) -> list[Run]:
     """Consecutive entries joined.
 
     Example:
-        >>> runs(torch.tensor([4, 5, 9]))
+        >>> import torch
+    >>> runs(torch.tensor([4, 5, 9]))
         [(4, 0, 2), (9, 2, 1)]
     """
     found: list[Run] = []
@@ -81,7 +83,8 @@ def shard(at: Tensor, rank: int, size: int) -> Tensor:
     """The entries that a rank of so many holds, as `torch.chunk` deals them: the last ranks may get fewer, or none.
 
     Example:
-        >>> [shard(torch.arange(5), rank, 4).tolist() for rank in range(4)]
+        >>> import torch
+    >>> [shard(torch.arange(5), rank, 4).tolist() for rank in range(4)]
         [[0, 1], [2, 3], [4], []]
     """
     each = -(-len(at) // size)
