@@ -58,7 +58,10 @@ def run(
     """
     limits, seconds, families = parse_limits(limit or ()), parse_budget(budget), parse_families(only)
     from quadriga import study, workloads
+    from quadriga.core import world
 
+    if (here := world.found()).size > 1:
+        raise BadInput(f"{here.by} started {here.size} processes", "start quadriga run once; train is what several carry out")
     command = _command(workload, floor, minimize, limits, budget, out, families, seed)
     with Progress() as progress:
         result = study.run(

@@ -67,7 +67,7 @@ def runs(at: Tensor) -> list[Run]:
 
     Example:
         >>> import torch
-    >>> runs(torch.tensor([4, 5, 9]))
+        >>> runs(torch.tensor([4, 5, 9]))
         [(4, 0, 2), (9, 2, 1)]
     """
     found: list[Run] = []
@@ -84,7 +84,7 @@ def shard(at: Tensor, rank: int, size: int) -> Tensor:
 
     Example:
         >>> import torch
-    >>> [shard(torch.arange(5), rank, 4).tolist() for rank in range(4)]
+        >>> [shard(torch.arange(5), rank, 4).tolist() for rank in range(4)]
         [[0, 1], [2, 3], [4], []]
     """
     each = -(-len(at) // size)

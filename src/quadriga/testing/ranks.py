@@ -83,6 +83,8 @@ CASES: dict[str, Case] = {
     "tp + sequence": Case("gpt", (SP,), 2),
     "tp llama, by its own plan": Case("llama", (TP,), 2),
     "pp 1f1b": Case("gpt", (PP,), 2),
+    "pp 1f1b, recomputed": Case("gpt", (PP, step("activation_checkpointing")), 2),
+    "tp, recomputed, all but products": Case("gpt", (TP, step("activation_checkpointing", recompute="cheap")), 2),
     "pp gpipe": Case("gpt", (step("pipeline_parallel", schedule="gpipe"),), 2),
     "pp interleaved": Case("gpt", (step("pipeline_parallel", schedule="interleaved"),), 2),
     "pp 1f1b, clipped, averaged": Case("gpt", (PP,), 2, (CLIP, EMA)),

@@ -18,7 +18,7 @@ from quadriga.core.errors import Diverged, NotApplicable
 from quadriga.core.half import in_float
 from quadriga.core.metric import Loss
 from quadriga.core.setup import Setup
-from quadriga.core.slots import Hook, RuntimeSpec
+from quadriga.core.slots import Hook, RuntimeSpec, Schedule
 from quadriga.core.spread import alike, layers_over
 from quadriga.parallel import group
 from quadriga.parallel.away import Away
@@ -28,6 +28,8 @@ from quadriga.parallel.share import evenly
 from quadriga.parallel.team import Team, tensors_of
 from quadriga.train import rng
 from quadriga.train.checkpoint import State, compose, read_state
+from quadriga.train.config import POINTS
+from quadriga.train.factors import product
 from quadriga.train.parts import joined_groups, merged, read_spread, save_parts, save_whole
 from quadriga.train.state import model_tensors, module_states, optimizer_state
 from quadriga.train.step import Runner, named, settings, shares, weight_of
@@ -190,6 +192,11 @@ class Ranks(Runner):
         return read_state(folder, fall_back=fall_back, reader=partial(read_spread, self.team))
 
 
+def schedules_of(setup: Setup) -> tuple[Schedule, ...]:
+    """All that act in a train step."""
+    return (*setup.training.schedules, *setup.optimizer.schedules)
+
+
 @contextmanager
 def ranked(setup: Setup) -> Iterator[Ranks]:
     """This rank's part of the model in training mode; afterwards the model has what was trained, in all ranks.
@@ -202,6 +209,8 @@ def ranked(setup: Setup) -> Iterator[Ranks]:
     if training.asynchronous is not None:
         asked = training.asynchronous.asked_by
         raise NotApplicable(f"{asked} starts workers of its own, beside which ranks cannot train", "leave one of the two out")
+    if spec.parallel.pipeline > 1 and any(product(schedules_of(setup), k / POINTS).batch != 1 for k in range(POINTS + 1)):
+        raise NotApplicable("a pipeline's batches have one size, and a schedule changes it", "leave that schedule out")
     group.join(spec.device)  # which says what this rank's GPU is
     with settings(spec):
         try:
