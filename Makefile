@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hardware matrix bench-gpu kills clean
+.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines matrix bench-gpu kills clean
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -44,7 +44,7 @@ test: install lint types  ## everything that CI runs: lint, types, unit, contrac
 	$(BIN)/python -m pytest -m "$(UNITS)" tests/system
 
 test-all: install lint types  ## the slow tests too, with every extra
-	@$(PIP) --no-build-isolation -e ".[all,ray,dev]"
+	@$(PIP) --no-build-isolation -e ".[all,dev]"
 	$(BIN)/python -m pytest -m "not gpu and not network"
 
 lint: .venv/.dev-stamp  ## format and rules
@@ -55,8 +55,8 @@ types: .venv/.dev-stamp  ## mypy, strict over the core, the composer and the pub
 	$(BIN)/mypy
 
 # The data that every checkout has, so that tables can be compared.
-bench bench-spine bench-structure bench-training bench-hardware: export QUADRIGA_DATA = shipped
-bench: bench-spine bench-structure bench-training bench-hardware matrix  ## every table of docs/, in one go (hours; each goes on where it stopped)
+bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults: export QUADRIGA_DATA = shipped
+bench: bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines matrix  ## every table of docs/, in one go (hours; each goes on where it stopped)
 
 bench-spine: .venv/.run-stamp  ## the mission's own combination, as a table; coverage of every interval and the A/A test
 	$(BIN)/python benchmarks/mission.py
@@ -78,9 +78,22 @@ bench-training: .venv/.dev-stamp  ## the loop beside other trainers; augmentatio
 	$(BIN)/python benchmarks/optimizers.py
 	$(BIN)/python benchmarks/train_cost.py
 
+bench-hogwild: .venv/.run-stamp  ## workers on shared weights beside serial SGD: quality and staleness (20 minutes)
+	$(BIN)/python benchmarks/hogwild.py
+
 bench-hardware: .venv/.dev-stamp  ## every runtime and precision beside other tools' own int8, and what the search picks (an hour)
 	@$(PIP) --no-deps executorch torchao ruamel.yaml tabulate flatbuffers
 	$(BIN)/python benchmarks/hardware.py
+
+bench-parallel: .venv/.run-stamp  ## training in 2 and 4 processes against one: gradients, weights, memory, traffic, checkpoints (10 minutes)
+	$(BIN)/python benchmarks/parallel.py
+
+bench-faults: .venv/.run-stamp  ## kill one of two processes that train, twenty times, and look how they go on (10 minutes)
+	$(BIN)/python benchmarks/faults.py
+
+bench-engines: .venv/.dev-stamp  ## what it costs to hand out trials: the local engine, Ray's, and Ray Tune (8 minutes)
+	@$(PIP) "ray[tune]"
+	$(BIN)/python benchmarks/engines.py
 
 matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (half an hour)
 	$(BIN)/python benchmarks/matrix.py --jobs 2

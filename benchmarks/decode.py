@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from quadriga.core.data import TensorData
-from quadriga.core.recipe import Recipe
+from quadriga.core.recipe import Recipe, step
 from quadriga.core.workload import Workload
 from quadriga.engine.walk import walk
 from quadriga.workloads import load
@@ -87,16 +88,31 @@ def decoding(gpt: GPT, rows: int = ROWS) -> Workload:
     return Workload(model=Decode(gpt), **parts, metric="bits_per_byte", batch_size=32, trained=True, name="gpt_decode")
 
 
-def decode(folder: str = "out/hardware/decode-gpt") -> Workload:
-    """`decoding` of gpt_shakespeare with 2 M parameters, trained by its own recipe once.
+BASELINE = Recipe((step("optimizer", kind="adamw", lr=0.002), step("schedule", kind="one_cycle"), step("train", epochs=0.15)))
+KEPT = "out/hardware/gpt"
+
+
+def trained(folder: str = KEPT) -> tuple[Workload, GPT]:
+    """gpt_shakespeare with 2 M parameters, and its model after the AdamW run that `train_cost.py` tuned; trained once.
 
     Args:
         folder: keeps its checkpoint.
     """
     source = load("gpt_shakespeare?size=2M")
-    trained = walk(source, source.baseline or Recipe(), seed=0, store=Path(folder)).setup.model
-    assert isinstance(trained, GPT)
-    return decoding(trained)
+    model = walk(source, BASELINE, seed=0, store=Path(folder)).setup.model
+    assert isinstance(model, GPT)
+    return source, model.eval()
+
+
+def decode(folder: str = KEPT) -> Workload:
+    """One token with a cache of 127, by the trained model."""
+    return decoding(trained(folder)[1])
+
+
+def prefill_128(folder: str = KEPT) -> Workload:
+    """128 tokens at once, by the trained model."""
+    source, model = trained(folder)
+    return replace(source, model=model, trained=True, baseline=None, name="gpt_prefill")
 
 
 def _cached(gpt: GPT, data: TensorData, rows: int) -> TensorData:

@@ -66,7 +66,7 @@ TASKS = {
     "lenet_fashion": Task(0, (), "-0.3pt", "4m", 4.0),
     "resnet20_fashion": Task(4, (1e-3, 3e-3, 1e-2, 3e-2), "-0.3pt", "22m", 2.0, (100, 101)),
     "gpt_shakespeare?size=2M": Task(0.15, (1e-3, 2e-3, 4e-3, 8e-3), "+0.2%rel", "24m", 1.6),
-    "gpt_shakespeare?size=10M": Task(0.15, (1e-3, 2e-3, 4e-3), "+0.2%rel", "25m", 1.6),
+    "gpt_shakespeare?size=10M": Task(0.15, (1e-3, 2e-3, 4e-3), "+0.2%rel", "60m", 1.6),
 }
 SEEDS = {"gpt_shakespeare?size=10M": 1}
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -48,6 +49,7 @@ def run(
     target: str | None = None,
     live: int | None = None,
     gpus: float = 0.0,
+    ranks: int = 1,
     as_json: Json = False,
 ) -> int:
     """Search, verify and export the cheapest model above the floor. The same command resumes after an interruption.
@@ -64,15 +66,19 @@ def run(
         engine: where trials run: in processes of this machine, or on a Ray cluster whose machines all see --out.
         address: of the Ray cluster: auto, host:port, or local for one on this machine.
         target: the machine of the cluster on which latency is measured; this one without it.
-        live: trials under way at once, at most; on Ray 64 without it.
-        gpus: that Ray gives each trial; may be a part of one.
+        live: worker processes at once, at most; on Ray 64 without it.
+        gpus: that Ray gives each process; may be a part of one.
+        ranks: processes that train each trial together, on Ray.
         as_json: print the result as one JSON object, last on stdout.
     """
     limits, seconds, families = parse_limits(limit or ()), parse_budget(budget), parse_families(only)
     from quadriga import study, workloads
+    from quadriga.core import world
     from quadriga.engine.opening import Where
 
-    where = Where(engine, address, target, live, gpus)
+    if (here := world.found()).size > 1:
+        raise BadInput(f"{here.by} started {here.size} processes", "start quadriga run once; train is what several carry out")
+    where = Where(engine, address, target, live, gpus, ranks)
     command = _command(workload, floor, minimize, limits, budget, out, families, seed, where)
     with Progress() as progress:
         result = study.run(
@@ -103,26 +109,40 @@ def train(
     recipe: Path | None = None,
     out: Path = Path("out"),
     track: Literal["jsonl", "tensorboard", "mlflow"] | None = None,
+    nproc: int | None = None,
+    restarts: int = 3,
     seed: int = 0,
     as_json: Json = False,
 ) -> int:
     """Carry out one recipe, without a search, and measure what comes out.
+
+    Started by torchrun or srun, the processes train together. A recipe that says nothing of them is trained data-parallel.
 
     Args:
         workload: a ready-made name, or file.py:function.
         recipe: a .toml or .json file; the workload's own training without it.
         out: the folder for checkpoint and artifact.
         track: write losses, rates and quality for others to watch, below out/track.
+        nproc: start so many processes on this machine, by torchrun.
+        restarts: how often all start again from the last checkpoint when one dies.
         seed: of everything random.
         as_json: print the result as one JSON object.
     """
     from quadriga import study, workloads
+    from quadriga.core import world
     from quadriga.core.recipe import Recipe
+    from quadriga.parallel.launch import launch
 
+    here = world.found()
+    if nproc is not None and not here.by:
+        options = {"--recipe": recipe, "--out": out, "--track": track, "--seed": seed}
+        return launch(_words("train", workload, options, as_json), nproc, restarts)
+    if nproc not in (None, here.size):
+        raise BadInput(f"--nproc is {nproc}, and {here.by} started {here.size} processes", "leave --nproc out")
     steps = Recipe.load(recipe) if recipe else None
-    with Progress() as progress:
+    with Progress() if here.first else nullcontext() as progress:
         result = study.train(workloads.load(workload), recipe=steps, out=out, seed=seed, track=track, progress=progress)
-    return _done(result, as_json)
+    return _done(result, as_json) if here.first else 0
 
 
 @app.command
@@ -269,7 +289,9 @@ def doctor(*, as_json: Json = False) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `quadriga`."""
-    sys.exit(guarded(app, list(sys.argv[1:] if arguments is None else arguments)))
+    from quadriga.parallel.launch import over
+
+    sys.exit(0 if over() else guarded(app, list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _done(result: Mapping[str, Any], as_json: bool) -> int:
@@ -279,6 +301,12 @@ def _done(result: Mapping[str, Any], as_json: bool) -> int:
     else:
         tree(result)
     return STATUS.get(str(result.get("status")), 0) or int(result.get("ok") is False)
+
+
+def _words(verb: str, what: str, options: Mapping[str, Any], as_json: bool) -> list[str]:
+    """A verb as it was called, for another process."""
+    given = [f"{name}={value}" for name, value in options.items() if value is not None]
+    return [verb, what, *given, *(["--json"] if as_json else [])]
 
 
 def _command(

@@ -25,6 +25,7 @@ PACKAGES = (
     "torchao",
     "tinygrad",
     "transformers",
+    "ray",
 )
 EXTRAS = {"onnxruntime": "onnx", "openvino": "openvino", "executorch": "executorch", "opencl": "opencl"}  # runtime → its extra
 ROOM = 2e9  # bytes that a study of small models may need
@@ -42,7 +43,8 @@ def examine(folder: Path = Path()) -> dict[str, Any]:
 
     runtimes = probe()
     gpus = cuda.found()
-    checks = [_python(), _space(folder), _gpu(gpus), *(_runtime(name, found) for name, found in runtimes.items()), *_weights()]
+    built = (_runtime(name, found) for name, found in runtimes.items())
+    checks = [_python(), _space(folder), _gpu(gpus), *built, _ray(), *_weights()]
     away = [name for name, found in runtimes.items() if not found.ok]
     return {
         "ok": all(c["ok"] or not c["needed"] for c in checks),
@@ -88,6 +90,12 @@ def _runtime(name: str, found: Any) -> dict[str, Any]:
     remedy = found.remedy or (f'pip install "quadriga[{EXTRAS[name]}]"' if name in EXTRAS else "")
     detail = str(found.version or "") if found.ok else str(found.reason)
     return check(f"runtime {name}", bool(found.ok), detail, remedy, needed=name == "eager")
+
+
+def _ray() -> dict[str, Any]:
+    """Whether a search can run on a cluster."""
+    found = _version("ray")
+    return check("engine ray", found is not None, found or "not installed", "pip install 'quadriga[ray]'", needed=False)
 
 
 def _weights() -> list[dict[str, Any]]:

@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 from cyclopts import CycloptsError
 
 from quadriga.console import emit, say
+from quadriga.core import world
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
+from quadriga.parallel.launch import tell
 from quadriga.report.schema import empty_result
 
 BAD_INPUT, INTERRUPTED = 2, 130
@@ -32,6 +34,8 @@ def guarded(app: Callable[..., Any], given: list[str]) -> int:
         with _stop_on_signals():
             return _call(app, given)
     except KeyboardInterrupt:
+        if world.found().size > 1:  # whoever waits for the ranks speaks; torchrun may start them again
+            return INTERRUPTED
         return _failed(given, "interrupted", "interrupted", f"resume with the same command: {shlex.join(['quadriga', *given])}")
 
 
@@ -40,16 +44,23 @@ def _call(app: Callable[..., Any], given: list[str]) -> int:
         return int(app(given, exit_on_error=False, print_error=False) or 0)
     except (BadInput, NotApplicable) as error:
         _trace()
-        return _failed(given, "failed", error.problem if isinstance(error, BadInput) else error.reason, error.remedy)
+        problem = error.problem if isinstance(error, BadInput) else error.reason
+        return _failed(given, "failed", problem, error.remedy) if tell(BAD_INPUT) else BAD_INPUT
     except CycloptsError as error:
-        return _failed(given, "failed", str(error).strip(), "quadriga --help shows the verbs and their options")
+        hint = "quadriga --help shows the verbs and their options"
+        return _failed(given, "failed", str(error).strip(), hint) if tell(BAD_INPUT) else BAD_INPUT
     except Diverged as error:
-        _failed(given, "failed", str(error))
+        if tell(1):
+            _failed(given, "failed", str(error))
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:  # a mistake of ours: people get the message, we get the trace
         traceback.print_exc()
-        _failed(given, "failed", f"an error inside Quadriga: {type(error).__name__}: {error}", "please report it")
+        here = world.found()
+        if here.size > 1:  # often that another rank died; all are started again
+            say(f"quadriga: rank {here.rank} ended: {type(error).__name__}: {error}")
+        else:
+            _failed(given, "failed", f"an error inside Quadriga: {type(error).__name__}: {error}", "please report it")
     return 1
 
 

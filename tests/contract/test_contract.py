@@ -1,5 +1,6 @@
 """The contract suite itself: each check finds the method that breaks it, and outsiders' methods pass."""
 
+import os
 import warnings
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -110,6 +111,17 @@ class Unseeded(Good):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Racing(Good):
+    """A loss with noise that no seed governs, and no word about it. Args: by: a divisor. Source: none."""
+
+    adds = frozenset({"NONDETERMINISTIC"})
+
+    def apply(self, setup):
+        noise = lambda o, b: nn.functional.cross_entropy(o, b.target) * os.urandom(1)[0]  # noqa: E731
+        return replace(setup, training=replace(setup.training, loss=noise))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Silent(Good):
     """Refuse without a reason. Args: by: a divisor. Source: none."""
 
@@ -142,6 +154,7 @@ BROKEN = [
     (OtherOutputs, "check_interface", "at batch 1"),
     (Infinite, "check_training_step", "inf"),
     (Unseeded, "check_deterministic", "unequal weights"),
+    (Racing, "check_deterministic", "does not say so"),
     (Silent, "check_refusals", "without a reason"),
     (Never, "check_refusals", "none of the setups"),
     (Replaces, "check_wraps", "dropped what stood there before it: loss"),

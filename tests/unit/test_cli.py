@@ -24,8 +24,8 @@ from quadriga.report.schema import empty_result
 
 FROZEN = {
     "run": {"--floor", "--minimize", "--limit", "--budget", "--out", "--only", "--families", "--seed", "--json"}
-    | {"--engine", "--address", "--target", "--live", "--gpus"},
-    "train": {"--recipe", "--out", "--track", "--seed", "--json"},
+    | {"--engine", "--address", "--target", "--live", "--gpus", "--ranks"},
+    "train": {"--recipe", "--out", "--track", "--nproc", "--restarts", "--seed", "--json"},
     "profile": {"--batch", "--lr", "--out", "--seed", "--json"},
     "compare": {"--workload", "--batch", "--out", "--seed", "--json"},
     "verify": {"--json"},

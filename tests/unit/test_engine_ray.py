@@ -9,7 +9,7 @@ from quadriga.core.trial import Status
 from quadriga.engine.base import Order
 from quadriga.engine.cluster import Died, Failed, Machine
 from quadriga.engine.opening import Where, open_engine
-from quadriga.engine.ray import RETRIES, Ray
+from quadriga.engine.ray import GRACE, RETRIES, Ray
 from quadriga.measure.machine import facts
 from quadriga.testing import tiny_mlp
 
@@ -186,7 +186,7 @@ def test_ranks_are_placed_together_and_are_tried_again_together(tmp_path):
     assert {(r["MASTER_ADDR"], r["MASTER_PORT"], r["LOCAL_RANK"]) for r in ranks} == {("10.0.0.9", "4711", "0")}
     assert sum(len(p.workers) for p in engine.places) == 4, "no more than may live"
     first = [worker for name, _, worker, _ in cluster.running() if name == "order-2"]
-    ref = [ref for name, ref, _, rank in cluster.running() if name == "order-2" and rank["RANK"] == "1"][0]
+    ref = next(ref for name, ref, _, rank in cluster.running() if name == "order-2" and rank["RANK"] == "1")
     cluster.ended[ref] = Died("the machine is gone")
     engine.wait(0.1)
     again = [worker for name, _, worker, _ in cluster.running() if name == "order-2"]
@@ -197,6 +197,53 @@ def test_ranks_are_placed_together_and_are_tried_again_together(tmp_path):
     assert engine.wait(0.1) == (2, {**DONE, "rank": "0"}) and not cluster.rooms
     engine.wait(0.1)
     assert names(cluster) == ["order-1", "order-3"] and sum(len(p.workers) for p in engine.places) == 4
+
+
+def test_a_trial_is_trained_by_as_many_ranks_as_are_asked_for(tmp_path):
+    """Trainings alone; two of two ranks fill four workers, and count as two at once."""
+    engine, cluster = made(tmp_path, ranks=2)
+    for number in range(3):
+        engine.submit(order(number))
+    engine.submit(order(3, "cost"))
+    engine.wait(0.1)
+    assert names(cluster) == ["order-0", "order-0", "order-1", "order-1"] and engine.resources().workers == 2
+    cluster.end("order-0")
+    assert engine.wait(0.1) == (0, DONE)
+    engine.wait(0.1)
+    assert names(cluster) == ["order-1", "order-1", "order-2", "order-2"], "what was asked for earlier goes first"
+    with pytest.raises(BadInput, match="5 ranks are wanted, and 4 workers"):
+        made(tmp_path, ranks=5)
+
+
+@pytest.mark.parametrize("heard", ["error first", "death first"])
+def test_a_rank_s_death_explains_the_errors_of_the_others(tmp_path, heard):
+    """Whose connection broke raises an error of its own, which may come before the death of the other is known."""
+    engine, cluster = made(tmp_path)
+    engine.submit(order(1, ranks=3))
+    engine.wait(0.1)
+    ranks = {rank["RANK"]: ref for _, ref, _, rank in cluster.running()}
+    how = [("0", Failed("RuntimeError: connection closed by peer")), ("2", Died("the worker is gone"))]
+    for rank, end in how if heard == "error first" else how[::-1]:
+        cluster.ended[ranks[rank]] = end
+        assert engine.wait(GRACE / 2) is None
+    assert names(cluster) == ["order-1"] * 3 and len(cluster.rooms) == 1, "all are at it again"
+    cluster.end("order-1")
+    assert engine.wait(0.1) == (1, DONE)
+
+
+def test_a_rank_s_error_without_a_death_is_the_work_s_own(tmp_path):
+    """The others wait for it in vain, and are ended after the grace; nothing is tried again."""
+    engine, cluster = made(tmp_path)
+    engine.submit(order(1, ranks=2))
+    engine.wait(0.1)
+    ref = next(ref for _, ref, _, rank in cluster.running() if rank["RANK"] == "1")
+    cluster.ended[ref] = Failed("KeyError: 'x'")
+    assert engine.wait(GRACE - 5) is None
+    assert engine.wait(20.0) == (1, {"status": Status.CRASHED, "reason": "KeyError: 'x'"}) and not cluster.rooms
+    engine.submit(order(2, ranks=2))
+    engine.wait(0.1)
+    cluster.end("order-2", Failed("ValueError: both"))
+    assert engine.wait(0.1) == (2, {"status": Status.CRASHED, "reason": "ValueError: both"})
 
 
 def test_a_group_waits_for_room_and_is_not_overtaken(tmp_path):
@@ -268,7 +315,7 @@ def test_machines_come_and_go(tmp_path):
         engine.submit(order(number))
     engine.wait(0.1)
     cluster.alive = [A]
-    for name, ref, worker, _ in cluster.running():
+    for _, ref, worker, _ in cluster.running():
         if cluster.where[worker] == "b":
             cluster.ended[ref] = Died("the machine is gone")
     engine.wait(0.1)
@@ -309,6 +356,8 @@ def test_settings_that_cannot_be_are_refused(tmp_path):
         Where("rey")
     with pytest.raises(BadInput, match="settings of the engine ray"):
         Where("local", target="x")
+    with pytest.raises(BadInput, match="gpus and ranks: settings of the engine ray"):
+        Where("local", ranks=2, gpus=1)
     with pytest.raises(BadInput, match="live is 0"):
         Where("ray", live=0)
     with pytest.raises(BadInput, match="live object"):

@@ -42,9 +42,18 @@ def feed_of(dataset, workers=2, size=8, timeout=60.0):
     return Feed(DatasetData(dataset, workers=workers, timeout=timeout), 3, lambda p: order.indices(p), CPU), order
 
 
+BEFORE = set()  # processes that other tests have left: tinygrad's compiler lives as long as this one
+
+
+@pytest.fixture(autouse=True)
+def _before():
+    BEFORE.clear()
+    BEFORE.update(p.pid for p in multiprocessing.active_children())
+
+
 def children():
     """Processes that read data, by their id."""
-    return {p.pid for p in multiprocessing.active_children()}
+    return {p.pid for p in multiprocessing.active_children()} - BEFORE
 
 
 def test_tensors_on_the_cpu_are_read_as_a_bare_loop_reads_them():

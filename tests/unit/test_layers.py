@@ -24,7 +24,7 @@ RULES = {
     "engine": {"core", "parallel", "train", "runtime", "measure", "verify", "artifact", "methods", "workloads", "engine"},
     "stages": {"core", "parallel", "train", "runtime", "measure", "verify", "artifact", "methods", "workloads", "engine"}
     | {"search", "report", "stages"},
-    "testing": {"core", "parallel", "train", "runtime", "measure", "methods", "engine", "testing"},
+    "testing": {"core", "parallel", "train", "runtime", "measure", "methods", "engine", "testing", "workloads"},
 }
 NO_TORCH = sorted(PLAIN | {"search", "report", "methods"})
 

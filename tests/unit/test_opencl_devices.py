@@ -201,7 +201,7 @@ def test_a_search_proposes_it_only_where_the_device_is_not_the_cpu(found, why, m
 
 def test_no_driver_is_asked_for_families_that_are_not_searched(monkeypatch):
     monkeypatch.setattr(opencl, "found", lambda: pytest.fail("asked"))
-    assert not any(opening._for_search(c, ["structure", "training"])["unsearched"] for c in cards())
+    assert not any(opening._for_search(c, ["structure", "optimizer"])["unsearched"] for c in cards())
 
 
 def test_doctor_lists_the_devices(monkeypatch):

@@ -10,8 +10,8 @@ from quadriga.core.axes import Patch
 from quadriga.core.batch import call, tensors
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
+from quadriga.core.stacks import Block
 from quadriga.measure.size import parameters
-from quadriga.methods.structure._stacks import Block
 from quadriga.methods.structure.tie_layers import Adapted, TieLayers, layers_alike, parted, runs, tie
 from quadriga.testing import tiny_cnn, tiny_mlp, tiny_transformer
 from quadriga.testing.zoo import ZOO

@@ -141,7 +141,7 @@ def test_a_continued_step_goes_on_from_the_trained_weights(tmp_path):
     trained = one.hooks[0].raw
     setup = setup_of()
     fit(setup, data, epochs=4 / 3, seed=3)
-    assert all(torch.equal(a, b) for a, b in zip(trained, setup.model.parameters(), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(trained.values(), setup.model.parameters(), strict=True))
     assert fingerprint(setup.model) == plain != best
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class Batch:
         index: [batch] int64, the examples' places in their split.
         weight: [batch] float, or None for ones.
         augmented: a transform has acted on it, so that `index` no longer tells its inputs.
+        of: examples in the whole batch, where this is one process's part of it.
     """
 
     inputs: Tree
@@ -30,6 +31,7 @@ class Batch:
     index: Tensor
     weight: Tensor | None = None
     augmented: bool = False
+    of: int | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -40,7 +42,14 @@ class Batch:
         if all(t.device == device for t in tensors(parts)):
             return self
         inputs, target, index, weight = (to_device(part, device) for part in parts)
-        return Batch(inputs, target, index, weight, self.augmented)
+        return Batch(inputs, target, index, weight, self.augmented, self.of)
+
+
+def rows(batch: Batch, here: slice) -> Batch:
+    """Some examples of a batch."""
+    inputs, target = (tree_map(lambda t: t[here], tree) for tree in (batch.inputs, batch.target))
+    weight = None if batch.weight is None else batch.weight[here]
+    return replace(batch, inputs=inputs, target=target, index=batch.index[here], weight=weight)
 
 
 def call(model: Callable[..., Any], inputs: Tree) -> Tree:

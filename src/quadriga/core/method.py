@@ -54,6 +54,7 @@ class Method(ABC):
         writes: further slots that it writes.
         control: fields with which the method stands for chance; a recipe that uses it is judged beside itself with these.
         trains: whether a hardware method acts on train steps, so that it has to stand before one.
+        ranks: whether it says how several processes train together.
         shapes: whether a structure method changes the network, its shape or its weights, and not its training alone.
         requires, adds, removes: traits, open strings that state facts about the setup.
         name: how recipes call it; from the class name unless given.
@@ -66,6 +67,7 @@ class Method(ABC):
     writes: ClassVar[frozenset[str]] = frozenset()
     control: ClassVar[Mapping[str, Any]] = {}
     trains: ClassVar[bool] = False
+    ranks: ClassVar[bool] = False
     shapes: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset()
     adds: ClassVar[frozenset[str]] = frozenset()
@@ -80,6 +82,11 @@ class Method(ABC):
     def needs(self) -> frozenset[str]:
         """The traits that this very value requires: those of its class, unless a field takes one away or adds one."""
         return self.requires
+
+    def lays_out(self) -> bool:
+        """Whether this very value says only where training is computed and not what: a checkpoint is of the same run
+        without it."""
+        return False
 
     @classmethod
     def unsearched(cls) -> str:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, evaluating, primary
+from quadriga.core.data import Data
 from quadriga.core.metric import Metric
 from quadriga.core.slots import OptimizerSlot, RuntimeSpec, Training
 from quadriga.core.workload import Workload, uses_images, uses_tokens
@@ -46,6 +47,8 @@ class Context:
         runtime: the specification that the whole recipe ends in, as far as its later hardware steps say.
         decide: (key, compute) → plain data: what `compute` returned when this step of this recipe was first applied, so
             that a decision by a measurement is made once, and every process rebuilds the same network.
+        again: makes, in another process, the setup that a train step finds, and the data that it learns from; it can be
+            pickled. None where nothing can, and what a worker needs has to be sent.
     """
 
     example: Tree
@@ -64,6 +67,7 @@ class Context:
     pace: Callable[[Sequence[Setup]], list[float]] | None = None
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     decide: Callable[[str, Callable[[], Any]], Any] = undecided
+    again: Callable[[], tuple[Setup, Data]] | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -77,11 +77,15 @@ class Hook:
     """Places in the loop where a method may act. Every method does nothing unless overridden.
 
     Attributes:
+        spreads: whether it may act on a model whose weights are spread over processes: tensors are then DTensors, or the model
+            has a part of the layers. What combines several weights asks `core.spread`; state that is as large as weights is
+            kept under their names.
         interval: of progress, after which `look` is called; 0 for never.
         stopped: whether the train step is to end now.
         factors: multiply the schedules' factors.
     """
 
+    spreads: bool = False
     interval: float = 0.0
     stopped: bool = False
     factors: Factors = PLAIN
@@ -91,7 +95,10 @@ class Hook:
         return None
 
     def seen(self, batch: Batch, losses: Tensor) -> None:
-        """The losses of a batch's examples, detached: [batch], or one number of a scalar loss."""
+        """The losses of a batch's examples, detached: [batch], or one number of a scalar loss.
+
+        Where several processes share a batch, all see all losses; the batch has index and weight then, and no inputs.
+        """
 
     def train(self, model: nn.Module, data: Data) -> AbstractContextManager[Any]:
         """Entered around all steps of a train step, and left however they end; `data` is the split, untransformed."""
@@ -122,6 +129,21 @@ class Hook:
 
 
 @dataclass(frozen=True)
+class Asynchronous:
+    """A train step by several processes that update one set of weights in shared memory without locks.
+
+    Args:
+        workers: processes, that of the loop among them.
+        scale: whether an update's rate is multiplied by 1 / (1 + its staleness).
+        asked_by: the method that wants it, for messages.
+    """
+
+    workers: int
+    scale: bool = False
+    asked_by: str = ""
+
+
+@dataclass(frozen=True)
 class Training:
     """The training slot: how a batch becomes a step.
 
@@ -129,7 +151,7 @@ class Training:
     with the model, so that hooks have state per run. A batch of more than `micro` examples is worked off in parts of at most
     so many, whose gradients add up to its own. `finish` is called once a train step and those that continue it are
     over, in every process that rebuilds the network: model → the model that later steps see, such as one without the units
-    that faded out.
+    that faded out. `asynchronous` says how many processes make the steps, if it is more than the loop's own.
     """
 
     loss: Loss
@@ -139,6 +161,7 @@ class Training:
     make_hooks: tuple[Callable[[nn.Module], Hook], ...] = ()
     finish: tuple[Callable[[nn.Module], nn.Module], ...] = ()
     micro: int | None = None
+    asynchronous: Asynchronous | None = None
 
 
 MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
@@ -180,6 +203,35 @@ class QuantSpec:
 
 
 @dataclass(frozen=True)
+class ParallelSpec:
+    """How the processes that torchrun or Slurm started train one model together; see `quadriga.parallel`.
+
+    The ranks are a mesh of `pipeline` × data × `tensor`; the data dimension is what is left. Nothing of it changes what is
+    computed, up to the rounding of sums, unless `precision` is not "fp32".
+
+    Args:
+        data: how the ranks that see different examples keep the weights: "replicate" (DDP), "shard" (FSDP2), or "" where
+            there must be none.
+        tensor: ranks that share each matrix.
+        pipeline: ranks that share the layers.
+        recompute: activations are computed again in the backward pass: "" none, "blocks" all inside a block, "cheap" all
+            there but matrix products and attention.
+        options: of the methods: "precision", "reduce" and "reshard" (shard), "unused" and "sync_batchnorm" (replicate),
+            "sequence" and "plan" (tensor), "schedule", "microbatches", "cuts" and "chunks" (pipeline).
+    """
+
+    data: str = ""
+    tensor: int = 1
+    pipeline: int = 1
+    recompute: str = ""
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def but(self, *, options: Mapping[str, Any] | None = None, **fields: Any) -> ParallelSpec:
+        """With other fields, and further options."""
+        return replace(self, **fields, options={**self.options, **(options or {})})
+
+
+@dataclass(frozen=True)
 class RuntimeSpec:
     """The runtime slot: where and how the model executes, realised once after the last step.
 
@@ -196,6 +248,7 @@ class RuntimeSpec:
         weights: "fp32", "bf16" or "fp16": type of the finished weights, in which products are computed where the runtime can.
         device: "cpu" or "cuda": where PyTorch computes, in training and in its runtimes; other runtimes have their own.
         storage: "plain", or "entropy": weights are entropy-coded in the files and decoded when they are loaded.
+        parallel: how several processes train together, or None.
         options: further plain data for the runtime.
     """
 
@@ -211,6 +264,7 @@ class RuntimeSpec:
     device: str = "cpu"
     storage: str = "plain"
     options: Mapping[str, Any] = field(default_factory=dict)
+    parallel: ParallelSpec | None = None
 
     @property
     def by_torch(self) -> bool:

@@ -11,6 +11,7 @@ SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PA
 
 
 ANYWHERE = frozenset({"train", "hello"})  # tasks that any machine may do; what is timed, or built to be timed, is the target's
+TOGETHER = "train"  # the task that several ranks can do as one
 
 
 @dataclass

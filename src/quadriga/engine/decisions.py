@@ -6,13 +6,14 @@ import fcntl
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from quadriga.core.files import read_json, write_json
 from quadriga.core.recipe import Recipe
 from quadriga.core.slots import RuntimeSpec
+from quadriga.parallel import group
 
 
 class Decisions:
@@ -20,7 +21,8 @@ class Decisions:
 
     A decision belongs to the workload, the seed, the step that asks with the steps before it that shape the network, and the
     specification that the whole recipe ends in. What is kept is JSON, and it is read back even where it was just computed,
-    so the first process and the others go on with equal data.
+    so the first process and the others go on with equal data. Of processes that train together the first one measures; how the
+    training is laid out over them is no part of the question.
 
     Args:
         folder: where `<hash>.json` files are kept; None keeps them in memory, for this walk.
@@ -40,10 +42,15 @@ class Decisions:
 
     def __call__(self, key: str, compute: Callable[[], Any]) -> Any:
         """What `compute` returned when this was first asked."""
-        asked = {"whose": self.whose(), "steps": self.prefix.plain(), "runtime": asdict(self.spec), "key": key}
+        asked = {
+            "whose": self.whose(),
+            "steps": self.prefix.plain(),
+            "runtime": asdict(replace(self.spec, parallel=None)),
+            "key": key,
+        }
         name = digest(asked)
         if name not in self.made:
-            self.made[name] = self._kept(name, asked, compute)
+            self.made[name] = group.same(lambda: self._kept(name, asked, compute))
         return json.loads(json.dumps(self.made[name]["value"]))
 
     @property

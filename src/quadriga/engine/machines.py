@@ -32,7 +32,7 @@ class Machines:
         notes: why some are not used.
 
     Raises:
-        BadInput: there is no such target; or a machine that is there now does not see the folder, or has another Quadriga or torch.
+        BadInput: there is no such target; or a machine that is there does not see the folder, or has another Quadriga or torch.
     """
 
     def __init__(self, cluster: Cluster, folder: Path, target: str | None, alike: bool, clock: Callable[[], float]) -> None:

@@ -22,8 +22,9 @@ class Where:
         engine: "local", or "ray".
         address: of the Ray cluster: "auto", "host:port", or "local".
         target: the machine on which latency is measured; the driver's without it.
-        live: trials under way at once, at most.
-        gpus: of each worker on Ray; may be a part of one.
+        live: worker processes at once, at most.
+        gpus: of each process on Ray; may be a part of one.
+        ranks: processes on Ray that train one trial together.
 
     Raises:
         BadInput: there is no such engine, or it has no such setting.
@@ -38,6 +39,7 @@ class Where:
     target: str | None = None
     live: int | None = None
     gpus: float = 0.0
+    ranks: int = 1
 
     def changed(self) -> dict[str, Any]:
         """The settings that are not the usual ones."""
@@ -46,10 +48,11 @@ class Where:
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
             raise BadInput(f'there is no engine "{self.engine}"', did_you_mean(self.engine, ENGINES))
-        if self.engine != "ray" and (self.address, self.target, self.gpus) != ("auto", None, 0.0):
-            raise BadInput("address, target and gpus are settings of the engine ray", "add --engine ray, or leave them out")
-        if (self.live is not None and self.live < 1) or self.gpus < 0:
-            raise BadInput(f"live is {self.live}, gpus {self.gpus}", "give at least one live trial, and no negative GPUs")
+        if self.engine != "ray" and (odd := sorted({*self.changed()} - {"engine", "live"})):
+            raise BadInput(f"{' and '.join(odd)}: settings of the engine ray", "add --engine ray, or leave them out")
+        if (self.live is not None and self.live < 1) or self.gpus < 0 or self.ranks < 1:
+            told = f"live is {self.live}, gpus {self.gpus}, ranks {self.ranks}"
+            raise BadInput(told, "give at least one live trial and one rank, and no negative GPUs")
 
 
 def open_engine(workload: Workload, folder: Path, seed: int, where: Where | None = None, *, alike: bool = False) -> Engine:
@@ -78,8 +81,11 @@ def _on_ray(workload: Workload, folder: Path, seed: int, where: Where, alike: bo
 
     if workload.reference is None:
         raise BadInput("the model is a live object, which other machines cannot rebuild", "give a name or file.py:function")
+    if alike and where.ranks > 1:
+        raise BadInput("what a training costs is counted in one process", "leave --ranks out, or minimize something else")
+    shared = {"target": where.target, "gpus": where.gpus, "ranks": where.ranks}
+    given = {**shared, "live": where.live or LIVE, "alike": alike}
     cluster = Cluster(where.address)
-    given = {"target": where.target, "live": where.live or LIVE, "gpus": where.gpus, "alike": alike}
     try:
         return Ray(cluster, workload.reference, folder, seed, **given)
     except BaseException:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from quadriga.core.errors import BadInput
 from quadriga.core.trial import Status
-from quadriga.engine.base import ANYWHERE, Order, Resources
+from quadriga.engine.base import ANYWHERE, TOGETHER, Order, Resources
 from quadriga.engine.cluster import Cluster, Died, Failed, Machine
 from quadriga.engine.machines import Machines
 
@@ -25,6 +25,7 @@ RETRIES = 2  # of an order whose worker or machine died
 TICK = 1.0  # seconds, at most, between two looks at the time limits
 FALLS = 3  # workers that may fail to start on a machine
 PATIENCE = 30.0  # seconds in which a rank says where the others meet
+GRACE = 60.0  # seconds after a rank's error in which a death among the others may be heard of that explains it
 
 
 @dataclass
@@ -39,7 +40,10 @@ class Place:
     order: Order | None = None
     tries: int = 0
     began: float = 0.0
+    first: Any = None  # the call whose value counts
     value: dict[str, Any] | None = None
+    error: str = ""  # of the first rank that raised one
+    erred: float = 0.0
 
     @property
     def idle(self) -> bool:
@@ -58,6 +62,7 @@ class Ray:
         target: the machine on which latency is measured, by host name, address or Ray's id; the driver's without it.
         live: workers at once, at most.
         gpus: of each worker.
+        ranks: workers that train a trial together.
         alike: use machines like the target alone, since what trainings cost is compared.
         clock: seconds.
 
@@ -67,9 +72,9 @@ class Ray:
 
     def __init__(
         self, cluster: Cluster, reference: str, folder: Path, seed: int, *, target: str | None = None, live: int = LIVE,
-        gpus: float = 0.0, alike: bool = False, clock: Callable[[], float] = time.monotonic,
+        gpus: float = 0.0, ranks: int = 1, alike: bool = False, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self.cluster, self.gpus, self.clock = cluster, gpus, clock
+        self.cluster, self.gpus, self.ranks, self.clock = cluster, gpus, ranks, clock
         self.spec = {"workload": reference, "folder": str(folder.resolve()), "seed": seed}
         self.machines = Machines(cluster, folder.resolve(), target, alike, clock)
         self.target = self.machines.target
@@ -77,6 +82,10 @@ class Ray:
         if self.live < 1 or self.target.cpus < 1:
             remedy = "start Ray there with --num-cpus, or name another --target"
             raise BadInput(f"Ray has no core to give away on {self.target.name}", remedy)
+        if ranks > self.live:
+            raise BadInput(
+                f"{ranks} ranks are wanted, and {self.live} workers may live at once", "raise --live, or add machines"
+            )
         self.falls: dict[str, int] = {}
         self._begin()
 
@@ -88,6 +97,8 @@ class Ray:
 
     def submit(self, order: Order) -> None:
         """Queue an order; one of more ranks than the cluster carries is refused at once."""
+        if order.task == TOGETHER:
+            order = replace(order, ranks=max(order.ranks, self.ranks))
         if order.ranks > self.live:
             reason = f"{order.ranks} ranks are wanted, and {self.live} workers may live at once"
             self._finish(
@@ -122,7 +133,7 @@ class Ray:
         names = [p.machine.name for p in self.places if p.machine is not None]
         counts = {name: names.count(name) for name in dict.fromkeys(names)}
         here = self.target.id == self.cluster.here()
-        workers = max(1, sum(len(p.workers) for p in self.places))
+        workers = max(1, sum(len(p.workers) for p in self.places) // self.ranks)
         return Resources(workers, self.machines.facts[self.target.id], here, counts)
 
     def renew(self) -> None:
@@ -202,7 +213,7 @@ class Ray:
         """Begin the order of a place that is ready."""
         order, ranks = place.order, [dict[str, str]()]
         assert order is not None
-        place.began, place.value = self.clock(), None
+        place.began, place.value, place.error = self.clock(), None, ""
         if place.room is not None:
             try:
                 host, port = self.cluster.result(self.cluster.call(place.workers[0], "meeting_place"), PATIENCE)
@@ -213,6 +224,7 @@ class Ray:
             ranks = [{**world, "RANK": str(rank)} for rank in range(order.ranks)]
         calls = zip(place.workers, ranks, strict=True)
         place.running = [self.cluster.call(w, "do", order.task, dict(order.args), rank) for w, rank in calls]
+        place.first = place.running[0]
 
     def _listen(self, timeout: float) -> None:
         """Hear from whoever ends first, and end whoever is over the time."""
@@ -223,6 +235,8 @@ class Ray:
                     self._heard(heard[ref], ref)
         else:
             time.sleep(min(timeout, 0.05))
+        for place in [p for p in self.places if p.error and self.clock() - p.erred > GRACE]:
+            self._failed(place, place.error)
         for place in [p for p in self.places if p.running and p.order and self.clock() - p.began > p.order.limit]:
             order = place.order
             self._drop(place)
@@ -235,21 +249,34 @@ class Ray:
         except Died as error:
             self._lost(place, str(error))
         except Failed as error:
-            self._failed(place, str(error))
+            self._erred(place, ref, str(error))
         else:
             if ref in place.starting:
                 place.starting.remove(ref)
                 if place.order is not None and not place.starting:
                     self._start(place)
                 return
-            if ref is place.running[0] and place.value is None:
-                place.value = value
+            place.value = value if ref is place.first else place.value
             place.running.remove(ref)
             if not place.running:
                 self._ended(place)
 
+    def _erred(self, place: Place, ref: Any, why: str) -> None:
+        """An error of the work; but if a rank dies, the others' calls fail too, and may be heard of before its death is."""
+        if ref not in place.running or len(place.workers) == 1:
+            self._failed(place, why)
+            return
+        place.running.remove(ref)
+        if not place.error:
+            place.error, place.erred = why, self.clock()
+        if not place.running:
+            self._failed(place, place.error)
+
     def _ended(self, place: Place) -> None:
         order, value = place.order, place.value
+        if place.error:
+            self._failed(place, place.error)
+            return
         assert order is not None and value is not None
         place.order = None
         if place.room is not None:

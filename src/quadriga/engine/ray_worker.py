@@ -44,6 +44,10 @@ class Worker:
                 self.desk = Desk(load(self.spec["workload"]), Path(self.spec["folder"]), self.spec["seed"])
             except BadInput as error:
                 return {"status": str(Status.CRASHED), "reason": str(error), "bad_input": [error.problem, error.remedy]}
+        if rank:
+            from quadriga.engine import together
+
+            return json.loads(json.dumps(together.do(self.desk, task, args)))
         return json.loads(json.dumps(self.desk.do(task, args)))
 
     def meeting_place(self) -> tuple[str, int]:

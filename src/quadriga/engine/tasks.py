@@ -5,9 +5,10 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -36,6 +37,7 @@ from quadriga.measure.machine import fingerprint
 from quadriga.measure.quality import score
 from quadriga.measure.roofline import profile
 from quadriga.measure.size import parameters, weight_bytes
+from quadriga.parallel import group
 from quadriga.train.loop import fit
 from quadriga.verify.equal import equal
 from quadriga.verify.fake import fakes
@@ -83,9 +85,13 @@ class Desk:
         except MemoryError as error:
             return {"status": Status.OUT_OF_MEMORY, "reason": f"out of memory: {error}"}
         except RuntimeError as error:
+            if group.together():  # another rank died, or will have to: all start again
+                raise
             memory = "not enough memory" in str(error) or "out of memory" in str(error)
             return {"status": Status.OUT_OF_MEMORY if memory else Status.CRASHED, "reason": _brief(error)}
         except Exception as error:  # a trial's crash is a result; the search goes on
+            if group.together():
+                raise
             return {"status": Status.CRASHED, "reason": _brief(error)}
         finally:
             while self._scrap:
@@ -174,6 +180,11 @@ class Desk:
         rows = profile(model, self.workload.inputs(batch), repeats=50, seconds=1.0, ceiling=limits)
         return {"batch": batch, "seconds": sum(row["seconds"] for row in rows), "layers": rows}
 
+    def _follow(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Train, and nothing else: what all processes do that train together."""
+        self._walk(recipe, args)
+        return {"values": {}}
+
     def _train(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Train, realise, and measure quality on val through the very runtime that the recipe names."""
         walked = self._walk(recipe, args)
@@ -183,6 +194,8 @@ class Desk:
         sizes = {"bytes": float(size), "parameters": float(parameters(model))}
         values = {"quality": scores["quality"], **sizes, **self._training_cost(walked)}
         kept = {"checkpoint": _name(walked), "decisions": list(walked.decisions), "notes": list(walked.notes)}
+        if walked.staleness:
+            kept["staleness"] = list(walked.staleness)
         return {"values": values, "info": {"scores": scores["path"], **kept}}
 
     def _training_cost(self, walked: Walked) -> dict[str, float]:
@@ -248,6 +261,7 @@ class Desk:
         """Seconds that a recipe's training will take, going by a few steps."""
         first = next(i for i, s in enumerate(recipe.steps) if s.is_train)
         setup = self._probe(recipe, until=first).setup
+        setup = replace(setup, training=replace(setup.training, asynchronous=None))  # workers take long to come up
         size = setup.training.batch_size
         few = min(len(self.workload.train), 4 * size)
         fit(setup, self.workload.train, epochs=few / len(self.workload.train), seed=self.seed)
@@ -317,6 +331,8 @@ class Desk:
         return {"values": {}, "info": {"timings": found.plain()}}
 
     def _hello(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Nothing, for so many seconds: engines are tested and measured with it."""
+        time.sleep(args.get("seconds", 0.0))
         return {"values": {}}
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import nn
 
 from quadriga.core.batch import tensors
-from quadriga.core.errors import NotApplicable
+from quadriga.core.data import Data
+from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method
 from quadriga.core.recipe import Recipe, Step
 from quadriga.core.setup import PROBE, Setup
@@ -25,6 +27,7 @@ from quadriga.methods import build
 from quadriga.train.checkpoint import load_finished, load_model
 from quadriga.train.gradients import fisher_diagonal, mean_gradients
 from quadriga.train.loop import fit
+from quadriga.workloads import load
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Walked:
         checkpoint: folder of the last train step, or None.
         decisions: what methods decided by measurement: rows with "step", "key" and "value".
         notes: what happened in train steps, such as a return to an earlier state.
+        staleness: of each train step by several workers, as in its outcome.
     """
 
     setup: Setup
@@ -48,6 +52,7 @@ class Walked:
     checkpoint: Path | None
     decisions: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
+    staleness: tuple[dict[str, Any], ...] = ()
 
 
 def walk(
@@ -89,7 +94,7 @@ def walk(
     runtime = final_runtime(start, methods)
     decide = Decisions(decisions, lambda: [workload_key(workload), seed], runtime)
     start = replace(start, context=replace(start.context, runtime=runtime, decide=decide))
-    walker = _Walker(workload, recipe, seed, store, progress, start, decide, ready, before_train)
+    walker = _Walker(workload, recipe, seed, store, progress, start, decide, ready, before_train, teacher=teacher)
     for index, method in enumerate(methods[:until]):
         decide.prefix = shaping(recipe, methods, index)
         if method is None:
@@ -97,8 +102,9 @@ def walk(
         else:
             walker.apply(method, index)
     return Walked(
-        walker.setup, walker.samples, walker.seconds, walker.cpu_seconds, walker.last, tuple(decide.plain()), walker.notes
-    )
+        walker.setup, walker.samples, walker.seconds, walker.cpu_seconds, walker.last, tuple(decide.plain()), walker.notes,
+        walker.staleness,
+    )  # fmt: skip
 
 
 @dataclass
@@ -118,6 +124,8 @@ class _Walker:
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    staleness: tuple[dict[str, Any], ...] = ()
+    teacher: Path | None = None
     last: Path | None = None
     changed: str = ""
 
@@ -146,18 +154,47 @@ class _Walker:
         if self.before_train is not None:
             self.before_train(self.setup, index)
         if self.store is not None:
-            self._fit(self.store / name, fields.get("epochs", 10), going_on)
+            self._fit(index, self.store / name, fields.get("epochs", 10), going_on)
         else:
             known = self.ready is not None and load_finished(self.ready / name, self.setup.model)
             self.setup = replace(self.setup, traits=self.setup.traits - {PROBE} if known else self.setup.traits | {PROBE})
         self.setup, self.changed = _after_train(self.setup, self.workload, keep=_continues(self.recipe, index)), ""
 
-    def _fit(self, folder: Path, epochs: float, going_on: bool) -> None:
-        data, start = self.workload.train, self.last if going_on else None
-        outcome = fit(self.setup, data, epochs=epochs, seed=self.seed, start=start, checkpoint=folder, progress=self.progress)
+    def _fit(self, index: int, folder: Path, epochs: float, going_on: bool) -> None:
+        data, start, setup = self.workload.train, self.last if going_on else None, self.setup
+        if setup.training.asynchronous is not None and self.workload.reference is not None:
+            assert self.store is not None
+            had = tuple(name for name in SERVICES if getattr(setup.context, name) is not None)
+            places = {"store": self.store, "teacher": self.teacher, "decisions": self.decisions.folder}
+            again = partial(rebuilt, self.workload.reference, self.recipe, index, self.seed, had, places)
+            setup = replace(setup, context=replace(setup.context, again=again))
+        outcome = fit(setup, data, epochs=epochs, seed=self.seed, start=start, checkpoint=folder, progress=self.progress)
         self.samples, self.seconds, self.last = self.samples + outcome.samples, self.seconds + outcome.seconds, folder
         self.cpu_seconds += outcome.cpu_seconds
         self.notes += (outcome.note,) if outcome.note else ()
+        self.staleness += (dict(outcome.staleness),) if outcome.staleness else ()
+
+
+SERVICES = ("evaluate", "enough", "time", "pace")
+
+
+def rebuilt(
+    reference: str, recipe: Recipe, index: int, seed: int, had: tuple[str, ...], places: Mapping[str, Path | None]
+) -> tuple[Setup, Data]:
+    """In a worker of train step `index`: its setup, by the steps before it once more, and its data.
+
+    Train steps before it are loaded, and what was decided by measurement is read. Of the services that methods `had`, none is
+    asked for anything again.
+    """
+    workload = load(reference)
+
+    def settled(*args: Any, **kwargs: Any) -> Any:
+        raise BadInput("a worker would have to measure what the study has decided", "leave out hogwild")
+
+    services = dict.fromkeys(had, settled)
+    walked = walk(workload, recipe, seed=seed, services=services, until=index, **places)
+    assert workload.train is not None
+    return walked.setup, workload.train
 
 
 def _start(
@@ -186,7 +223,12 @@ def shaping(recipe: Recipe, methods: Sequence[Method | None], index: int) -> Rec
     """
 
     def shapes(method: Method | None) -> bool:
-        return method is not None and method.family in (Family.STRUCTURE, Family.HARDWARE) and method.shapes
+        return (
+            method is not None
+            and method.family in (Family.STRUCTURE, Family.HARDWARE)
+            and method.shapes
+            and not method.lays_out()
+        )
 
     kept = [s for k, s in enumerate(recipe.steps[: index + 1]) if k == index or s.is_train or shapes(methods[k])]
     marked = [Step("train") if s.is_train else s for s in kept]
@@ -257,8 +299,10 @@ def prefix_key(workload: Workload, recipe: Recipe, index: int, seed: int, decide
 
     Args:
         decided: the mark of the decisions made before it, since they may have given the network another shape.
+
+    Steps that only lay training out over processes are left out, so that a run goes on with more or fewer of them.
     """
-    steps = Recipe(recipe.steps[: index + 1]).plain()
+    steps = Recipe(tuple(s for s in recipe.steps[: index + 1] if s.is_train or not build(s).lays_out())).plain()
     text = json.dumps([workload_key(workload), seed, steps, *([decided] if decided else [])], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

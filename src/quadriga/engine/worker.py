@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from quadriga.measure.process import die_with_parent
+from quadriga.core.parent import die_with_parent
 
 
 def main(spec: dict[str, Any]) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from quadriga.core.cuda import peak_allocated, settle
+from quadriga.core.parent import die_with_parent
 from quadriga.measure.memory import forget_peak, peak_resident, resident
-from quadriga.measure.process import die_with_parent
 
 Run = Callable[[Any], Any]
 

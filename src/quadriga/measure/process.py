@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import select
@@ -124,12 +123,3 @@ class Process:
     def _tail(self) -> str:
         text = self.log.read_bytes()[-2000:].decode(errors="replace").strip() if self.log.exists() else ""
         return f": {text}" if text else ""
-
-
-def die_with_parent(parent: int) -> None:
-    """Let the kernel kill this process when the one that started it is gone (Linux); elsewhere the closed pipe ends it."""
-    if sys.platform == "linux":
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it died before we asked
-        os._exit(1)

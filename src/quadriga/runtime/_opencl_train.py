@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.quiet import quiet
-from quadriga.runtime import standalone
 from quadriga.runtime._capture import reason
 from quadriga.runtime._opencl_ops import ELSEWHERE, OPERATIONS, Array
+from quadriga.runtime.standalone import opencl
 
 
 class Trainer:
@@ -41,11 +41,11 @@ class Trainer:
         _device()
         self._names = {**self._program.graph_signature.inputs_to_parameters, **self._program.graph_signature.inputs_to_buffers}
         state = {**dict(model.named_buffers()), **dict(model.named_parameters())}
-        self._state = {name: standalone.to_cl(state[name].detach()) for name in self._names.values()}
+        self._state = {name: opencl.to_cl(state[name].detach()) for name in self._names.values()}
         learned = [name for name, p in model.named_parameters() if p.requires_grad and name in self._state]
-        self._momenta = {name: standalone.to_cl(torch.zeros_like(state[name])) for name in learned}
+        self._momenta = {name: opencl.to_cl(torch.zeros_like(state[name])) for name in learned}
         self._steps: dict[torch.Size, Any] = {}
-        standalone.on_cl(self._forward, standalone.to_cl(example))  # nothing is computed: what is refused, is refused here
+        opencl.on_cl(self._forward, opencl.to_cl(example))  # nothing is computed: what is refused, is refused here
 
     def step(self, inputs: Tensor, target: Tensor) -> float:
         """Learn from one batch, and return its mean loss before that.
@@ -57,12 +57,12 @@ class Trainer:
         from tinygrad import TinyJit
 
         made = self._steps.setdefault(inputs.shape, TinyJit(self._step))
-        loss = standalone.on_cl(made, standalone.to_cl(inputs), standalone.to_cl(target.int()))
-        return float(standalone.from_cl(loss))
+        loss = opencl.on_cl(made, opencl.to_cl(inputs), opencl.to_cl(target.int()))
+        return float(opencl.from_cl(loss))
 
     def state_dict(self) -> dict[str, Tensor]:
         """Weights and running statistics as copies on the CPU, for the model's `load_state_dict(strict=False)`."""
-        return {name: standalone.from_cl(x) for name, x in self._state.items()}
+        return {name: opencl.from_cl(x) for name, x in self._state.items()}
 
     def _step(self, inputs: Array, target: Array) -> Array:
         """One step; everything that it changes is realized in it, as recording needs."""
@@ -138,6 +138,6 @@ def _exported(model: nn.Module, example: Tensor) -> Any:
 
 def _device() -> None:
     try:
-        standalone.cl_device({"needs": ["quadriga[opencl]"]})
+        opencl.cl_device({"needs": ["quadriga[opencl]"]})
     except (ImportError, RuntimeError) as error:
         raise NotApplicable(str(error), "quadriga doctor says what is missing") from error

@@ -37,8 +37,8 @@ def open_study(
     """Check the workload, open the store and the engine; close both at the end, whatever happens.
 
     Raises:
-        BadInput: the folder holds another study, or timings of another machine; or the workload or the engine cannot be used, or
-            the floor's unit is not the metric's.
+        BadInput: the folder holds another study, or timings of another machine; or the workload or the engine cannot be
+            used, or the floor's unit is not the metric's.
     """
     out = out.resolve()  # other machines have another working directory
     with Store(out) as store:

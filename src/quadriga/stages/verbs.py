@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from quadriga.core import world
 from quadriga.core.errors import BadInput
 from quadriga.core.files import write_json
 from quadriga.core.recipe import Recipe
@@ -15,10 +16,11 @@ from quadriga.core.roofline import bounds
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
 from quadriga.engine.tasks import Desk
+from quadriga.engine.together import follow, planned
 from quadriga.measure.ceilings import ceilings
 from quadriga.measure.roofline import profile as layers
 from quadriga.report.profiled import write as write_profile
-from quadriga.train.track import open_tracker, tracking
+from quadriga.train.track import Tracker, open_tracker, tracking
 from quadriga.workloads.check import check
 
 
@@ -41,6 +43,9 @@ def train(
         track: "jsonl", "tensorboard" or "mlflow": where the course of the training is written, below out/track.
         progress: called with plain data.
 
+    Where torchrun or srun started several processes, they train together; then the first one measures and writes, and the
+    others are done: they return an empty result. A recipe without a plan for them is trained data-parallel.
+
     Raises:
         BadInput: the recipe does not apply to this workload, or the training diverged.
     """
@@ -50,6 +55,12 @@ def train(
     say = progress or (lambda event: None)
     folder = folder_for(out)
     desk = Desk(workload, folder, seed, lambda part: say({"stage": "train", "text": f"{part:.0%} of this train step"}))
+    if (here := world.found()).size > 1:
+        recipe = planned(recipe)
+        _train_together(desk, recipe, open_tracker(track, folder / "track", recipe.hash) if track and here.first else None)
+        if not here.first:
+            return {}
+        track = None
     with tracking(open_tracker(track, folder / "track", recipe.hash) if track else None) as tracked:
         trained = done(desk.do("train", {"recipe": recipe.plain(), "hash": recipe.hash}), "the recipe")
         tracked.log(0, {name: trained["values"][name] for name in ("quality", "bytes", "parameters")})
@@ -61,11 +72,19 @@ def train(
     written = desk.do("artifact", args)
     made = written["status"] == Status.COMPLETE
     facts = {"status": "complete", "workload": workload.name, "recipe": recipe.plain(), "metric": workload.metric.name}
-    notes = [tracked.note, "" if made else f"no artifact: {written['reason']}"]
+    notes = [*trained["info"]["notes"], tracked.note, "" if made else f"no artifact: {written['reason']}"]
     note = {"note": "; ".join(filter(None, notes))} if any(notes) else {}
     result = {**facts, "unit": workload.metric.unit, **trained["values"], "artifact": "artifact" if made else None, **note}
+    if "staleness" in trained["info"]:
+        result["staleness"] = trained["info"]["staleness"]
     write_json(folder / "train.json", result)
     return result
+
+
+def _train_together(desk: Desk, recipe: Recipe, tracker: Tracker | None) -> None:
+    """All train steps, by all processes, which then part."""
+    with tracking(tracker):
+        done(follow(desk, recipe), "the recipe")
 
 
 def done(result: Mapping[str, Any], what: str) -> Mapping[str, Any]:

@@ -95,9 +95,9 @@ class Combiner:
         if not any(p.requires_grad for p in setup.model.parameters()):
             return None
         try:
-            loss = one_step(setup)
+            loss = one_step(setup).loss
         except NotApplicable as refusal:
-            return Outcome(REFUSED, "step", str(refusal))
+            return Outcome(REFUSED, (getattr(refusal, "__notes__", None) or ["step"])[-1], str(refusal))
         if math.isfinite(loss) and finite(setup.model, self.workload.example):
             return None
         return Outcome(FAILS, "step", f"after one step the loss is {loss}")

@@ -20,6 +20,7 @@ from quadriga.core.setup import Setup
 from quadriga.core.slots import Factors, Hook, Moment
 from quadriga.testing.setups import MakeSetup, fingerprint, make_setups
 from quadriga.train.loop import fit
+from quadriga.train.outcome import Outcome
 
 Check = Callable[[Method, Mapping[str, MakeSetup]], None]
 
@@ -156,21 +157,26 @@ def check_training_step(method: Method, setups: Mapping[str, MakeSetup]) -> None
         if "TRAIN_DATA" not in after.traits or not any(p.requires_grad for p in after.model.parameters()):
             continue
         was = after.model.training
-        outcome = one_step(after)
-        assert math.isfinite(outcome), f"{method.name} on {name}: the loss is {outcome}"
+        loss = one_step(after).loss
+        assert math.isfinite(loss), f"{method.name} on {name}: the loss is {loss}"
         assert after.model.training == was
 
 
-def one_step(setup: Setup, seed: int = 0) -> float:
-    """The loss of one step on a calibration batch; `torch.compile` is left out, since it takes minutes."""
+def one_step(setup: Setup, seed: int = 0, batch_size: int | None = None) -> Outcome:
+    """One step on a calibration batch, or several on small parts of it; `torch.compile` is left out, it takes minutes."""
     batch = setup.context.calibration[0]
-    small = replace(setup.training, batch_size=len(batch))
+    small = replace(setup.training, batch_size=batch_size or len(batch))
     plain = replace(setup, training=small, runtime=replace(setup.runtime, compile=False, device="cpu"))
-    return fit(plain, TensorData(batch.inputs, batch.target), epochs=1, seed=seed).loss
+    return fit(plain, TensorData(batch.inputs, batch.target), epochs=1, seed=seed)
 
 
 def check_deterministic(method: Method, setups: Mapping[str, MakeSetup]) -> None:
-    """Applied to equal setups it gives equal models, and equal models after a step of training."""
+    """Applied to equal setups it gives equal models, and equal models after a step of training.
+
+    One that adds NONDETERMINISTIC may train to other weights each time, and its outcomes have to say so.
+    """
+    if "NONDETERMINISTIC" in method.adds:
+        check_says_so(method, setups)
     for name, make in setups.items():
         marks = []
         for noise in (1, 2):
@@ -184,6 +190,23 @@ def check_deterministic(method: Method, setups: Mapping[str, MakeSetup]) -> None
                 one_step(after)
                 marks.append(fingerprint(after.model))
         assert marks[: len(marks) // 2] == marks[len(marks) // 2 :], f"{method.name} on {name}: equal seeds, unequal weights"
+
+
+def check_says_so(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """Equal seeds and some steps in the first setup that it takes: equal weights, or both outcomes are marked as not exact."""
+    found = []
+    for name, _, after in applied(method, setups):
+        if "TRAIN_DATA" not in after.traits:
+            continue
+        for one in (after, method(setups[name]())):
+            outcome = one_step(one, batch_size=2)
+            found.append((fingerprint(one.model), outcome.exact))
+            assert math.isfinite(outcome.loss), f"{method.name} on {name}: the loss is {outcome.loss}"
+        break
+    marks, exact = zip(*found, strict=True) if found else ((), ())
+    assert len(set(marks)) < 2 or not any(exact), (
+        f"{method.name}: equal seeds, unequal weights, and the outcome does not say so"
+    )
 
 
 def check_refusals(method: Method, setups: Mapping[str, MakeSetup]) -> None:

@@ -1,14 +1,16 @@
 """Checkpoints: complete, hashed, atomic, without pickle; a kill at any moment leaves a state that loads.
 
 A folder holds `model-N.safetensors`, `optimizer-N.safetensors` (with the tensors of hooks and generators) and
-`state.json`, which names them with their SHA-256 and is written last. `previous.json` names the state before it.
+`state.json`, which names them with their SHA-256 and is written last. `previous.json` names the state before it. Ranks that
+train together write their parts of all tensors into `parts-N/` instead (`parallel.store`); any process can read them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from quadriga.train.state import (
 )
 
 LATEST, PREVIOUS = "state.json", "previous.json"
+PARTS, MODEL, OTHER = "parts", "model/", "other/"  # a kind of files, and what names of tensors in them begin with
 RESTORE = "restore it, or delete the folder to train again"
 
 
@@ -83,29 +86,49 @@ def save_state(folder: str | Path, model: nn.Module, optimizer: Optimizer | None
     Raises:
         BadInput: it cannot be written; older states stay whole.
     """
-    folder = Path(folder)
     weights, aliases = model_tensors(model)
+    body, other = compose(aliases, module_states(model), optimizer_state(model, optimizer), extra)
+    write_whole(folder, body, weights, other)
+
+
+def compose(
+    aliases: Mapping[str, str], modules: Mapping[str, Any], optimizer: Mapping[str, Any], extra: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The description of a state, without its files, and the tensors that are set apart in it."""
     other: dict[str, Tensor] = {}
-    body: dict[str, Any] = {
+    body = {
         "format": 1,
-        "aliases": aliases,
+        "aliases": dict(aliases),
         "extra": pack(dict(extra), other, "extra"),
-        "modules": pack(module_states(model), other, "modules"),
-        "optimizer": pack(optimizer_state(model, optimizer), other, "optimizer"),
+        "modules": pack(dict(modules), other, "modules"),
+        "optimizer": pack(dict(optimizer), other, "optimizer"),
     }
-    serial = _next_serial(folder)
-    body["files"] = {
+    return body, other
+
+
+def write_whole(folder: str | Path, body: dict[str, Any], weights: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> None:
+    """Write a description and all its tensors."""
+    folder = Path(folder)
+    serial = next_serial(folder)
+    files = {
         kind: _write_tensors(folder / f"{kind}-{serial}.safetensors", tensors)
         for kind, tensors in (("model", weights), ("optimizer", other))
     }
+    commit(folder, body, files)
+
+
+def commit(folder: Path, body: dict[str, Any], files: Mapping[str, Any]) -> None:
+    """Make a description whose files are written the latest one, and what was the latest the previous."""
+    body["files"] = dict(files)
     if (folder / LATEST).exists():
         atomic_write(folder / PREVIOUS, (folder / LATEST).read_bytes())
     atomic_write(folder / LATEST, json.dumps({"sha256": _digest(body), "body": body}, allow_nan=False) + "\n")
     _clean(folder)
 
 
-def _next_serial(folder: Path) -> int:
-    found = [p.stem.rpartition("-")[2] for p in folder.glob("*-*.safetensors")]
+def next_serial(folder: Path) -> int:
+    """A number that no file of the folder has."""
+    found = [p.stem.rpartition("-")[2] for p in (*folder.glob("*-*.safetensors"), *folder.glob("parts-*"))]
     return max((int(s) for s in found if s.isdigit()), default=-1) + 1
 
 
@@ -130,14 +153,20 @@ def _clean(folder: Path) -> None:
     for path in (*folder.glob("*-*.safetensors"), *folder.glob(".*.part")):
         if path.name not in kept:
             path.unlink(missing_ok=True)
+    for path in folder.glob("parts-*"):
+        if path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
 
 
-def read_state(folder: str | Path, *, fall_back: bool = False) -> State | None:
+def read_state(
+    folder: str | Path, *, fall_back: bool = False, reader: Callable[[Path, str], State] | None = None
+) -> State | None:
     """Read and verify the state of a folder; None where there is none.
 
     Args:
         folder: of the checkpoint.
         fall_back: take the previous state when the latest is damaged, and say so in its note.
+        reader: (pointer file, note) → state; reads everything by default.
 
     Raises:
         BadInput: it is damaged, naming the file, and so is the previous one, or that may not be used.
@@ -145,24 +174,39 @@ def read_state(folder: str | Path, *, fall_back: bool = False) -> State | None:
     latest, previous = Path(folder) / LATEST, Path(folder) / PREVIOUS
     if not latest.exists():
         return None
+    reader = reader or _read
     try:
-        return _read(latest, "")
+        return reader(latest, "")
     except BadInput as error:
         if not (fall_back and previous.exists()):
             raise
         try:
-            state = _read(previous, f"{error.problem}; went back to the state before")
+            state = reader(previous, f"{error.problem}; went back to the state before")
         except BadInput:
             raise error from None
         atomic_write(latest, previous.read_bytes())  # or the next save would keep the damaged one as previous
         return state
 
 
-def _read(pointer: Path, note: str) -> State:
+def read_pointer(pointer: Path) -> Mapping[str, Any]:
+    """A verified description and its "sha256". Raises BadInput if it is damaged."""
     content = read_json(pointer)
     if not isinstance(content, dict) or _digest(content.get("body")) != content.get("sha256"):
         raise BadInput(f"{pointer} is damaged: its SHA-256 is not the recorded one", RESTORE)
+    return content
+
+
+def _read(pointer: Path, note: str) -> State:
+    content = read_pointer(pointer)
     body = content["body"]
+    if PARTS in body["files"]:
+        from quadriga.parallel import store  # torch.distributed.checkpoint takes a second to import
+
+        entry = body["files"][PARTS]
+        store.check(pointer.parent / entry["name"], entry["files"])
+        found = store.read_whole(pointer.parent / entry["name"])
+        tables = ({k.removeprefix(p): t for k, t in found.items() if k.startswith(p)} for p in (MODEL, OTHER))
+        return State(content["sha256"], body, *tables, note)
     model, other = (_read_tensors(pointer.parent, body["files"][kind]) for kind in ("model", "optimizer"))
     return State(content["sha256"], body, model, other, note)
 
@@ -196,6 +240,14 @@ def load_state(folder: str | Path, model: nn.Module, optimizer: Optimizer | None
 def load_model(folder: str | Path, model: nn.Module) -> None:
     """Load the weights and buffers of the latest state. Raises BadInput like `load_state`."""
     load_state(folder, model)
+
+
+def is_finished(folder: str | Path | None) -> bool:
+    """Whether the latest state of a folder is that of a train step that is over; nothing else of it is read."""
+    try:
+        return bool(folder) and bool(read_json(Path(str(folder)) / LATEST)["body"]["extra"]["finished"])
+    except (BadInput, KeyError, TypeError):  # none, or damaged, which who reads it will say
+        return False
 
 
 def load_finished(folder: str | Path, model: nn.Module) -> bool:

@@ -16,7 +16,7 @@ from quadriga.core.method import Method
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Hook
 from quadriga.train.factors import product
-from quadriga.train.state import model_tensors, parameter_names
+from quadriga.train.state import DRIVEN, model_tensors
 
 POINTS = 16  # of progress, at which schedules are compared
 
@@ -52,12 +52,21 @@ def digest(value: Any) -> str:
 
 
 def config_of(
-    setup: Setup, optimizer: torch.optim.Optimizer, bases: Sequence[Mapping[str, Any]], hooks: Sequence[Hook], length: int
+    setup: Setup,
+    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Mapping[str, Any]],
+    hooks: Sequence[Hook],
+    length: int,
 ) -> dict[str, Any]:
-    """The facts of a train step that its checkpoints have to share, as JSON data."""
+    """The facts of a train step that its checkpoints have to share, as JSON data; not how it is spread over processes.
+
+    Args:
+        groups: of the optimizer as it was made, with names for the parameters.
+    """
     tensors, aliases = model_tensors(setup.model)
     training, runtime = setup.training, setup.runtime
     schedules = (*training.schedules, *setup.optimizer.schedules)
+    options = runtime.parallel.options if runtime.parallel else {}
     return {
         "model": digest([(n, tuple(t.shape), str(t.dtype)) for n, t in tensors.items()] + sorted(aliases.items())),
         "examples": length,
@@ -67,12 +76,14 @@ def config_of(
         "schedules": digest([dataclasses.astuple(product(schedules, i / POINTS)) for i in range(POINTS + 1)]),
         "hooks": [type(h).__qualname__ for h in hooks] + [t for make in training.make_hooks for t in methods_of(make)],
         "optimizer": type(optimizer).__qualname__,
-        "optimizer's values": digest([sorted(b.items()) for b in bases]),
-        "optimizer's groups": digest(parameter_names(setup.model, optimizer)),
+        "optimizer's values": digest([sorted((k, v) for k, v in g.items() if k in DRIVEN) for g in groups]),
+        "optimizer's groups": digest([g["params"] for g in groups]),
         "runtime": [
             *(runtime.device, runtime.channels_last, runtime.matmul, runtime.compile, runtime.autocast),
             *([runtime.compile_mode] if runtime.compile_mode != "default" else []),
+            *[kind for name in ("precision", "reduce") if (kind := options.get(name, "fp32")) != "fp32"],
         ],
+        **({"asynchronous": [shared.workers, shared.scale]} if (shared := training.asynchronous) else {}),
     }
 
 

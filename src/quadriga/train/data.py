@@ -12,6 +12,7 @@ from torch import Tensor
 from quadriga.core.batch import Batch
 from quadriga.core.data import Data
 from quadriga.core.slots import Moment, Transform
+from quadriga.parallel.share import Share
 from quadriga.train.feed import Feed
 from quadriga.train.rng import derive
 
@@ -90,6 +91,8 @@ class Loader:
         layout: gives it the memory format of the runtime, after the transforms.
         selects: (indices, moment) → weights, by which examples of the stream are passed over.
         feed: reads the examples of a split that is not resident.
+        share: the part of each batch that is wanted here, where several processes share it. It is cut before examples are
+            read, or behind the transforms where there are any, since these act on the batch as a whole.
     """
 
     def __init__(
@@ -101,7 +104,9 @@ class Loader:
         layout: Callable[[Batch], Batch],
         selects: Sequence[Select] = (),
         feed: Feed | None = None,
+        share: Share | None = None,
     ) -> None:
+        self.share = Share() if share is None else share
         self.data, self.sampler, self.transforms, self.feed = data, sampler, tuple(transforms), feed
         self.place, self.layout, self.selects = place, layout, tuple(selects)
         self._generators: dict[tuple[str, torch.device], torch.Generator] = {}
@@ -111,9 +116,10 @@ class Loader:
         behind it."""
         start = position
         index, epochs, weights, position = self._choose(position, step, size, progress)
-        batch = self.place(self.data.batch(index) if self.feed is None else self.feed.batch(index, start))
+        early = Share() if self.transforms else self.share
+        batch = self.place(self.data.batch(early.mine(index)) if self.feed is None else self.feed.batch(index, start))
         if weights is not None:
-            weights = weights.to(batch.index.device)
+            weights = early.mine(weights).to(batch.index.device)
             batch = replace(batch, weight=weights if batch.weight is None else weights * batch.weight)
         if self.transforms:
             device = batch.index.device
@@ -121,6 +127,8 @@ class Loader:
             for transform in self.transforms:
                 batch = transform(batch, moment)
             batch = replace(batch, augmented=True)
+        if self.share.size > 1:
+            batch = self.share.cut(batch) if self.transforms else replace(batch, of=len(index))
         return self.layout(batch), position
 
     def close(self) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from quadriga.core.batch import Batch, tensors, to_device, tree_map
 from quadriga.core.data import Data, TensorData
 from quadriga.core.errors import BadInput
+from quadriga.parallel.share import Share
 from quadriga.train import rng
 from quadriga.train.starting import start_methods
 
@@ -109,13 +110,17 @@ class Feed:
         seed: of what examples draw.
         upcoming: tells the order; without it (the order depends on what is not known yet) the loop reads by itself.
         device: where batches go.
+        share: the part of each batch that is read.
 
     Attributes:
         note: what happened to workers, for people.
         reason: why workers are started by another method than the safest.
     """
 
-    def __init__(self, data: Data, seed: int, upcoming: Upcoming | None, device: torch.device) -> None:
+    def __init__(
+        self, data: Data, seed: int, upcoming: Upcoming | None, device: torch.device, share: Share | None = None
+    ) -> None:
+        self.share = Share() if share is None else share
         self.data, self.seed, self.upcoming, self.pins = data, seed, upcoming, device.type == "cuda"
         wanted = getattr(data, "workers", 0) if upcoming else 0
         self.workers = min(wanted, len(os.sched_getaffinity(0)))
@@ -127,7 +132,7 @@ class Feed:
         self.deaths = self.replaced = self.delivered = 0
 
     def batch(self, index: Tensor, position: int) -> Batch:
-        """The examples at `index` [n] int64, which stand in the stream from `position` on.
+        """The examples at `index` [n] int64, which stand in the stream from `position` on; the share of them.
 
         Raises:
             BadInput: an example cannot be read, or takes longer than the timeout, twice.
@@ -144,9 +149,9 @@ class Feed:
                 continue
             self.line.popleft()
             self.deaths, self.delivered = 0, self.delivered + 1
-            return replace(first.pinned or batch, index=index)
+            return replace(first.pinned or batch, index=self.share.mine(index))
         with rng.isolated():
-            return read(self.data, self.seed, position, index)
+            return read(self.data, self.seed, position + self.share.of(len(index)).start, self.share.mine(index))
 
     def close(self, patience: float = PATIENCE) -> None:
         """End the workers, in good order where they can; whoever hangs is killed."""
@@ -154,6 +159,7 @@ class Feed:
         pool, self.pool = self.pool, None
         if pool is None:
             return
+        manager = pool._executor_manager_thread  # of a broken pool it is this thread that still ends the workers
         left = list((pool._processes or {}).values())
         pool.shutdown(wait=False, cancel_futures=True)
         end = time.monotonic() + patience
@@ -162,6 +168,8 @@ class Feed:
         for process in left:
             process.kill()
             process.join()
+        if manager is not None:
+            manager.join(PATIENCE)
 
     def _order(self, index: Tensor, position: int) -> None:
         """Have this batch read first, and those that will follow it."""
@@ -181,7 +189,8 @@ class Feed:
     def _submit(self, index: Tensor, position: int) -> None:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)  # where it has to fork
-            future = self._started().submit(_read, position, index.tolist())
+            first, mine = position + self.share.of(len(index)).start, self.share.mine(index).tolist()
+            future = self._started().submit(_read, first, mine)
         order = Ordered(position, index, future)
         if self.pins:
             future.add_done_callback(order.pin)

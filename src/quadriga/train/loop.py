@@ -15,10 +15,11 @@ from quadriga.core.setup import Setup
 from quadriga.core.slots import Look
 from quadriga.train import rng
 from quadriga.train.factors import set_factors
+from quadriga.train.hogwild import gather
 from quadriga.train.outcome import Outcome
 from quadriga.train.run import Run
-from quadriga.train.state import kept_tensors
-from quadriga.train.step import entered, prepared
+from quadriga.train.runners import runner_for
+from quadriga.train.step import entered
 from quadriga.train.track import Tracker, current
 
 SHOW = 0.5  # seconds between calls of `progress`
@@ -54,19 +55,22 @@ def fit(
         tracker: is given loss, rate and progress now and then, and the quality where a hook looks at it; that of
             `tracking` by default. One that fails is left alone from then on, and the outcome's note says so.
 
+    Where the training slot is `asynchronous`, other processes make steps too; one that fails ends the train step.
+
     A loss that is not finite sends the run back to its last checkpoint, or to its start, once, at a tenth of the rate; the
     outcome's note says so.
 
     Raises:
         Diverged: the loss became NaN or infinite again.
         BadInput: a checkpoint is of another run, or damaged with no good state before it.
-        NotApplicable: the model or the optimizer is another one than at `start`.
+        NotApplicable: the model or the optimizer is another one than at `start`, or cannot be shared by workers.
+        WorkerFailed: another process of the train step raised an error or was killed.
     """
     if not (math.isfinite(epochs) and epochs > 0):
         raise BadInput(f"epochs is {epochs!r}", "give a positive number")
     folder = Path(checkpoint) if checkpoint else None
-    with rng.isolated(), prepared(setup) as runner:
-        put_back = kept_tensors(setup.model)
+    with rng.isolated(), runner_for(setup, folder) as runner:
+        put_back = runner.kept()
         run = Run(setup, data, runner, epochs, seed, clock).opened(start, folder)
         tracked = run.tracked = current(tracker)
         try:
@@ -75,7 +79,7 @@ def fit(
             if run.slower < 1:
                 raise
             put_back()
-            setup.model.zero_grad(set_to_none=True)
+            runner.model.zero_grad(set_to_none=True)
             run = Run(setup, data, runner, epochs, seed, clock, SLOWER, run.costs()).opened(start, folder)
             run.tracked = tracked
             back = f"{error}; went back to step {run.done} and on at {SLOWER:g} of the rate"
@@ -90,21 +94,25 @@ def train(run: Run, folder: Path | None, every: float, progress: Callable[[float
     if run.finished:
         return
     saved = shown = run.clock()
-    with closing(run.loader), entered(hook.train(run.model, run.data) for hook in run.hooks):
-        while not run.over:
+    runner = run.runner
+    with entered(hook.train(run.model, run.data) for hook in run.hooks), closing(run):
+        gather(run, advance)
+        while run.next():
             advance(run)
             run.tracked.tell(run)
             now = run.clock()
-            if folder and now - saved >= every and not run.over:
-                run.save(folder)
+            if folder and not run.over and runner.agreed(now - saved) >= every:
+                with run.still():
+                    run.save(folder)
                 saved = run.clock()
             if progress and now - shown >= SHOW:
                 progress(run.progress)
                 shown = now
+        show(run)  # others may have made the last step
     for hook in run.hooks:
         plain = run.data.batches(run.sampler.batch_size)
-        hook.end(run.model, (run.runner.layout(run.runner.place(batch)) for batch in plain))
-    run.watch.look_at_weights(run.model, run.done - 1, run.rate)
+        hook.end(run.model, (runner.layout(runner.place(batch)) for batch in plain))
+    run.watch.look_at_weights(runner.finite(), run.done - 1, run.rate)
     run.spent, run.finished = run.costs(), True
     run.covered = min(run.covered, run.position / len(run.data))  # less where a hook stopped: what continues goes on from here
     run.tracked.tell(run)
@@ -119,26 +127,29 @@ def advance(run: Run) -> None:
     if run.hooks or factors != run.applied:  # hooks may change a group's entries
         set_factors(run.optimizer, run.bases, factors)
         run.applied = factors
-    batch, run.position = run.loader.draw(run.position, run.step, run.size(factors), progress)
+    size = run.size(factors)
+    batch, run.position = run.loader.draw(run.position, run.step, size, progress)
     run.watch.see(run.done, run.rate, run.runner.forward_backward(batch))
     run.runner.unscale(run.optimizer)
     for hook in run.watching:
-        hook.seen(batch, run.runner.losses)
+        hook.seen(*run.runner.observed(batch))
     for hook in run.hooks:
         hook.after_backward(run.model, progress)
     run.runner.update(run.optimizer)
-    run.done, run.step, run.samples = run.done + 1, run.step + 1, run.samples + len(batch)
+    run.done, run.step, run.samples = run.done + 1, run.step + 1, run.samples + size
     for hook in run.hooks:
         hook.after_step(run.model, run.progress)
-    show(run, progress)
+    show(run)
 
 
-def show(run: Run, before: float) -> None:
+def show(run: Run) -> None:
     """Give a look to the hooks whose interval is over."""
-    now = run.progress
+    now, before = run.progress, run.shown
+    run.shown = now
     if due := [h for h in run.looking if math.floor(now / h.interval + 1e-9) > math.floor(before / h.interval + 1e-9)]:
         context = run.setup.context
         quality = cache(lambda: run.quality()) if context.evaluate else None
-        look = Look(now, run.watch.mean, quality, context.metric.gain)
-        for hook in due:
-            hook.look(run.model, look)
+        with run.still():
+            look = Look(now, run.watch.mean, quality, context.metric.gain)
+            for hook in due:
+                hook.look(run.model, look)

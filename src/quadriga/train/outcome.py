@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +26,10 @@ class Outcome:
         seconds, cpu_seconds: spent training, over all resumptions.
         loss: mean of the last 100 training losses.
         path: the finished checkpoint, if one was asked for.
-        note: for people: what of a resumption was not bit-exact, or a damaged state that was passed over.
+        note: for people: what of a resumption was not bit-exact, a damaged state that was passed over, several workers.
         hooks: of this train step.
+        staleness: of a step by several workers: for each update, how many others fell between its read of the weights and its
+            write; mean, max, updates and a histogram, over all resumptions.
     """
 
     samples: int
@@ -37,10 +40,11 @@ class Outcome:
     path: Path | None = None
     note: str = ""
     hooks: tuple[Hook, ...] = field(default=(), compare=False, repr=False)
+    staleness: Mapping[str, Any] | None = None
 
     @property
     def exact(self) -> bool:
-        """Whether nothing is known that would make a resumption differ from a straight run."""
+        """Whether nothing is known that would make the same run, or its resumption, give other weights."""
         return "not bit-exact" not in self.note
 
     @contextmanager
@@ -86,10 +90,10 @@ class Watch:
         self.recent.extend(losses)
         self.pending.clear()
 
-    def look_at_weights(self, model: nn.Module, step: int, rate: float) -> None:
+    def look_at_weights(self, finite: bool, step: int, rate: float) -> None:
         """The last update may have spoilt what no later loss shows. Raises Diverged if a weight is not finite."""
         self.look()
-        if not all(bool(p.detach().isfinite().all()) for p in model.parameters()):
+        if not finite:
             raise Diverged(step, float(rate), math.nan)
 
     @property

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quadriga.core.spread import local
+
 MARK = "$"  # a table with this key stands for something that JSON has not
 
 
@@ -24,7 +26,7 @@ def pack(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
         {'beta': (0.5, inf)}
     """
     if isinstance(value, Tensor):
-        tensors[path] = value.detach().cpu().contiguous().clone()
+        tensors[path] = local(value.detach()).cpu().contiguous().clone()
         return {MARK: "tensor", "name": path}
     if isinstance(value, float) and not math.isfinite(value):
         return {MARK: "float", "value": repr(value)}

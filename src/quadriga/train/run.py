@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,8 +17,10 @@ from quadriga.core.data import Data
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.setup import Setup
 from quadriga.core.slots import PLAIN, Factors, Hook
+from quadriga.parallel.board import Staleness
+from quadriga.parallel.share import Share
 from quadriga.train import rng
-from quadriga.train.checkpoint import State, read_state, save_state
+from quadriga.train.checkpoint import State
 from quadriga.train.config import check_same, config_of, machine
 from quadriga.train.data import Loader, Sampler, count_steps
 from quadriga.train.factors import group_bases, product
@@ -25,6 +28,9 @@ from quadriga.train.feed import Feed, home_of, resident
 from quadriga.train.outcome import Outcome, Watch
 from quadriga.train.step import Runner, entered
 from quadriga.train.track import Tracked
+
+if TYPE_CHECKING:
+    from quadriga.train.seat import Seat
 
 WINDOW = 32  # steps between looks at the loss where a look has to wait for the device
 
@@ -34,6 +40,7 @@ class Run:
 
     `done` counts its own steps and `samples` the examples they saw; `step`, `position` and `covered` count steps, entries of
     the stream and epochs over all train steps that continue one another. It is over when `span` entries are behind `begun`.
+    A `crew` are the workers that make steps too, which then say whose the next batch is.
     """
 
     def __init__(
@@ -42,7 +49,7 @@ class Run:
     ) -> None:  # fmt: skip
         rng.seed_all(rng.derive("global", seed))
         self.setup, self.data, self.runner, self.epochs, self.seed, self.clock = setup, data, runner, epochs, seed, clock
-        self.model, training = setup.model, setup.training
+        self.model, training = runner.model, setup.training
         self.optimizer = setup.optimizer.make(self.model)
         self.bases = group_bases(self.optimizer)
         self.schedules = (*training.schedules, *setup.optimizer.schedules)
@@ -50,17 +57,21 @@ class Run:
             *(make(self.model, self.optimizer) for make in setup.optimizer.make_hooks),
             *(make(self.model) for make in training.make_hooks),
         )
+        runner.accept(self.optimizer, self.hooks)
         self.watching, self.looking = overriding(self.hooks, "seen"), [h for h in self.hooks if h.interval]
         here, selects = resident(data, runner.device), [h.select for h in overriding(self.hooks, "select")]
         home = torch.device("cpu") if selects else home_of(here)  # what chooses looks at indices, and must not wait for them
         self.sampler = Sampler(len(data), training.batch_size, seed, home)
-        feed = None if here.resident else Feed(here, seed, None if selects else self.upcoming, runner.device)
-        self.loader = Loader(here, self.sampler, training.transforms, runner.place, runner.layout, selects, feed)
+        whole = Share() if training.transforms else runner.share  # a transform draws for the batch as one
+        feed = None if here.resident else Feed(here, seed, None if selects else self.upcoming, runner.device, whole)
+        self.loader = Loader(here, self.sampler, training.transforms, runner.place, runner.layout, selects, feed, runner.share)
         self.tracked = Tracked(None)
         self.watch = Watch(1 if runner.device.type == "cpu" else WINDOW)
         self.done = self.samples = self.step = self.position = self.begun = 0
         self.applied: Factors | None = None  # that the optimizer's groups have now
-        self.covered, self.origin, self.note, self.finished = 0.0, "", "", False
+        self.covered, self.origin, self.note, self.finished, self.shown = 0.0, "", "", False, 0.0
+        self.crew: Seat | None = None
+        self.staleness = Staleness()
         self.slower, self.spent, self.since = slower, spent, (clock(), time.process_time())
 
     def opened(self, start: str | Path | None, folder: Path | None) -> Run:
@@ -68,13 +79,15 @@ class Run:
         if start:
             self.begin(Path(start))
         self.settle()
-        if folder and (state := read_state(folder, fall_back=True)):
+        if not start:
+            self.runner.part()
+        if folder and (state := self.runner.read(folder, fall_back=True)):
             self.resume(state, folder)
         return self
 
     def begin(self, folder: Path) -> None:
         """Take over from a finished train step."""
-        state = read_state(folder)
+        state = self.runner.read(folder)
         extra = state.extra if state else {}
         if state is None or not extra["finished"]:
             raise BadInput(f"{folder} holds no finished checkpoint", "finish that train step first")
@@ -95,8 +108,9 @@ class Run:
         steps = count_steps(len(self.data), self.sampler.batch_size, self.epochs, self.covered, self.position)
         self.begun, self.span = self.position, steps * self.sampler.batch_size
         self.covered += self.epochs
+        self.shown = self.progress
         self.machine = machine(self.setup.runtime.device)
-        self.config = config_of(self.setup, self.optimizer, self.bases, self.hooks, len(self.data))
+        self.config = config_of(self.setup, self.optimizer, self.runner.groups(self.optimizer), self.hooks, len(self.data))
         self.config |= {"epochs": float(self.epochs), "seed": self.seed, "start": self.origin}
 
     def resume(self, state: State, folder: Path) -> None:
@@ -107,6 +121,7 @@ class Run:
         self.done, self.samples, self.step, self.position = (extra[k] for k in ("done", "samples", "step", "position"))
         self.finished, self.slower = extra["finished"], min(self.slower, extra["slower"])
         self.spent = max(self.spent, tuple(extra["spent"]))
+        self.shown, self.staleness = self.progress, Staleness.of_state(extra.get("staleness"))
         self.watch.recent.extend(extra["recent"])
         self.note = "; ".join(filter(None, [extra["note"], state.note, *([] if self.finished else notes)]))
 
@@ -118,7 +133,21 @@ class Run:
             if type(hook).__qualname__ == name:
                 hook.load_state_dict(kept)
         self.runner.load_state(extra["runner"])
-        rng.restore(extra["rng"])
+        self.runner.restore(extra["rng"])
+
+    def next(self) -> bool:
+        """Whether there is another step to make; if so, the run stands where its batch begins."""
+        return not self.over if self.crew is None else self.crew.claim(self)
+
+    def still(self) -> AbstractContextManager[None]:
+        """Entered to look at the weights or to keep them, while nobody changes them."""
+        return nullcontext() if self.crew is None else self.crew.still(self)
+
+    def close(self) -> None:
+        """Whatever runs beside the loop ends."""
+        if self.crew is not None:
+            self.crew.close(self)
+        self.loader.close()
 
     @property
     def progress(self) -> float:
@@ -151,21 +180,22 @@ class Run:
 
     def size(self, factors: Factors) -> int:
         """Of a batch under these factors."""
-        return max(1, round(self.sampler.batch_size * factors.batch))
+        return min(max(1, round(self.sampler.batch_size * factors.batch)), self.sampler.length)
 
     def upcoming(self, position: int) -> Tensor:
         """Indices [batch] of the batch that starts at a position, unless hooks change their mind; none after the last."""
         if position - self.begun >= self.span:
             return torch.empty(0, dtype=torch.int64)
         size = self.size(self.factors(self.progress_at(position)))
-        return self.sampler.indices(position, min(size, self.sampler.length))
+        return self.sampler.indices(position, size)
 
     def quality(self) -> float:
         """Of the model as the hooks want it evaluated, on val."""
         evaluate = self.setup.context.evaluate
         assert evaluate is not None
-        with keeping_mode(self.model), entered(hook.eval(self.model) for hook in self.hooks):
-            found = evaluate(self.model)
+        shown = entered(hook.eval(self.model) for hook in self.hooks)
+        with keeping_mode(self.model), shown, self.runner.evaluated() as whole:
+            found = self.runner.agreed(evaluate(whole))
         self.tracked.log(self.done, {"quality": found})
         return found
 
@@ -173,7 +203,8 @@ class Run:
         """Wall and processor seconds, over all resumptions."""
         if self.finished:
             return self.spent
-        return self.spent[0] + self.clock() - self.since[0], self.spent[1] + time.process_time() - self.since[1]
+        helped = 0.0 if self.crew is None else self.crew.board.helped
+        return self.spent[0] + self.clock() - self.since[0], self.spent[1] + helped + time.process_time() - self.since[1]
 
     def save(self, folder: Path) -> None:
         """Write the complete state."""
@@ -181,14 +212,25 @@ class Run:
         names = ("done", "samples", "step", "position", "covered", "finished", "note", "slower")
         hooks = [(type(h).__qualname__, h.state_dict()) for h in self.hooks]
         facts = {"config": self.config, "machine": self.machine, "recent": list(self.watch.recent), "spent": self.costs()}
+        if self.setup.training.asynchronous is not None:
+            facts["staleness"] = self.stale.state()
         extra = {**{k: getattr(self, k) for k in names}, **facts, "hooks": hooks, "runner": self.runner.state()}
-        save_state(folder, self.model, self.optimizer, {**extra, "rng": rng.capture()})
+        self.runner.save(folder, self.optimizer, {**extra, "rng": self.runner.generators()})
 
     def outcome(self, folder: Path | None) -> Outcome:
         """The report."""
-        notes = (self.note, self.loader.feed.note if self.loader.feed else "", self.tracked.note)
+        wanted = self.setup.training.asynchronous
+        stale = None if wanted is None else self.stale.among(self.done)
+        told = stale.told(wanted.workers) if wanted and stale and self.stale.updates else ""
+        notes = (self.note, self.loader.feed.note if self.loader.feed else "", self.tracked.note, told)
         note = "; ".join(filter(None, notes))
-        return Outcome(self.samples, self.done, *self.spent, self.watch.mean, folder, note, self.hooks)
+        plain = None if stale is None else stale.plain()
+        return Outcome(self.samples, self.done, *self.spent, self.watch.mean, folder, note, self.hooks, plain)
+
+    @property
+    def stale(self) -> Staleness:
+        """Of the updates so far, those that are not finished included."""
+        return self.staleness if self.crew is None else self.staleness + self.crew.board.staleness
 
 
 def overriding(hooks: Iterable[Hook], name: str) -> list[Hook]:

@@ -16,7 +16,7 @@ def start_methods(data: Any) -> tuple[list[str], str]:
     It needs data that can be pickled and modules that a fresh process can import, and it runs the main script's top level
     again.
     """
-    if (reason := _unimportable(data) or _unguarded()) or sys.platform != "linux":
+    if (reason := _unimportable(data) or unguarded()) or sys.platform != "linux":
         return ["fork"], reason
     return ["forkserver", "fork"], ""
 
@@ -37,8 +37,8 @@ def _modules(data: Any, depth: int = 4) -> Iterator[str]:
                 yield from _modules(part, depth - 1)
 
 
-def _unguarded() -> str:
-    """The main script trains at its top level, as scripts do that nobody meant to be imported."""
+def unguarded() -> str:
+    """Why the main script cannot be imported by a fresh process: it trains at its top level; "" if it can."""
     main = sys.modules["__main__"]
     path = Path(getattr(main, "__file__", None) or "")
     if getattr(main, "__spec__", None) is not None or not path.is_file():

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.errors import BadInput
+from quadriga.core.spread import local
 from quadriga.train.pack import like
 
 # group entries that the loop sets at each step
 DRIVEN = frozenset(("lr", "momentum", "betas", "weight_decay", "l1", "l2", "group_l1"))
+HOW = frozenset(("fused", "foreach"))  # entries that say how a step is carried out, which this process decides
 REBUILD = "apply the same steps before loading"
 
 
@@ -57,9 +59,15 @@ def load_model_tensors(model: nn.Module, tensors: Mapping[str, Tensor], aliases:
 
 def kept_tensors(model: nn.Module) -> Callable[[], None]:
     """Keep a copy of a model's tensors in main memory; what is returned puts them back."""
-    tensors, aliases = model_tensors(model)
-    kept = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
-    return lambda: load_model_tensors(model, kept, aliases)
+    tensors = model_tensors(model)[0]
+    kept = {name: local(tensor.detach()).cpu().clone() for name, tensor in tensors.items()}
+
+    @torch.no_grad()
+    def put_back() -> None:
+        for name, tensor in tensors.items():
+            local(tensor.detach()).copy_(kept[name])
+
+    return put_back
 
 
 def _spell(tensor: Tensor) -> str:
@@ -98,7 +106,7 @@ def load_optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer, sav
         problem = f"the checkpoint holds the state of {saved['class'] or 'no optimizer'}, or of other parameters"
         raise BadInput(problem, f"continue with the optimizer that it was made with, not {type(optimizer).__name__}")
     for group, kept, group_names in zip(optimizer.param_groups, saved["groups"], names, strict=True):
-        group.update({k: v for k, v in kept.items() if k != "params" and k not in DRIVEN})
+        group.update({k: v for k, v in kept.items() if k != "params" and k not in DRIVEN | HOW})
         on_cpu = not (group.get("capturable") or group.get("fused"))  # where torch keeps its step counts
         for name, p in zip(group_names, group["params"], strict=True):
             if name in saved["state"]:

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, device_of, tree_map
+from quadriga.core.batch import Batch, Tree, call, device_of, rows, tree_map
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.half import HALF, in_float
 from quadriga.core.metric import Loss
 from quadriga.core.products import matmul_precision
 from quadriga.core.setup import Setup
-from quadriga.core.slots import RuntimeSpec
+from quadriga.core.slots import Hook, RuntimeSpec
+from quadriga.core.spread import local
+from quadriga.parallel.recompute import outermost, recomputing
+from quadriga.parallel.share import Share
+from quadriga.train import rng
+from quadriga.train.checkpoint import State, read_state, save_state
+from quadriga.train.state import kept_tensors, optimizer_state
 from quadriga.train.transfer import Transfer
 
 
@@ -77,10 +84,7 @@ def shares(losses: Tensor, part: Batch, whole: Tensor | int) -> Tensor:
 def parts(batch: Batch, size: int) -> Iterator[Batch]:
     """The batch cut into parts of `size` examples; the last may be smaller."""
     for start in range(0, len(batch), size):
-        here = slice(start, start + size)
-        inputs, target = (tree_map(lambda t: t[here], tree) for tree in (batch.inputs, batch.target))  # noqa: B023
-        weight = None if batch.weight is None else batch.weight[here]
-        yield replace(batch, inputs=inputs, target=target, index=batch.index[here], weight=weight)
+        yield rows(batch, slice(start, start + size))
 
 
 def named(device: str) -> torch.device:
@@ -98,11 +102,13 @@ class Runner:
         micro: a larger batch is worked off in parts of at most so many examples.
 
     Attributes:
+        model: what is trained here.
         losses: of the last batch, detached: [batch], or one number of a scalar loss.
+        share: the part of a batch that is worked off here.
     """
 
     def __init__(self, model: nn.Module, loss: Loss, spec: RuntimeSpec, micro: int | None = None) -> None:
-        self.loss, self.device, self.channels_last = loss, named(spec.device), spec.channels_last
+        self.model, self.loss, self.device, self.channels_last = model, loss, named(spec.device), spec.channels_last
         self.graphs = spec.compile and spec.compile_mode == "reduce-overhead"
         if self.graphs and micro is not None:
             raise NotApplicable("CUDA graphs overwrite the gradients that accumulate", 'compile with mode = "default"')
@@ -112,6 +118,7 @@ class Runner:
         scaled = self.half is torch.float16  # whose smallest number is 6e-8, larger than many gradients
         self.scaler = torch.amp.GradScaler(self.device.type) if scaled else None
         self.losses = torch.empty(0)
+        self.share, self.scale = Share(), 1.0  # of a batch that several processes work off; what gradients are averaged over
 
     def forward_backward(self, batch: Batch) -> Tensor:
         """Add the gradients of the reduced loss to the parameters' and return the loss, detached."""
@@ -130,7 +137,8 @@ class Runner:
             torch.compiler.cudagraph_mark_step_begin()  # nothing of the last step is needed any more
         losses = self._losses(part)
         factors = shares(losses, part, whole)
-        losses.backward(factors if self.scaler is None else self.scaler.scale(factors))
+        start = factors if self.scale == 1 else factors * self.scale
+        losses.backward(start if self.scaler is None else self.scaler.scale(start))
         losses = losses.detach().clone() if self.graphs else losses.detach()  # a loss may be the model's own output
         return losses, torch.dot(losses, factors) if losses.dim() else losses * factors
 
@@ -154,6 +162,56 @@ class Runner:
             self.scaler.step(optimizer)
             self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+
+    def observed(self, batch: Batch) -> tuple[Batch, Tensor]:
+        """The last batch and its losses, for hooks that watch."""
+        return batch, self.losses
+
+    def finite(self) -> bool:
+        """Whether all weights are numbers."""
+        return all(bool(local(p.detach()).isfinite().all()) for p in self.model.parameters())
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors, of those that lie here as the weights of their names do."""
+        return dict(tensors)
+
+    def evaluated(self) -> AbstractContextManager[nn.Module]:
+        """The model as it may be called for an evaluation."""
+        return nullcontext(self.model)
+
+    def agreed(self, value: float) -> float:
+        """A number that has to be the same in all processes that train together: the first one's."""
+        return value
+
+    def kept(self) -> Callable[[], None]:
+        """Keep a copy of the weights; what is returned puts them back."""
+        return kept_tensors(self.model)
+
+    def generators(self) -> dict[str, Any]:
+        """The states of the random generators, of all processes."""
+        return rng.capture()
+
+    def restore(self, states: Mapping[str, Any]) -> None:
+        """Put back what `generators` gave."""
+        rng.restore(states)
+
+    def part(self) -> None:
+        """From now on processes that see other examples draw other random numbers."""
+
+    def accept(self, optimizer: torch.optim.Optimizer, hooks: Sequence[Hook]) -> None:
+        """Raises NotApplicable if these cannot act on what is trained here."""
+
+    def groups(self, optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+        """An optimizer's groups, with names for the parameters."""
+        return optimizer_state(self.model, optimizer)["groups"]
+
+    def save(self, folder: Path, optimizer: torch.optim.Optimizer, extra: Mapping[str, Any]) -> None:
+        """Write a complete state; see `checkpoint.save_state`."""
+        save_state(folder, self.model, optimizer, extra)
+
+    def read(self, folder: Path, *, fall_back: bool = False) -> State | None:
+        """The state of a folder, which can be loaded into this model; see `checkpoint.read_state`."""
+        return read_state(folder, fall_back=fall_back)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to keep."""
@@ -216,8 +274,10 @@ def prepared(setup: Setup) -> Iterator[Runner]:
         model.to(spec.device)
         if spec.channels_last:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        again = spec.parallel.recompute if spec.parallel else ""
         try:
-            yield Runner(model.train(), setup.training.loss, spec, setup.training.micro)
+            with recomputing(outermost(model) if again else (), again):
+                yield Runner(model.train(), setup.training.loss, spec, setup.training.micro)
         finally:
             model.zero_grad(set_to_none=True)
             model.to(home).train(was)

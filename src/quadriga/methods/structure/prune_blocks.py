@@ -20,8 +20,9 @@ from quadriga.core.batch import Batch, Tree, call, device_of, evaluating, tensor
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.core.stacks import Block, blocks_of
 from quadriga.methods.structure._gradual import BlockFade, check_gradual
-from quadriga.methods.structure._stacks import Block, blocks_of, fill, take_out
+from quadriga.methods.structure._stacks import fill, take_out
 
 log = logging.getLogger(__name__)
 BATCHES = 4  # of calibration data: the order of blocks settles soon

@@ -18,7 +18,8 @@ from quadriga.core.batch import Tree
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._stacks import Block, blocks_of, take_out
+from quadriga.core.stacks import Block, blocks_of
+from quadriga.methods.structure._stacks import take_out
 
 log = logging.getLogger(__name__)
 FILTERS, FEATURES = ("conv",), ("linear", "recurrent")

@@ -17,8 +17,8 @@ from quadriga.core.axes import Patch, Reference, check_interface
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.core.stacks import Block, blocks_of
 from quadriga.methods.structure._replace import plain_layers
-from quadriga.methods.structure._stacks import Block, blocks_of
 
 Slot = tuple[nn.Module, str]  # a module and the name of its parameter
 

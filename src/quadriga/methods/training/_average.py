@@ -16,14 +16,15 @@ from quadriga.core.errors import NotApplicable
 from quadriga.core.half import HALF
 from quadriga.core.norms import BATCH_NORMS, reestimate
 from quadriga.core.setup import Setup
-from quadriga.methods.training._ending import Ending, copies
+from quadriga.core.spread import local
+from quadriga.methods.training._ending import Copies, Ending, copies
 
 LOOK, END = 16, 50  # batches for the statistics of batch normalization, in the course of training and at its end
 
 
-def trained(model: nn.Module) -> list[Tensor]:
-    """The floating parameters that training changes, each once."""
-    return [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """The floating parameters that training changes, each once, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
 
 
 def spread(data: Data, size: int, limit: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
@@ -60,30 +61,37 @@ class Beside(Ending):
 
     def __init__(self, model: nn.Module, size: int) -> None:
         super().__init__()
-        self.params, self.size, self.count = trained(model), size, 0
+        named = trained(model)
+        self.names, self.params, self.size, self.count = list(named), list(named.values()), size, 0
         self.uniform = not any(p.dtype in HALF.values() for p in self.params)
-        self.weights = [p.detach().float().clone() if p.dtype in HALF.values() else p.detach().clone() for p in self.params]
+        self.weights = [p.float().clone() if p.dtype in HALF.values() else p.detach().clone() for p in self.here()]
+
+    def here(self) -> list[Tensor]:
+        """What of the trained parameters lies in this process."""
+        return [local(p.detach()) for p in self.params]
 
     def begin(self, model: nn.Module, data: Data) -> None:
         """Where no step was seen yet, begin with the weights as they are."""
         super().begin(model, data)
         if not self.count:
             with torch.no_grad():
-                torch._foreach_copy_(self.weights, self.params)
+                torch._foreach_copy_(self.weights, self.here())
 
     @torch.no_grad()
     def move(self, share: float) -> None:
         """weights ← (1 - share) · weights + share · parameters."""
-        params = self.params if self.uniform else [p.to(w.dtype) for p, w in zip(self.params, self.weights, strict=True)]
+        params = self.here()
+        if not self.uniform:
+            params = [p.to(w.dtype) for p, w in zip(params, self.weights, strict=True)]
         torch._foreach_lerp_(self.weights, params, share)
 
     @contextmanager
     def shown(self, model: nn.Module, limit: int) -> Iterator[None]:
         """The second set in the model, with statistics from so many batches; afterwards all is as before to the bit."""
         norms = [b for m in model.modules() if isinstance(m, BATCH_NORMS) for b in m.buffers(recurse=False)]
-        kept = [(t, t.detach().clone()) for t in (*self.params, *norms)]
+        kept = [(t, t.detach().clone()) for t in (*self.here(), *norms)]
         with torch.no_grad():
-            for p, w in zip(self.params, self.weights, strict=True):
+            for p, w in zip(self.here(), self.weights, strict=True):
                 p.copy_(w.masked_fill(p == 0, 0))
         try:
             if self.data is not None:
@@ -103,7 +111,7 @@ class Beside(Ending):
         with self.shown(model, LOOK):
             yield
 
-    def leave(self, model: nn.Module) -> list[Tensor] | None:
+    def leave(self, model: nn.Module) -> Copies | None:
         """The second set, with its statistics."""
         if not self.known:
             return None
@@ -112,14 +120,14 @@ class Beside(Ending):
 
     def state_dict(self) -> dict[str, Any]:
         """The second set too."""
-        return {**super().state_dict(), "weights": self.weights, "count": self.count}
+        return {**super().state_dict(), "weights": dict(zip(self.names, self.weights, strict=True)), "count": self.count}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """As it was."""
         super().load_state_dict(state)
         self.count = state["count"]
-        for weight, value in zip(self.weights, state["weights"], strict=True):
-            weight.copy_(value)
+        for name, weight in zip(self.names, self.weights, strict=True):
+            weight.copy_(local(state["weights"][name]))
 
 
 class Average(Beside):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -14,20 +14,22 @@ from quadriga.core.batch import Batch
 from quadriga.core.data import Data
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Hook
+from quadriga.core.spread import local
 
+Copies = dict[str, Tensor]
 MakeHook = Callable[[nn.Module], Hook]
 
 
-def copies(model: nn.Module) -> list[Tensor]:
-    """A copy of every parameter and buffer, each once."""
-    return [t.detach().clone() for t in (*model.parameters(), *model.buffers())]
+def copies(model: nn.Module) -> Copies:
+    """A copy of what lies here of every parameter and buffer, by name, each once."""
+    return {name: local(t.detach()).clone() for name, t in (*model.named_parameters(), *model.named_buffers())}
 
 
 @torch.no_grad()
-def put(model: nn.Module, values: Sequence[Tensor]) -> None:
+def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Copy values, as from `copies`, into a model of the same kind."""
-    for tensor, value in zip((*model.parameters(), *model.buffers()), values, strict=True):
-        tensor.copy_(value)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        local(tensor).copy_(local(values[name]))
 
 
 class Ending(Hook):
@@ -37,12 +39,14 @@ class Ending(Hook):
     keeps the same trained weights, and it does not matter in which order they put them back.
     """
 
+    spreads = True
+
     def __init__(self) -> None:
-        self.raw: list[Tensor] | None = None  # the trained tensors, once other ones are left
-        self.left: list[Tensor] | None = None
+        self.raw: Copies | None = None  # the trained tensors, once other ones are left
+        self.left: Copies | None = None
         self.data: Data | None = None
 
-    def leave(self, model: nn.Module) -> list[Tensor] | None:
+    def leave(self, model: nn.Module) -> Copies | None:
         """What the model gets, as `copies`; None for what it has."""
         raise NotImplementedError
 

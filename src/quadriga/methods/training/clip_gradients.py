@@ -13,6 +13,7 @@ from quadriga.core.errors import BadInput
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Hook
+from quadriga.core.spread import alike, clip_norm
 
 LIMITS = {"norm": 1.0, "value": 0.1, "adaptive": 0.01}
 
@@ -47,6 +48,8 @@ def clip_adaptively(parameters: Sequence[Tensor], limit: float, eps: float) -> N
 class Clipping(Hook):
     """Clips all gradients of the model once they are there."""
 
+    spreads = True
+
     def __init__(self, kind: str, limit: float, eps: float) -> None:
         self.kind, self.limit, self.eps = kind, limit, eps
 
@@ -55,9 +58,13 @@ class Clipping(Hook):
         if self.kind == "adaptive":
             clip_adaptively(found, self.limit, self.eps)
         elif self.kind == "norm":
-            nn.utils.clip_grad_norm_(found, self.limit)
+            clip_norm([p.grad for p in found if p.grad is not None], self.limit)
         else:
-            nn.utils.clip_grad_value_(found, self.limit)
+            grads = [p.grad for p in found if p.grad is not None]
+            for some in alike(grads):
+                together = [grads[i] for i in some]
+                torch._foreach_clamp_min_(together, -self.limit)
+                torch._foreach_clamp_max_(together, self.limit)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from quadriga.core.data import Data
 from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Look
-from quadriga.methods.training._ending import Ending, add_hook, copies
+from quadriga.methods.training._ending import Copies, Ending, add_hook, copies
 
 
 class Stopping(Ending):
@@ -34,8 +34,8 @@ class Stopping(Ending):
         self.method, self.interval = method, method.interval
         self.best: float | None = None
         self.mark: float | None = None
-        self.kept: list[Tensor] | None = None
-        self.waited, self.evaluated = 0, list[Tensor]()
+        self.kept: Copies | None = None
+        self.waited, self.evaluated = 0, Copies()
 
     def begin(self, model: nn.Module, data: Data) -> None:
         """A train step that continues one that was stopped is given as much patience again."""
@@ -66,7 +66,7 @@ class Stopping(Ending):
         self.waited += 1
         self.stopped = self.waited >= self.method.patience
 
-    def leave(self, model: nn.Module) -> list[Tensor] | None:
+    def leave(self, model: nn.Module) -> Copies | None:
         """The best."""
         return self.kept
 

@@ -29,7 +29,7 @@ class SlowWeights(Beside):
         if self.count % self.method.every == 0:
             self.move(self.method.share(progress))
             with torch.no_grad():
-                torch._foreach_copy_(self.params, self.weights)
+                torch._foreach_copy_(self.here(), self.weights)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -25,6 +25,8 @@ class Lowering(Hook):
         waited: looks since.
     """
 
+    spreads = True
+
     def __init__(self, method: Plateau, model: nn.Module) -> None:
         self.method, self.interval = method, method.interval
         self.best: float | None = None

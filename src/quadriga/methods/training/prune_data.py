@@ -52,6 +52,8 @@ class Pruning(Hook):
         weights: [examples], in main memory, of the epoch `epoch`.
     """
 
+    spreads = True
+
     def __init__(self, method: PruneData, model: nn.Module) -> None:
         self.method, self.epoch = method, -1
         self.losses, self.weights = torch.empty(0), torch.empty(0)
