@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -118,6 +119,9 @@ class Cluster:
 
     def wait(self, refs: Sequence[Any], timeout: float) -> list[Any]:
         """Those that have ended by then, at least one if any."""
+        if not refs:
+            time.sleep(timeout)
+            return []
         done, _ = self.ray.wait(list(refs), num_returns=1, timeout=max(timeout, 0.0))
         return done
 

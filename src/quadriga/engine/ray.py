@@ -229,12 +229,9 @@ class Ray:
     def _listen(self, timeout: float) -> None:
         """Hear from whoever ends first, and end whoever is over the time."""
         heard = {ref: place for place in self.places for ref in (*place.starting, *place.running)}
-        if heard:
-            for ref in self.cluster.wait(list(heard), timeout):
-                if heard[ref] in self.places:
-                    self._heard(heard[ref], ref)
-        else:
-            time.sleep(min(timeout, 0.05))
+        for ref in self.cluster.wait(list(heard), timeout):
+            if heard[ref] in self.places:
+                self._heard(heard[ref], ref)
         for place in [p for p in self.places if p.error and self.clock() - p.erred > GRACE]:
             self._failed(place, place.error)
         for place in [p for p in self.places if p.running and p.order and self.clock() - p.began > p.order.limit]:
