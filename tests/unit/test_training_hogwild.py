@@ -216,6 +216,21 @@ def test_a_lock_whose_holder_died_is_watched():
         pass
 
 
+def test_one_who_hangs_is_not_waited_for_for_ever(monkeypatch):
+    """Neither where all are to stand still nor at the end; the others are left until then."""
+    table, watched, clock = board(3, asked=1), [], itertools.count(step=1000)
+    table.leave(2)
+    with pytest.raises(WorkerFailed, match="worker 1 of 3: no end of a step for 30 minutes"):
+        table.assemble(lambda: watched.append(1), clock=lambda: next(clock))
+    assert len(watched) == 2, "1000 s are nothing out of the way"
+    crew = Crew(1, print, None)
+    crew.workers, crew.processes = 2, {"pipe": (1, None)}
+    monkeypatch.setattr(crew, "check", lambda timeout: watched.append(timeout))
+    with pytest.raises(WorkerFailed, match="worker 1 of 2: no end of a step"):
+        crew.finish(clock=lambda: next(clock))
+    assert watched == [1, 1, 1.0, 1.0]
+
+
 def test_a_block_keeps_values_types_and_formats():
     given = {
         "images": torch.randn(2, 3, 4, 5).contiguous(memory_format=torch.channels_last),

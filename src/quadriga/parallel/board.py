@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quadriga.parallel.block import Block
+from quadriga.parallel.crew import PATIENCE, WorkerFailed, hanging
 
 BINS = 64  # of the histogram of staleness; the last one is for all that is larger
 RECENT = 100  # losses that are kept
@@ -193,8 +194,11 @@ class Board:
         finally:
             self["released"] = self["asked"]
 
-    def assemble(self, watch: Callable[[], None]) -> None:
-        """Wait until all others stand where they were asked to."""
-        while int(self.see["parked"][1:].min()) < self["asked"]:
+    def assemble(self, watch: Callable[[], None], clock: Callable[[], float] = time.monotonic) -> None:
+        """Wait until all others stand where they were asked to. Raises WorkerFailed when one does not for too long."""
+        end = clock() + PATIENCE
+        while late := [rank for rank in range(1, self.workers) if self.see["parked"][rank] < self["asked"]]:
             watch()
+            if clock() > end:
+                raise WorkerFailed(hanging(late, self.workers))
             time.sleep(NAP)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing import connection
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch.multiprocessing
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
 from quadriga.core.parent import die_with_parent
 
-PATIENCE = 30.0  # seconds that a worker which has said its last word may take to end
+LAST = 30.0  # seconds that a worker which has said its last word may take to end
+PATIENCE = 1800.0  # seconds that a worker may be in one step; then it is taken for one that hangs
 Work = Callable[[int, Any], None]  # (rank, job); in a process of its own
 OURS = {kind.__name__: kind for kind in (BadInput, Diverged, NotApplicable, MemoryError)}
 
@@ -67,16 +69,19 @@ class Crew:
             except EOFError:
                 told = None
             pipe.close()
-            process.join(PATIENCE)
+            process.join(LAST)
             if told is None:
                 raise WorkerFailed(self._obituary(rank, process.exitcode))
             if told["error"]:
                 raise self._raised(rank, **told)
 
-    def finish(self) -> None:
-        """Wait until all are through. Raises like `check`."""
+    def finish(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Wait until all are through. Raises like `check`, and WorkerFailed for one that hangs."""
+        end = clock() + PATIENCE
         while self.processes:
             self.check(1.0)
+            if self.processes and clock() > end:
+                raise WorkerFailed(hanging([rank for rank, _ in self.processes.values()], self.workers))
 
     def kill(self) -> None:
         """End all that are left, at once."""
@@ -90,7 +95,7 @@ class Crew:
         killed = code is not None and code < 0
         how = f"was killed by {signal.Signals(-code).name}" if killed else f"ended with status {code}"  # type: ignore[operator]
         why = ", most likely for its memory" if code == -signal.SIGKILL else ""
-        return f"worker {rank} of {self.workers} {how}{why}; the train step ended with it: run it again to go on"
+        return f"worker {rank} of {self.workers} {how}{why}; {AGAIN}"
 
     def _raised(self, rank: int, error: str, args: tuple[Any, ...], text: str) -> Exception:
         if error in OURS:
@@ -100,6 +105,18 @@ class Crew:
         return found
 
 
+def hanging(ranks: Sequence[int], workers: int) -> str:
+    """What is said of workers that live and do nothing.
+
+    Example:
+        >>> hanging([2, 3], 4)
+        'worker 2, 3 of 4: no end of a step for 30 minutes; the train step ended with it: run it again to go on'
+    """
+    which = ", ".join(map(str, ranks))
+    return f"worker {which} of {workers}: no end of a step for {PATIENCE / 60:.0f} minutes; {AGAIN}"
+
+
+AGAIN = "the train step ended with it: run it again to go on"
 REMEDY = "train through `quadriga` or a study, whose workers build it anew; or define what it uses at the top of a module"
 
 
