@@ -13,10 +13,12 @@ from quadriga.core.recipe import Recipe, step
 from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.core.trial import Status
 from quadriga.engine import timing
+from quadriga.engine.base import Resources
 from quadriga.engine.store import Store
 from quadriga.engine.tasks import Desk
 from quadriga.engine.timing import in_turn
 from quadriga.measure.flops import flops
+from quadriga.measure.machine import facts
 from quadriga.measure.timings import Timings
 from quadriga.search.space import Space
 from quadriga.stages.conclude import Conclusion, Finalist
@@ -62,6 +64,9 @@ class Inline:
 
     def __init__(self, folder):
         self.desk, self.orders, self.done = desk(folder), [], 0
+
+    def resources(self):
+        return Resources(1, facts())
 
     def submit(self, order):
         self.orders.append(order)
