@@ -19,6 +19,7 @@ from quadriga.stages.baseline import check_floor, measure_baseline
 from quadriga.stages.compare import compare
 from quadriga.stages.conclude import Conclusion, Judge
 from quadriga.stages.explore import Explorer, load_portfolio
+from quadriga.stages.heat import heat, share
 from quadriga.stages.handover import clear, keep_winner
 from quadriga.stages.opening import open_study
 from quadriga.stages.profile import order_profile
@@ -109,11 +110,12 @@ def _stations(study: Study) -> dict[str, Any]:
     smallest = check_floor(study)
     order_profile(study)
     verify, ablate = _reserves(study)
-    explorer = Explorer(study, verify + ablate)
+    explorer = Explorer(study, verify + ablate + share(study))
     if study.store.get("frozen") is None:
         with study.budget.phase("search"):
             explorer.run()
             study.forget()
+            heat(study, explorer, verify + ablate)
     frozen = _frozen(study, explorer, verify)
     with study.budget.phase("verification"):
         conclusion = Judge(study).run(frozen)

@@ -109,7 +109,7 @@ class Desk:
     def _measure(self, walked: Walked, args: Mapping[str, Any]) -> dict[str, float]:
         model = walked.setup.model.eval()
         values = {"parameters": float(parameters(model)), "flops": float(forward_flops(model, self.workload.inputs(1)))}
-        run, size = self._executable(walked, f"cost-{args['hash']}", keep=False)
+        run, size = self._executable(walked, args.get("name", f"cost-{args['hash']}"), keep="name" in args)
         values["bytes"] = float(size)
         for batch in args["batches"]:
             values[f"speed/{batch}"] = self._speed(run, batch, args.get("seconds", 0.3))

@@ -28,8 +28,10 @@ def measure_baseline(study: Study) -> Trial:
             study.say("baseline", "training and scoring the unchanged model")
             study.submit("baseline", "train", study.workload.baseline)
         _submit_opponents(study)
-        _submit_costs(study)
+        probes = _probes(study)
         while not study.stage("baseline") or (study.eager is None and study.under_way("tuned_eager")):
+            if probes and study.running <= study.workers:
+                study.submit("cost", "cost", probes.pop(0), limit=study.patience(90))
             study.collect(1.0)
         _check_baseline(study)
     base = study.baseline
@@ -127,14 +129,12 @@ def _submit_opponents(study: Study) -> None:
             study.submit(stage, task, recipe, limit=study.patience(60))
 
 
-def _submit_costs(study: Study) -> None:
-    """Cost probes of the portfolio that need no trained weights, while the baseline trains."""
+def _probes(study: Study) -> list[Recipe]:
+    """Cost parts of the portfolio that need no trained weights: what the other workers do while the baseline trains."""
     known = {r.hash for r in (*(t.recipe for t in study.stage("cost")), *study.under_way("cost"))}
-    for recipe in study.portfolio:
-        part = study.space.cost_part(recipe)
-        if part.hash not in known and study.workers > 1 and not study.space.fixed(part):
-            known.add(part.hash)
-            study.submit("cost", "cost", part, limit=study.patience(90))
+    able = [r for r in study.portfolio if study.space.illegal(r) is None] if study.workers > 1 else []
+    parts = {part.hash: part for part in map(study.space.cost_part, able)}
+    return [part for name, part in parts.items() if name not in known and not study.space.fixed(part)]
 
 
 def lossless_trials(study: Study) -> list[Trial]:

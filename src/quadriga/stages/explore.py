@@ -44,7 +44,7 @@ class Explorer:
         self.turn = 0
         self.probed = False  # whether the last start was a probe
         for trial in study.trials:
-            self._remember(trial)
+            self.remember(trial)
 
     @property
     def _cheap_training(self) -> bool:
@@ -85,7 +85,7 @@ class Explorer:
                 break
             trial = study.collect(min(1.0, max(0.01, study.budget.left - self._until())))
             if trial is not None:
-                self._remember(trial)
+                self.remember(trial)
                 self._tell()
 
     def _until(self) -> float:
@@ -145,16 +145,27 @@ class Explorer:
         chosen = self.allocator.next([c for c in self.candidates.values() if self._affordable(c)])
         if chosen is None:
             return False
-        candidate, rung, value = chosen
+        self.train(*chosen, self._until() - 2)
+        return True
+
+    def train(self, candidate: Candidate, rung: int, value: float, reserve: float) -> None:
+        """Order the training of a candidate, to end when so many seconds of budget are left."""
         candidate.running = True
         recipe = self.exact(candidate.recipe, rung)
         teacher = self.study.baseline.info.get("checkpoint")
         path = str(self.study.folder / "checkpoints" / teacher) if teacher else None
         self.study.submit(
-            "search", "train", recipe, limit=max(5.0, self.study.budget.left - self._until() + 2), args={"teacher": path},
+            "search", "train", recipe, limit=max(5.0, self.study.budget.left - reserve), args={"teacher": path},
             template=candidate.recipe.plain(), rung=rung, value=value,
         )  # fmt: skip
-        return True
+
+    def retimed(self, recipe: Recipe) -> Candidate:
+        """A candidate by the last measurement of its cost; what is known of its quality stays."""
+        old = self.candidates.get(recipe.hash)
+        self._enter(recipe, self.costs[self.study.space.cost_part(recipe).hash])
+        if old is not None:
+            self.candidates[recipe.hash].scores = old.scores
+        return self.candidates[recipe.hash]
 
     def exact(self, recipe: Recipe, rung: int) -> Recipe:
         """A template at a training length."""
@@ -207,7 +218,8 @@ class Explorer:
             - 0.1 * (self.allocator.top - max(candidate.scores))
         )
 
-    def _remember(self, trial: Trial) -> None:
+    def remember(self, trial: Trial) -> None:
+        """Learn from an acknowledged trial."""
         if trial.stage == "cost":
             self.costs[trial.recipe.hash] = trial
             for recipe in self.waiting.pop(trial.recipe.hash, []):

@@ -1,0 +1,150 @@
+"""A heat: runtimes that were fastest beside other work are timed again in turn, alone, before one of them is the finalist.
+
+The search times each candidate while other trials run. That is enough to tell twice from half, and says little of how many threads
+pay, or which of two runtimes of nearly one speed is the faster on a quiet machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from quadriga.core.recipe import Recipe, Step, step
+from quadriga.core.trial import Status, Trial
+from quadriga.measure.timings import Timings
+from quadriga.search.allocate import SAFE, Candidate
+from quadriga.search.space import Space
+from quadriga.stages.explore import Explorer
+from quadriga.stages.state import Study
+from quadriga.stages.timing import timed
+
+SHARE = 0.1  # of the budget
+NEAR = 1.8  # times as slow as the leader, by the search's timing, and still in the heat
+ENDINGS = 3  # each with one thread and with as many as its runtime takes
+
+Steps = tuple[Step, ...]
+
+
+def share(study: Study) -> float:
+    """Seconds of the budget that a heat takes."""
+    asked = study.options.minimize == "latency" and "hardware" in study.options.families and not study.short
+    return SHARE * study.options.budget if asked else 0.0
+
+
+def heat(study: Study, explorer: Explorer, reserve: float) -> None:
+    """Time the fastest endings of the best candidate; what is faster than it and holds the floor takes its place.
+
+    Args:
+        study: nothing is under way.
+        explorer: whose search is over; its candidates' gains become those that are measured here.
+        reserve: seconds of budget to be left.
+    """
+    leader = next(iter(explorer.finalists()), None)
+    if leader is None or not share(study):
+        return
+    if (kept := study.store.get("heat")) is None:
+        recipes = field_of(study.space, list(explorer.candidates.values()), leader, explorer)
+        kept = [r.plain() for r in _run(study, explorer, leader, recipes, reserve)]
+        study.store.put("heat", kept)
+    ranked = [explorer.retimed(Recipe.from_plain(plain)) for plain in kept]
+    for candidate in sorted(ranked, key=lambda c: -c.gain):
+        if candidate.gain <= leader.gain or (_scored(study, explorer, candidate, leader, reserve) and _qualifies(explorer, candidate)):
+            return
+
+
+def field_of(space: Space, candidates: Sequence[Candidate], leader: Candidate, explorer: Explorer) -> list[Recipe]:
+    """The leader, and its network with the endings that were nearly as fast or faster wherever they were tried."""
+    front, own = parts(space, leader.recipe)
+    known = [c for c in candidates if c.gain > 0 and not (c.scores and not _qualifies(explorer, c))]
+    best: dict[Steps, float] = {}
+    for c in known:
+        first, _ = parts(space, c.recipe)
+        best[first] = max(best.get(first, 0.0), c.gain)
+    merits = {own: 0.0}
+    for c in known:
+        first, ending = parts(space, c.recipe)
+        merits[ending] = max(merits.get(ending, -math.inf), c.gain - (leader.gain if first == front else best[first]))
+    near = sorted((e for e, merit in merits.items() if merit > -math.log(NEAR)), key=lambda e: (e != own, -merits[e]))
+    kinds: dict[tuple[str, ...], Steps] = {}
+    for ending in near:  # of endings that differ in a field alone the fastest
+        kinds.setdefault(tuple(s.method for s in ending), ending)
+    found = {leader.recipe.hash: leader.recipe}
+    for ending in list(kinds.values())[:ENDINGS]:
+        for recipe in (Recipe((*front, *e), leader.recipe.name) for e in threaded(ending)):
+            if space.illegal(recipe) is None:
+                found.setdefault(recipe.hash, recipe)
+    return list(found.values())
+
+
+def parts(space: Space, recipe: Recipe) -> tuple[Steps, Steps]:
+    """A recipe's steps before its last hardware steps, and these without their number of threads."""
+    end = len(recipe.steps)
+    while end and not recipe.steps[end - 1].is_train and _hardware(space, recipe.steps[end - 1]):
+        end -= 1
+    return recipe.steps[:end], tuple(s for s in recipe.steps[end:] if s.method != "threads")
+
+
+def _hardware(space: Space, one: Step) -> bool:
+    return bool(space.cards[one.method]["family"] == "hardware")
+
+
+def threaded(ending: Steps) -> list[Steps]:
+    """An ending as it is, and with one thread."""
+    return [ending, (*ending[:-1], step("threads", count=1), *ending[-1:])]
+
+
+def _run(study: Study, explorer: Explorer, leader: Candidate, recipes: list[Recipe], reserve: float) -> list[Recipe]:
+    """Build and time them; those that were timed, whose costs are known to the explorer from then on."""
+    study.say("search", f"timing {len(recipes)} endings of the best network alone")
+    folders = {r.hash: _build(study, explorer, r) for r in recipes}
+    for trial in study.collect_all(reserve):
+        if trial.stage == "cost":
+            explorer.costs[trial.recipe.hash] = trial
+    study.forget()
+    arms = {name: {"kind": "folder", "path": str(f)} for name, f in folders.items() if (f / "load.py").is_file()}
+    if leader.recipe.hash not in arms or len(arms) < 2 or study.budget.left < reserve:
+        return []
+    left = max(5.0, study.budget.left - reserve)
+    timings = timed(study, arms, restarts=3, blocks=4, block_seconds=0.03, seed=2, budget=left)
+    done = [r for r in recipes if r.hash in arms and r.hash not in timings.errors]
+    return [r for r in done if _note(study, explorer, leader, r, timings)]
+
+
+def _build(study: Study, explorer: Explorer, recipe: Recipe) -> Path:
+    """Order it to be built, and its cost to be measured if it is not known."""
+    part = study.space.cost_part(recipe)
+    name, task = f"heat-{part.hash}", "build" if part.hash in explorer.costs else "cost"
+    study.submit(task, task, part, limit=study.patience(60), args={"name": name})
+    return study.folder / "built" / name
+
+
+def _note(study: Study, explorer: Explorer, leader: Candidate, recipe: Recipe, timings: Timings) -> bool:
+    """Acknowledge its cost anew, with its speed as a multiple of the leader's; False where it was not timed."""
+    part = study.space.cost_part(recipe)
+    first = explorer.costs[study.space.cost_part(leader.recipe).hash]
+    ratios = {b: timings.ratio(leader.recipe.hash, recipe.hash, b) for b in study.batches}
+    if part.hash not in explorer.costs or not explorer.costs[part.hash].ok or None in ratios.values():
+        return False
+    speeds = {f"speed/{b}": first.values[f"speed/{b}"] * r.value for b, r in ratios.items() if r is not None}
+    values = {**explorer.costs[part.hash].values, **speeds}
+    trial = Trial(len(study.trials), "cost", part, study.options.seed, Status.COMPLETE, "", values, {"heat": True})
+    if recipe != leader.recipe:
+        study.add(trial)
+        explorer.costs[part.hash] = trial
+    return True
+
+
+def _scored(study: Study, explorer: Explorer, candidate: Candidate, leader: Candidate, reserve: float) -> bool:
+    """Whether its quality is known, at the leader's training length; it is measured if time is left."""
+    rung = explorer.rung(leader)
+    if rung not in candidate.scores and not candidate.dead and study.budget.left > reserve:
+        explorer.train(candidate, rung, 0.0, reserve)
+        for trial in study.collect_all(reserve):
+            explorer.remember(trial)
+        study.forget()
+    return rung in candidate.scores
+
+
+def _qualifies(explorer: Explorer, candidate: Candidate) -> bool:
+    return explorer.allocator.chance(candidate) >= SAFE
