@@ -1,4 +1,7 @@
-"""One token of decoding with a key-value cache, as a workload: what a language model does for each byte that it writes."""
+"""Finished models as workloads, each trained once: what is left is to run them where they are fastest.
+
+Of the GPT two: a prefill of 128 bytes, and one byte of decoding with a key-value cache.
+"""
 
 from __future__ import annotations
 
@@ -88,31 +91,50 @@ def decoding(gpt: GPT, rows: int = ROWS) -> Workload:
     return Workload(model=Decode(gpt), **parts, metric="bits_per_byte", batch_size=32, trained=True, name="gpt_decode")
 
 
-BASELINE = Recipe((step("optimizer", kind="adamw", lr=0.002), step("schedule", kind="one_cycle"), step("train", epochs=0.15)))
-KEPT = "out/hardware/gpt"
+GPT_RECIPE = Recipe((step("optimizer", kind="adamw", lr=0.002), step("schedule", kind="one_cycle"), step("train", epochs=0.15)))
+KEPT = Path("out/hardware")
 
 
-def trained(folder: str = KEPT) -> tuple[Workload, GPT]:
-    """gpt_shakespeare with 2 M parameters, and its model after the AdamW run that `train_cost.py` tuned; trained once.
+def trained(source: Workload, recipe: Recipe | None = None) -> nn.Module:
+    """Its model after the workload's own training, or a recipe; trained once, its checkpoint kept below `KEPT`."""
+    folder = KEPT / f"{source.name}-trained"
+    return walk(source, recipe or source.baseline or Recipe(), seed=0, store=folder).setup.model.eval()
 
-    Args:
-        folder: keeps its checkpoint.
-    """
+
+def finished(source: Workload, model: nn.Module, name: str) -> Workload:
+    """The workload as one who has only to run the model sees it."""
+    return replace(source, model=model, trained=True, baseline=None, batch_size=64, name=name)
+
+
+def gpt() -> tuple[Workload, GPT]:
+    """gpt_shakespeare with 2 M parameters, after the AdamW run that `train_cost.py` tuned."""
     source = load("gpt_shakespeare?size=2M")
-    model = walk(source, BASELINE, seed=0, store=Path(folder)).setup.model
+    model = trained(source, GPT_RECIPE)
     assert isinstance(model, GPT)
-    return source, model.eval()
+    return source, model
 
 
-def decode(folder: str = KEPT) -> Workload:
-    """One token with a cache of 127, by the trained model."""
-    return decoding(trained(folder)[1])
+def decode() -> Workload:
+    """One byte with a cache of 127."""
+    return decoding(gpt()[1])
 
 
-def prefill_128(folder: str = KEPT) -> Workload:
-    """128 tokens at once, by the trained model."""
-    source, model = trained(folder)
-    return replace(source, model=model, trained=True, baseline=None, name="gpt_prefill")
+def prefill_128() -> Workload:
+    """128 bytes at once."""
+    source, model = gpt()
+    return finished(source, model, "gpt_prefill")
+
+
+def resnet20_fashion() -> Workload:
+    """After its own training of ten epochs."""
+    source = load("resnet20_fashion")
+    return finished(source, trained(source), "resnet20_fashion")
+
+
+def lstm_wordnet() -> Workload:
+    """After its own training of three epochs."""
+    source = load("lstm_wordnet")
+    return finished(source, trained(source), "lstm_wordnet")
 
 
 def _cached(gpt: GPT, data: TensorData, rows: int) -> TensorData:
