@@ -19,8 +19,8 @@ from quadriga.stages.baseline import check_floor, measure_baseline
 from quadriga.stages.compare import compare
 from quadriga.stages.conclude import Conclusion, Judge
 from quadriga.stages.explore import Explorer, load_portfolio
-from quadriga.stages.heat import heat, share
 from quadriga.stages.handover import clear, keep_winner
+from quadriga.stages.heat import heat, share
 from quadriga.stages.opening import open_study
 from quadriga.stages.profile import order_profile
 from quadriga.stages.rates import learning_rates

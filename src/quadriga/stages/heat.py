@@ -1,7 +1,7 @@
 """A heat: runtimes that were fastest beside other work are timed again in turn, alone, before one of them is the finalist.
 
-The search times each candidate while other trials run. That is enough to tell twice from half, and says little of how many threads
-pay, or which of two runtimes of nearly one speed is the faster on a quiet machine.
+The search times each candidate while other trials run. That is enough to tell twice from half, and says little of how many
+threads pay, or which of two runtimes of nearly one speed is the faster on a quiet machine.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def heat(study: Study, explorer: Explorer, reserve: float) -> None:
         study.store.put("heat", kept)
     ranked = [explorer.retimed(Recipe.from_plain(plain)) for plain in kept]
     for candidate in sorted(ranked, key=lambda c: -c.gain):
-        if candidate.gain <= leader.gain or (_scored(study, explorer, candidate, leader, reserve) and _qualifies(explorer, candidate)):
+        if candidate.gain <= leader.gain or (
+            _scored(study, explorer, candidate, leader, reserve) and _qualifies(explorer, candidate)
+        ):
             return
 
 
