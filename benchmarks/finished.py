@@ -92,7 +92,7 @@ def decoding(gpt: GPT, rows: int = ROWS) -> Workload:
 
 
 GPT_RECIPE = Recipe((step("optimizer", kind="adamw", lr=0.002), step("schedule", kind="one_cycle"), step("train", epochs=0.15)))
-KEPT = Path("out/hardware")
+KEPT = Path(__file__).resolve().parents[1] / "out/hardware"
 
 
 def trained(source: Workload, recipe: Recipe | None = None) -> nn.Module:

@@ -14,7 +14,7 @@ from quadriga.core.slots import RuntimeSpec
 from quadriga.workloads.ready.gpt_shakespeare import GPT
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
-from decode import PAST, Decode, decoding, prefill
+from finished import PAST, Decode, decoding, prefill
 
 
 @pytest.fixture

@@ -59,20 +59,19 @@ def field_of(space: Space, candidates: Sequence[Candidate], leader: Candidate, e
     """The leader, and its network with the endings that were nearly as fast or faster wherever they were tried."""
     front, own = parts(space, leader.recipe)
     known = [c for c in candidates if c.gain > 0 and not (c.scores and not _qualifies(explorer, c))]
-    best: dict[Steps, float] = {}
+    best: dict[str, float] = {}  # network → gain of its fastest ending
     for c in known:
-        first, _ = parts(space, c.recipe)
-        best[first] = max(best.get(first, 0.0), c.gain)
-    merits = {own: 0.0}
+        network = Recipe(parts(space, c.recipe)[0]).hash
+        best[network] = max(best.get(network, 0.0), c.gain)
+    merits: dict[tuple[str, ...], tuple[float, Steps]] = {}  # of endings that differ in fields alone, the fastest
     for c in known:
         first, ending = parts(space, c.recipe)
-        merits[ending] = max(merits.get(ending, -math.inf), c.gain - (leader.gain if first == front else best[first]))
-    near = sorted((e for e, merit in merits.items() if merit > -math.log(NEAR)), key=lambda e: (e != own, -merits[e]))
-    kinds: dict[tuple[str, ...], Steps] = {}
-    for ending in near:  # of endings that differ in a field alone the fastest
-        kinds.setdefault(tuple(s.method for s in ending), ending)
+        merit, kind = c.gain - (leader.gain if first == front else best[Recipe(first).hash]), tuple(s.method for s in ending)
+        if kind not in merits or merit > merits[kind][0]:
+            merits[kind] = merit, ending
+    near = sorted((m for m in merits.values() if m[0] > -math.log(NEAR)), key=lambda m: -m[0])
     found = {leader.recipe.hash: leader.recipe}
-    for ending in list(kinds.values())[:ENDINGS]:
+    for ending in [own, *(e for _, e in near if e != own)][:ENDINGS]:
         for recipe in (Recipe((*front, *e), leader.recipe.name) for e in threaded(ending)):
             if space.illegal(recipe) is None:
                 found.setdefault(recipe.hash, recipe)
