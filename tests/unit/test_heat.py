@@ -1,0 +1,177 @@
+"""A heat on made-up speeds: what was fast beside other work is timed again alone; the best that holds the floor leads."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from quadriga import methods
+from quadriga.core.metric import Floor
+from quadriga.core.recipe import Recipe, step
+from quadriga.core.trial import Status, Trial
+from quadriga.engine.base import Resources
+from quadriga.engine.store import Store
+from quadriga.search.space import Space
+from quadriga.stages import heat
+from quadriga.stages.explore import Explorer
+from quadriga.stages.opening import _for_search
+from quadriga.stages.state import Options, Study
+from quadriga.testing import tiny_mlp
+
+FLOOR = Floor.parse("-1pt")
+ONE, ORT, OV = step("threads", count=1), step("onnxruntime"), step("openvino")
+BF16, INT8 = step("half_weights", kind="bf16"), step("quantize_int8")
+RECIPES = {
+    "ort": Recipe((ONE, ORT)),
+    "ort, all threads": Recipe((ORT,)),
+    "ov": Recipe((ONE, OV)),
+    "bf16": Recipe((BF16, ONE, OV)),
+    "bf16, all threads": Recipe((BF16, OV)),
+    "int8": Recipe((INT8, ONE, OV)),
+    "int8, all threads": Recipe((INT8, OV)),
+}
+NAMES = {recipe.hash: name for name, recipe in RECIPES.items()}
+BUSY = {
+    "ort": 4.0,
+    "ort, all threads": 3.0,
+    "ov": 1.5,
+    "bf16": 3.0,
+    "bf16, all threads": 2.0,
+    "int8": 3.5,
+    "int8, all threads": 3.6,
+}
+QUIET = {
+    "ort": 4.0,
+    "ort, all threads": 4.2,
+    "ov": 1.5,
+    "bf16": 4.1,
+    "bf16, all threads": 5.0,
+    "int8": 4.0,
+    "int8, all threads": 4.9,
+}
+
+
+class Machine:
+    """An engine that knows how fast and how good everything is."""
+
+    def __init__(self, folder, bad=()):
+        self.folder, self.bad, self.queue, self.done = folder, bad, [], []
+
+    def resources(self):
+        return Resources(2, {})
+
+    def submit(self, order):
+        self.queue.append(order)
+
+    def cancel(self, number=None):
+        self.queue.clear()
+
+    def wait(self, timeout):
+        order = self.queue.pop(0)
+        name = NAMES[Recipe.from_plain(order.args["recipe"]).hash]
+        self.done.append((order.task, name))
+        if "name" in order.args:
+            (place := self.folder / "built" / order.args["name"]).mkdir(parents=True)
+            (place / "load.py").touch()
+        values = {"bytes": 100.0, "parameters": 10.0, "flops": 1.0}
+        if order.task == "cost":
+            values |= {f"speed/{b}": BUSY[name] for b in order.args["batches"]}
+        return order.number, {"status": "complete", "values": values, "info": {"bad": name in self.bad}}
+
+
+@pytest.fixture
+def opened(tmp_path, monkeypatch):
+    """Makes a study whose search is over; the same folder gives the same study again."""
+    open_stores = []
+
+    def made(bad=(), **options):
+        while open_stores:
+            open_stores.pop().close()
+        open_stores.append(store := Store(tmp_path))
+        task = tiny_mlp()
+        cards = {c["name"]: {**_for_search(c, ()), "unsearched": ""} for c in methods.cards()}
+        space = Space(cards, frozenset({"TRAINED", "FLOAT_WEIGHTS"}), Recipe(), frozenset({"hardware"}))
+        given = Options(FLOOR, budget=600.0, families=("hardware",), **options)
+        study = Study(task, given, tmp_path, store, Machine(tmp_path, bad), space, lambda event: None)
+        study.portfolio = []
+        study.paired = lambda trial: (-5.0 if trial.info.get("bad") else 0.0, 1.0)
+        if not study.trials:
+            known = {"quality": 90.0, "bytes": 400.0, "seconds": 1.0, "samples": 0.0, "parameters": 10.0}
+            speeds = {f"speed/{b}": 1.0 for b in study.batches}
+            study.add(Trial(0, "baseline", Recipe(), 0, Status.COMPLETE, "", known))
+            study.add(Trial(1, "tuned_eager", Recipe(), 0, Status.COMPLETE, "", speeds))
+        explorer = Explorer(study, 0.0)
+        for name in ("ort", "ort, all threads", "ov", "bf16", "int8") if len(study.trials) == 2 else ():
+            explorer.queue = [RECIPES[name]]
+            assert explorer._probe_one()
+            explorer.remember(study.collect(1.0))
+        if "ort" not in [n for task, n in study.engine.done if task == "train"] and len(study.trials) == 7:
+            explorer.train(explorer.candidates[RECIPES["ort"].hash], explorer.allocator.top, 0.0, 0.0)
+            explorer.remember(study.collect(1.0))
+        study.engine.done.clear()
+        return study, explorer
+
+    def alone(study, arms, **how):
+        study.engine.done.append(("timed", sorted(arms.values(), key=str)))
+        ratio = lambda rival, name, batch: SimpleNamespace(value=QUIET[NAMES[name]] / QUIET[NAMES[rival]])  # noqa: E731
+        return SimpleNamespace(errors={}, ratio=ratio)
+
+    monkeypatch.setattr(heat, "timed", alone)
+    yield made
+    while open_stores:
+        open_stores.pop().close()
+
+
+def names(explorer):
+    return [NAMES[c.recipe.hash] for c in explorer.finalists()]
+
+
+def test_what_is_fastest_alone_leads(opened):
+    """Its ending was 25 % slower beside other work, and nobody had tried it with all threads."""
+    study, explorer = opened()
+    assert names(explorer) == ["ort"]
+    heat.heat(study, explorer, 0.0)
+    assert names(explorer)[0] == "bf16, all threads"
+    tasks = [task for task, _ in study.engine.done]
+    assert tasks.count("timed") == 1 and tasks.count("train") == 1, "quality is measured of the fastest alone"
+    assert len(next(arms for task, arms in study.engine.done if task == "timed")) == 6, "three endings, each twice; not ov"
+    costs = {NAMES[t.recipe.hash]: t for t in study.stage("cost") if t.info.get("heat")}
+    assert costs["bf16, all threads"].values["speed/1"] == pytest.approx(5.0) and "ort" not in costs
+
+
+def test_the_fastest_that_holds_the_floor_leads(opened):
+    study, explorer = opened(bad=("bf16, all threads", "int8, all threads"))
+    heat.heat(study, explorer, 0.0)
+    assert names(explorer)[0] == "ort, all threads"
+    assert [name for task, name in study.engine.done if task == "train"] == [
+        "bf16, all threads", "int8, all threads", "ort, all threads",
+    ]  # fmt: skip
+
+
+def test_a_resumed_study_times_nothing_again(opened):
+    study, explorer = opened()
+    heat.heat(study, explorer, 0.0)
+    study, explorer = opened()
+    heat.heat(study, explorer, 0.0)
+    assert names(explorer)[0] == "bf16, all threads" and study.engine.done == []
+
+
+def test_what_is_known_to_miss_the_floor_is_not_in_the_heat(opened):
+    study, explorer = opened(bad=("int8",))
+    explorer.train(explorer.candidates[RECIPES["int8"].hash], explorer.allocator.top, 0.0, 0.0)
+    explorer.remember(study.collect(1.0))
+    leader = explorer.finalists()[0]
+    found = heat.field_of(study.space, list(explorer.candidates.values()), leader, explorer)
+    assert {NAMES[r.hash] for r in found} == {"ort", "ort, all threads", "bf16", "bf16, all threads"}
+
+
+@pytest.mark.parametrize("options", [{"minimize": "bytes"}, {"minimize": "train_cost"}])
+def test_nothing_is_timed_where_latency_is_not_asked_for(opened, options):
+    study, _ = opened()
+    study.options = Options(FLOOR, budget=600.0, families=("hardware",), **options)
+    assert heat.share(study) == 0.0
+    study.options = Options(FLOOR, budget=60.0, families=("hardware",))
+    assert heat.share(study) == 0.0, "and not in a short study"
+    study.options = Options(FLOOR, budget=600.0, families=("hardware",))
+    assert heat.share(study) == 60.0
