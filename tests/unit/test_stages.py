@@ -15,7 +15,7 @@ from quadriga.engine.store import Store
 from quadriga.measure.timings import Timings
 from quadriga.search.allocate import Bar
 from quadriga.stages.ablate import Ablation, Ablator, Row, _ratios
-from quadriga.stages.baseline import gain_of
+from quadriga.stages.baseline import _probes, gain_of
 from quadriga.stages.explore import over_limit, scaled
 from quadriga.stages.state import Budget, Options, Study
 from quadriga.stages.training_cost import time_training
@@ -43,6 +43,21 @@ def test_probes_of_a_slow_model_have_longer():
     assert Study.patience(SimpleNamespace(stage=lambda name: pace if name == "pace" else []), 90) == 200
     assert Study.patience(SimpleNamespace(stage=lambda name: pace if name == "pace" else []), 600) == 600
     assert Study.patience(SimpleNamespace(stage=lambda name: []), 60) == 60
+
+
+def test_probes_beside_the_baseline_are_of_what_is_searched():
+    """Not of families that are left out, nothing twice, nothing that needs trained weights; none without a second worker."""
+    mine, other, trained = (Recipe((step(name),)) for name in ("onnxruntime", "shrink", "prune_channels"))
+    space = SimpleNamespace(
+        illegal=lambda r: "not searched" if r == other else None, cost_part=lambda r: r, fixed=lambda r: int(r == trained)
+    )
+    study = SimpleNamespace(stage=lambda name: [], under_way=lambda name: [], space=space, workers=2)
+    study.portfolio = [mine, other, trained, mine]
+    assert _probes(study) == [mine]
+    study.under_way = lambda name: [mine]
+    assert _probes(study) == []
+    study.under_way, study.workers = (lambda name: []), 1
+    assert _probes(study) == []
 
 
 def test_time_between_sessions_does_not_count(tmp_path):
