@@ -46,11 +46,11 @@ FLOORS = {"pt": ("-0.5pt", 0.5)}  # unit → floor as it is typed, and its margi
 BEST = 5  # rows that are timed twice
 MODELS = ROOT / "benchmarks/finished.py"
 TASKS = {  # workload → budget of the search
-    "lenet_fashion": "3m",
-    f"{MODELS}:resnet20_fashion": "4m",
-    f"{MODELS}:lstm_wordnet": "4m",
-    f"{MODELS}:prefill_128": "4m",
-    f"{MODELS}:decode": "4m",
+    "lenet_fashion": "4m",
+    f"{MODELS}:resnet20_fashion": "6m",
+    f"{MODELS}:lstm_wordnet": "6m",
+    f"{MODELS}:prefill_128": "10m",
+    f"{MODELS}:decode": "8m",
     "mobilenetv2_fashion": "8m",
     "minilm_wordnet": "8m",
 }

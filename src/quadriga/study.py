@@ -123,9 +123,10 @@ def _stations(study: Study) -> dict[str, Any]:
 
 
 def _reserves(study: Study) -> tuple[Seconds, Seconds]:
-    """Seconds kept for verification and for ablation."""
+    """Seconds kept for verification and for ablation, which is short where nothing is trained anew."""
     total = study.options.budget
-    return max(0.25 * total, min(30.0, 0.45 * total)), (0.12 if study.short else 0.25) * total
+    few = study.short or set(study.options.families) == {"hardware"}
+    return max(0.25 * total, min(30.0, 0.45 * total)), (0.12 if few else 0.25) * total
 
 
 def _frozen(study: Study, explorer: Explorer, reserve: Seconds) -> list[tuple[Recipe, Ablation | None]]:

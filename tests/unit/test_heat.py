@@ -174,4 +174,4 @@ def test_nothing_is_timed_where_latency_is_not_asked_for(opened, options):
     study.options = Options(FLOOR, budget=60.0, families=("hardware",))
     assert heat.share(study) == 0.0, "and not in a short study"
     study.options = Options(FLOOR, budget=600.0, families=("hardware",))
-    assert heat.share(study) == 60.0
+    assert heat.share(study) == 90.0

@@ -80,12 +80,28 @@ def value_range(values: Tensor, kind: str = "minmax") -> tuple[float, float]:
     low, high = (float(end) for end in values.aminmax())
     if kind == "minmax":
         return low, high
-    values = values[:: -(-len(values) // SAMPLE)]
+    values = thinned(values, SAMPLE)
     if kind == "percentile":
         ends = torch.quantile(values, torch.tensor([1 - PERCENTILE, PERCENTILE], device=values.device))
         return float(ends[0]), float(ends[1])
     shares = torch.linspace(1 / CLIPS, 1.0, CLIPS).tolist()
     return min(((low * s, high * s) for s in shares), key=lambda ends: float(_squared_error(values, *ends)))
+
+
+def thinned(values: Tensor, most: int) -> Tensor:
+    """At most so many of the values [n], the same ones every time, drawn by chance.
+
+    Every k-th would be the same few places of each picture: the range of a ResNet's activations came out so much too narrow
+    that static int8 lost 11 points.
+
+    Example:
+        >>> thinned(torch.arange(100.0), 4).shape, thinned(torch.arange(3.0), 4)
+        (torch.Size([4]), tensor([0., 1., 2.]))
+    """
+    if len(values) <= most:
+        return values
+    places = torch.randint(len(values), (most,), generator=torch.Generator().manual_seed(0))
+    return values[places.to(values.device)]
 
 
 def _squared_error(values: Tensor, low: float, high: float) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from quadriga.core.rounding import SAMPLE, value_range
+from quadriga.core.rounding import SAMPLE, thinned, value_range
 
 Feed = Mapping[str, np.ndarray[Any, Any]]
 
@@ -29,8 +29,8 @@ def ranges(proto: Any, feeds: Iterable[Feed], kind: str) -> dict[str, tuple[floa
         for name, values in {**inputs, **dict(zip(names, session.run(names, dict(feed)), strict=True))}.items():
             flat = torch.from_numpy(np.ascontiguousarray(values)).flatten()
             if flat.numel():
-                ends = torch.stack(flat.aminmax())
-                seen.setdefault(name, []).append(torch.cat([flat[:: -(-len(flat) // (SAMPLE // 8))], ends]))
+                some = torch.stack(flat.aminmax()) if kind == "minmax" else thinned(flat, SAMPLE // 8)
+                seen.setdefault(name, []).append(some.clone())
     return {name: value_range(torch.cat(parts), kind) for name, parts in seen.items()}
 
 

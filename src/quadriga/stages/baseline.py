@@ -14,6 +14,8 @@ from quadriga.measure.stats import smallest_floor
 from quadriga.search.allocate import Bar
 from quadriga.stages.state import FINALISTS, LEVEL, Study
 
+FIRST = {"onnxruntime", "openvino"}  # built in seconds and nearly always the fastest; what takes longer is probed in between
+
 
 def measure_baseline(study: Study) -> Trial:
     """Train and score the baseline; meanwhile probe what eager PyTorch and a lossless export can do at best.
@@ -124,9 +126,11 @@ def _submit_opponents(study: Study) -> None:
     if study.options.minimize != "train_cost":  # where nothing is claimed of latency, the time belongs to training
         lossless = [("cost", "cost", r) for r in lossless_recipes(study)]
         wanted = [*wanted, *lossless, *(eager[1:] if not study.short else [])]
-    for stage, task, recipe in wanted:
-        if (stage, recipe.hash) not in known and study.space.illegal(recipe) is None:
-            study.submit(stage, task, recipe, limit=study.patience(60))
+    able = [w for w in wanted if (w[0], w[2].hash) not in known and study.space.illegal(w[2]) is None]
+    first = [w for w in able if w in wanted[:1] or {s.method for s in w[2].steps} & FIRST]
+    study.later = [w for w in able if w not in first]
+    for stage, task, recipe in first:
+        study.submit(stage, task, recipe, limit=study.patience(60))
 
 
 def _probes(study: Study) -> list[Recipe]:

@@ -16,6 +16,7 @@ from quadriga.search.space import at_rung, trained_epochs
 from quadriga.stages.baseline import bar, gain_of
 from quadriga.stages.state import Study
 
+OTHERS = 3  # of so many starts one is an opponent's probe, while some are left
 OPEN = 6  # candidates kept in sight before new ones are proposed
 LEAST = 0.02  # gain in the objective, as a natural logarithm, that is worth a training
 ETA = 3.0  # each rung trains so many times longer than the one before
@@ -43,6 +44,7 @@ class Explorer:
         self.known: set[str] = set()
         self.turn = 0
         self.probed = False  # whether the last start was a probe
+        self.started = 0
         for trial in study.trials:
             self.remember(trial)
 
@@ -100,11 +102,24 @@ class Explorer:
 
     def _start_one(self) -> bool:
         """Start a cost probe or a training, by turns where there are both; False when nothing is left to do."""
+        self.started += 1
+        if self.study.later and self.started % OTHERS == 0 and self._oppose():
+            return True
         if self.probed and self._in_sight() and self._train_one():
             self.probed = False
             return True
         self.probed = self._probe_next()
-        return self.probed or self._train_one()
+        return self.probed or self._train_one() or self._oppose()
+
+    def _oppose(self) -> bool:
+        """Start the probe of an opponent that waits for it."""
+        while self.study.later:
+            stage, task, recipe = self.study.later.pop(0)
+            part = self.study.space.cost_part(recipe) if stage == "cost" else recipe
+            if stage != "cost" or (part.hash not in self.costs and part.hash not in self.waiting):
+                self.study.submit(stage, task, recipe, limit=self.study.patience(60))
+                return True
+        return False
 
     def _probe_next(self) -> bool:
         """Start a cost probe of what waits, or, while few candidates are in sight, of a new proposal."""

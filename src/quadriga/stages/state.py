@@ -128,6 +128,7 @@ class Study:
         self.machine = engine.resources().target  # facts of the one machine whose timings are compared
         self.notes: list[str] = []
         self.portfolio: list[Recipe] = []
+        self.later: list[tuple[str, str, Recipe]] = []  # stage, task and recipe of opponents that are probed during the search
         self._orders: dict[int, tuple[str, Recipe, dict[str, Any]]] = {}
         self._count = 0
 

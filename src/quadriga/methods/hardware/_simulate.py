@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, call, evaluating, primary
-from quadriga.core.rounding import SAMPLE, round_activation, round_weight, value_range
+from quadriga.core.rounding import SAMPLE, round_activation, round_weight, thinned, value_range
 
 PRODUCTS = (nn.Linear, nn.modules.conv._ConvNd)
 Range = tuple[float, float]
@@ -92,16 +92,17 @@ def simulated(model: nn.Module, layers: Mapping[str, Rounding]) -> Iterator[nn.M
 
 @dataclass
 class Seen:
-    """What a layer's inputs and work were over some batches."""
+    """What a layer's inputs and work were over some batches: some values of each, and the least and the largest."""
 
     values: list[Tensor] = field(default_factory=list)
+    ends: list[Tensor] = field(default_factory=list)
     products: int = 0
 
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """A forward hook."""
         values = args[0].detach().flatten()
-        ends = torch.stack(values.aminmax())
-        self.values.append(torch.cat([values[:: -(-len(values) // (SAMPLE // 8))], ends]).float())
+        self.ends.append(torch.stack(values.aminmax()).float())
+        self.values.append(thinned(values, SAMPLE // 8).clone().float())
         weight = module._parameters["weight"]
         assert weight is not None
         rows = weight.shape[1] if getattr(module, "transposed", False) else weight.shape[0]
@@ -125,7 +126,7 @@ def roundings(seen: Mapping[str, Seen], activations: str, kind: str = "minmax", 
     Args:
         kind: of the range: "minmax", "percentile" or "mse".
     """
-    ranges = {name: value_range(torch.cat(one.values), kind) for name, one in seen.items()}
+    ranges = {n: value_range(torch.cat(one.ends if kind == "minmax" else one.values), kind) for n, one in seen.items()}
     return {name: Rounding(activations, bits, low, high) for name, (low, high) in ranges.items()}
 
 
