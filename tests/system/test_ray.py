@@ -198,7 +198,7 @@ def test_a_node_is_lost_and_its_trial_goes_on_elsewhere(cluster, folder):
 def test_the_driver_is_killed_and_the_same_command_goes_on(folder):
     """On a cluster of its own, which ends with it."""
     out = folder / "out"
-    options = ["--floor", "-5pt", "--budget", "100s", "--only", "hardware", "--out", str(out), "--json"]
+    options = ["--floor", "-5pt", "--budget", "45s", "--only", "hardware", "--out", str(out), "--json"]
     words = [sys.executable, "-m", "quadriga", "run", "w.py:workload", *options, "--engine", "ray", "--address", "local"]
     env = {**os.environ, "PYTHONPATH": str(SOURCE), "RAY_ADDRESS": ""}
     first = subprocess.Popen(words, cwd=folder, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

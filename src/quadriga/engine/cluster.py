@@ -109,9 +109,9 @@ class Cluster:
         from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy as Inside
 
         room = self.ray.util.placement_group([{"CPU": 1, **({"GPU": gpus} if gpus else {})}] * ranks, strategy="PACK")
-        made = self.ray.remote(Worker).options(num_cpus=1, num_gpus=gpus, max_restarts=0, max_task_retries=0)
-        places = (Inside(room, placement_group_bundle_index=index) for index in range(ranks))
-        return room, [made.options(scheduling_strategy=p).remote(dict(spec), environment()) for p in places]
+        made, places = self.ray.remote(Worker), [Inside(room, placement_group_bundle_index=index) for index in range(ranks)]
+        how = {"num_cpus": 1, "num_gpus": gpus, "max_restarts": 0, "max_task_retries": 0}
+        return room, [made.options(**how, scheduling_strategy=p).remote(dict(spec), environment()) for p in places]
 
     def call(self, worker: Any, name: str, *given: Any) -> Any:
         """A reference to what a method of a worker will return."""
