@@ -162,7 +162,7 @@ def main() -> int:
 
     os.environ.update(RAY_USAGE_STATS_ENABLED="0", RAY_AIR_NEW_OUTPUT="0", TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1")
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.disable(logging.WARNING)  # Tune tells of each trial that it kept no results, which is what was asked for
     with tempfile.TemporaryDirectory(prefix="quadriga-engines-") as folder:
         ray.init(
             address="local", num_cpus=2 * WORKERS, include_dashboard=False, log_to_driver=False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import socket
@@ -44,6 +45,7 @@ class Worker:
                 self.desk = Desk(load(self.spec["workload"]), Path(self.spec["folder"]), self.spec["seed"])
             except BadInput as error:
                 return {"status": str(Status.CRASHED), "reason": str(error), "bad_input": [error.problem, error.remedy]}
+            gc.freeze()  # as in `engine.worker`
         if rank:
             from quadriga.engine import together
 
