@@ -195,6 +195,7 @@ def test_a_node_is_lost_and_its_trial_goes_on_elsewhere(cluster, folder):
     assert steps(folder) == [STEPS + 10, STEPS]
 
 
+@pytest.mark.slow
 def test_the_driver_is_killed_and_the_same_command_goes_on(folder):
     """On a cluster of its own, which ends with it."""
     out = folder / "out"
