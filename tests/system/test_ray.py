@@ -184,6 +184,7 @@ def test_a_node_is_lost_and_its_trial_goes_on_elsewhere(cluster, folder):
     (folder / "fate").write_text("sleep -")
     from quadriga.engine.base import Order
 
+    waited(engine, 1, until=lambda: not any(p.starting for p in engine.places))  # so that there is a choice
     engine.submit(Order(1, "train", {"recipe": RECIPE, "hash": "x", "batches": [1]}, limit=250.0))
     waited(engine, 1, until=(folder / "fired").exists)
     place = next(p for p in engine.places if p.order is not None)
