@@ -19,6 +19,7 @@ from quadriga.stages.baseline import _probes, gain_of
 from quadriga.stages.explore import over_limit, scaled
 from quadriga.stages.state import Budget, Options, Study
 from quadriga.stages.training_cost import time_training
+from quadriga.testing import tiny_mlp
 
 FLOOR = Floor.parse("-0.5pt")
 
@@ -198,3 +199,16 @@ def test_training_is_timed_in_fresh_processes_and_weighed_by_its_examples(monkey
     assert time_training(study, Recipe(), samples=0.0) is None
     study.budget.left = 1.0
     assert time_training(study, Recipe(), samples=250.0) is None
+
+
+def test_every_order_knows_the_teacher(tmp_path):
+    """The artifact of a recipe that distils was refused for want of one."""
+    orders = []
+    engine = SimpleNamespace(submit=orders.append, resources=lambda: SimpleNamespace(target={}))
+    with Store(tmp_path) as store:
+        study = Study(tiny_mlp(), Options(FLOOR), tmp_path, store, engine, None, lambda event: None)
+        study.submit("baseline", "train", Recipe())
+        study.add(Trial(0, "baseline", Recipe(), values={"quality": 1.0}, info={"checkpoint": "abc"}))
+        study.submit("artifact", "artifact", Recipe(), args={"folder": "f"})
+    assert [o.args["teacher"] for o in orders] == [None, str(tmp_path / "checkpoints" / "abc")]
+    assert orders[1].args["folder"] == "f"

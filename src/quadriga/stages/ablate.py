@@ -134,9 +134,7 @@ class Ablator:
 
     def _submit(self, template: Recipe) -> None:
         study = self.study
-        teacher = study.baseline.info.get("checkpoint")
-        args = {"teacher": str(study.folder / "checkpoints" / teacher) if teacher else None}
-        study.submit("ablation", "train", self._exact(template), limit=max(5.0, study.budget.left - self.reserve), args=args)
+        study.submit("ablation", "train", self._exact(template), limit=max(5.0, study.budget.left - self.reserve))
 
     def _time(self, variants: dict[int, Recipe]) -> dict[int, dict[str, Any]]:
         """Time without each step over time with all, by the paired protocol, both batch sizes together."""

@@ -110,14 +110,12 @@ class Judge:
         study = self.study
         study.say("verification", "building the finalists and their opponents")
         base = study.workload.baseline
-        teacher = study.baseline.info.get("checkpoint")
-        args = {"teacher": str(study.folder / "checkpoints" / teacher) if teacher else None}
         for control, recipe in self._control_recipes(finalists[0].recipe).items():
             if study.find(("control", "search", "ablation"), recipe) is None:
-                study.submit("control", "train", recipe, limit=max(5.0, study.budget.left * 0.5), args=args, control=control)
+                study.submit("control", "train", recipe, limit=max(5.0, study.budget.left * 0.5), control=control)
         for finalist in finalists:
             own = {"name": Path(finalist.folder).name, "baseline_bytes": int(study.baseline.values["bytes"])}
-            study.submit("final", "realize", finalist.recipe, args={**args, **own})
+            study.submit("final", "realize", finalist.recipe, args=own)
         for name, trial in self._lossless().items():
             study.submit(
                 "opponent", "realize", Recipe((*base.steps, *trial.recipe.steps), trial.recipe.name), args={"name": name}

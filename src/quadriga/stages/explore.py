@@ -167,10 +167,8 @@ class Explorer:
         """Order the training of a candidate, to end when so many seconds of budget are left."""
         candidate.running = True
         recipe = self.exact(candidate.recipe, rung)
-        teacher = self.study.baseline.info.get("checkpoint")
-        path = str(self.study.folder / "checkpoints" / teacher) if teacher else None
         self.study.submit(
-            "search", "train", recipe, limit=max(5.0, self.study.budget.left - reserve), args={"teacher": path},
+            "search", "train", recipe, limit=max(5.0, self.study.budget.left - reserve),
             template=candidate.recipe.plain(), rung=rung, value=value,
         )  # fmt: skip
 

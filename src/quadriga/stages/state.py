@@ -149,7 +149,12 @@ class Study:
     def submit(self, stage: str, task: str, recipe: Recipe, *, limit: float | None = None, **info: Any) -> int:
         """Send a recipe to the engine; `info` is kept in the trial."""
         self._count += 1
-        always = {"batches": self.batches, "objective": self.options.minimize, "floor": self._floor()}
+        always = {
+            "batches": self.batches,
+            "objective": self.options.minimize,
+            "floor": self._floor(),
+            "teacher": self._teacher(),
+        }
         args = {"recipe": recipe.plain(), "hash": recipe.hash, **always, **info.pop("args", {})}
         self._orders[self._count] = (stage, recipe, info)
         self.engine.submit(Order(self._count, task, args, limit if limit is not None else max(5.0, self.budget.left)))
@@ -170,6 +175,11 @@ class Study:
             return None
         margin = self.options.floor.margin(quality)
         return {"quality": quality, "margin": margin - abs(margin) / 2}  # val is no proof of what holds on test
+
+    def _teacher(self) -> str | None:
+        """The checkpoint of the trained baseline: whatever walks a recipe may have to distil from it."""
+        kept = next((t.info.get("checkpoint") for t in self.trials if t.stage == "baseline" and t.ok), None)
+        return str(self.folder / "checkpoints" / kept) if kept else None
 
     @property
     def workers(self) -> int:
