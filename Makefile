@@ -8,6 +8,7 @@ FIND := for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
 PYTHON ?= $(shell $(FIND))
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+UNTIMED := tests/system/test_bad_inputs.py tests/system/test_parallel.py
 UNITS := not slow and not gpu and not network
 
 help:  ## list the commands
@@ -40,8 +41,8 @@ demo: .venv/.run-stamp  ## optimize the mission's CNN by all four families and p
 	QUADRIGA_DATA=shipped $(BIN)/quadriga run lenet_fashion --floor -0.5pt --minimize latency --limit bytes=0.2 --budget 9m --out demo-out
 
 test: install lint types  ## everything that CI runs: lint, types, unit, contract and system tests, doctests, README blocks
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(UNITS)" -n 2 --dist worksteal src tests/unit tests/contract
-	$(BIN)/python -m pytest -m "$(UNITS)" tests/system
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "$(UNITS)" -n 2 --dist worksteal src tests/unit tests/contract $(UNTIMED)
+	$(BIN)/python -m pytest -m "$(UNITS)" tests/system $(addprefix --ignore=,$(UNTIMED))
 
 test-all: install lint types  ## the slow tests too, with every extra
 	@$(PIP) --no-build-isolation -e ".[all,dev]"
