@@ -43,7 +43,7 @@ BUSY = {
 }
 QUIET = {
     "ort": 4.0,
-    "ort, all threads": 4.2,
+    "ort, all threads": 4.4,
     "ov": 1.5,
     "bf16": 4.1,
     "bf16, all threads": 5.0,
@@ -149,6 +149,15 @@ def test_the_fastest_that_holds_the_floor_leads(opened):
     ]  # fmt: skip
 
 
+def test_little_more_is_not_worth_a_change(opened, monkeypatch):
+    """All threads give one batch size what they take from the other; what is 4 % faster in the mean is not clearly better."""
+    for name in ("bf16", "bf16, all threads", "int8", "int8, all threads", "ort, all threads"):
+        monkeypatch.setitem(QUIET, name, 4.15)
+    study, explorer = opened()
+    heat.heat(study, explorer, 0.0)
+    assert names(explorer)[0] == "ort" and "train" not in [task for task, _ in study.engine.done]
+
+
 def test_a_resumed_study_times_nothing_again(opened):
     study, explorer = opened()
     heat.heat(study, explorer, 0.0)
@@ -175,3 +184,5 @@ def test_nothing_is_timed_where_latency_is_not_asked_for(opened, options):
     assert heat.share(study) == 0.0, "and not in a short study"
     study.options = Options(FLOOR, budget=600.0, families=("hardware",))
     assert heat.share(study) == 90.0
+    study.options = Options(FLOOR, budget=600.0)
+    assert heat.share(study) == 48.0, "less where networks are searched as well"
