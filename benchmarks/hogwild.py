@@ -161,7 +161,8 @@ def table(found: dict[str, Any]) -> str:
     lines += [
         "",
         f"{TOLD} workers, all trainings together, are {verdict}within {MARGIN:g} points of serial SGD: {whole}. Two trainings "
-        f"with one seed and {TOLD} workers are {apart['points']:.2f} points apart on average, {apart['largest']:.2f} at most; of "
+        f"with one seed and {TOLD} workers are "
+        f"{apart['points']:.2f} points apart on average, {apart['largest']:.2f} at most; of "
         f"{apart['disagree']:.1%} of the examples only one of them is right. Seconds count the start of the workers.",
     ]
     return "\n".join(lines) + "\n"
