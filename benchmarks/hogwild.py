@@ -2,11 +2,13 @@
 
     python benchmarks/hogwild.py --seeds 6 --others 2    # 20 minutes on two cores; goes on where the last call stopped
 
-Every arm trains the same network for the same epochs, on the same batches in the same order, by SGD at 0.1 that falls linearly
-to zero, with one thread a worker. Quality is that of the whole test split; an arm's difference from serial SGD is taken seed by
-seed, with a 95 % t-interval over seeds: all seeds for the claim about 4 workers, the first few for other arms. Staleness counts
-the updates by others between a worker's read of the weights and its own update. "again" repeats an arm with the same seeds: how
-far two runs are apart that only chance distinguishes. Prints tables and writes one JSON file.
+Every arm trains the same network for the same epochs, on the same batches in the same order, by SGD at 0.1, which it
+reaches after a twentieth of the training and which falls linearly to zero, with one thread a worker. Quality is that of the
+whole test split; an arm's difference from serial SGD is taken seed by seed, with a 95 % t-interval over seeds: all seeds
+for the claim about 4 workers, the first few for other arms. Staleness counts the updates by others between a worker's read
+of the weights and its own update. "again" repeats an arm with the same seeds: how far two runs are apart that only chance
+distinguishes. "Went back" counts trainings whose loss became NaN and that went on from their start at a tenth of the rate.
+Prints tables and writes one JSON file.
 """
 
 from __future__ import annotations
@@ -45,9 +47,12 @@ ARMS: dict[str, tuple[Step, ...]] = {
 }
 
 
+WARMUP = 0.05  # of the training; without it 2 of 8 trainings by 4 workers diverged
+
+
 def recipe(arm: str, epochs: float) -> Recipe:
     """An arm's training."""
-    plain = (step("optimizer", kind="sgd", lr=0.1), step("schedule", kind="linear"))
+    plain = (step("optimizer", kind="sgd", lr=0.1), step("schedule", kind="linear", warmup=WARMUP))
     return Recipe((*plain, *ARMS[arm], step("train", epochs=epochs)))
 
 
@@ -64,6 +69,7 @@ def trained(workload: Workload, arm: str, seed: int, options: argparse.Namespace
         "recipe": one.plain(), "data": dict(workload.data_note), "quality": scores.value, "seconds": walked.seconds,
         "cpu_seconds": walked.cpu_seconds, "right": np.asarray(scores.values).astype(int).tolist(),
         "staleness": walked.staleness[0] if walked.staleness else None,
+        "back": any("went back" in note for note in walked.notes),
     }  # fmt: skip
     write_json(kept, found)
     said = f"{found['quality']:.2f} pt, {found['seconds']:.0f} s"
@@ -106,15 +112,20 @@ def summary(arms: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
             "count": len(each),
             "quality": float(np.mean([e["quality"] for e in each])),
             "staleness": pooled(each),
+            "back": sum(bool(e["back"]) for e in each),
         }
         row |= {k: float(np.mean([e[k] for e in each])) for k in ("seconds", "cpu_seconds")}
         if name != "serial":
             row["difference"] = interval([a["quality"] - b["quality"] for a, b in zip(each, serial, strict=False)])
         rows.append(row)
-    told = next(row["difference"] for row in rows if row["name"] == f"{TOLD} workers")
+    claimed = [
+        (a, b) for name in (f"{TOLD} workers", f"{TOLD} workers, again") for a, b in zip(arms[name], serial, strict=False)
+    ]
+    told = interval([a["quality"] - b["quality"] for a, b in claimed])
     return {
         "rows": rows,
         "within": bool(told["low"] > -MARGIN),
+        "told": told,
         "spread": spread(arms[f"{TOLD} workers"], arms[f"{TOLD} workers, again"]),
     }
 
@@ -129,13 +140,14 @@ def spread(first: Sequence[dict[str, Any]], again: Sequence[dict[str, Any]]) -> 
 def table(found: dict[str, Any]) -> str:
     """Markdown: quality, then staleness."""
     lines = [
-        f"| arm | seeds | test pt | minus serial ({LEVEL:.0%}) | seconds | processor seconds |",
-        "|---|---|---|---|---|---|",
+        f"| arm | seeds | test pt | minus serial ({LEVEL:.0%}) | went back | seconds | processor seconds |",
+        "|---|---|---|---|---|---|---|",
     ]
     for row in found["rows"]:
         less = row.get("difference")
         told = f"{less['value']:+.2f} ({less['low']:+.2f} to {less['high']:+.2f})" if less else ""
-        cells = (row["name"], row["count"], f"{row['quality']:.2f}", told, f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}")
+        spent = (f"{row['seconds']:.0f}", f"{row['cpu_seconds']:.0f}")
+        cells = (row["name"], row["count"], f"{row['quality']:.2f}", told, row["back"], *spent)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     bins = [*map(str, range(SHOWN - 1)), f"{SHOWN - 1} or more"]
     lines += ["", f"| staleness | mean | max | {' | '.join(bins)} |", "|---" * (3 + SHOWN) + "|"]
@@ -145,11 +157,13 @@ def table(found: dict[str, Any]) -> str:
             parts = [f"{c / stale['updates']:.1%}" for c in (*counts, stale["updates"] - sum(counts))]
             lines.append(f"| {row['name']} | {stale['mean']:.2f} | {stale['max']} | {' | '.join(parts)} |")
     apart, verdict = found["spread"], "" if found["within"] else "not shown to be "
+    whole = f"{found['told']['value']:+.2f} ({found['told']['low']:+.2f} to {found['told']['high']:+.2f})"
     lines += [
         "",
-        f"{TOLD} workers are {verdict}within {MARGIN:g} points of serial SGD. Two trainings with one seed and {TOLD} workers "
-        f"are {apart['points']:.2f} points apart on average, {apart['largest']:.2f} at most; of {apart['disagree']:.1%} of the "
-        "examples only one of them is right. Seconds count the start of the workers.",
+        f"{TOLD} workers, all trainings together, are {verdict}within {MARGIN:g} points of serial SGD: {whole}. Two trainings "
+        f"with one seed and {TOLD} workers are "
+        f"{apart['points']:.2f} points apart on average, {apart['largest']:.2f} at most; of "
+        f"{apart['disagree']:.1%} of the examples only one of them is right. Seconds count the start of the workers.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -20,7 +20,8 @@ class Hogwild(Method):
     A batch of the stream goes to exactly one worker, by turns as they are free, so that an epoch sees every example once and
     schedules follow what all have done together. Batch statistics and the optimizer's state are shared like the weights: sgd,
     with momentum too, adam, adamw, nadam, rmsprop, adagrad and muon, which change tensors in place. Momentum adds to the
-    inertia that staleness brings anyway, so with many workers less of it is better.
+    inertia that staleness brings anyway, so with many workers less of it is better; a high rate wants a warm-up, since early
+    gradients change fast and stale ones may diverge.
 
     Refused, with the reason: an optimizer that counts in its groups or replaces its state; methods that keep a state from step
     to step (averages, lookahead, early stopping, gradual pruning, qat) or choose examples by their losses (prune_data);
