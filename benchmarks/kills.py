@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import random
 import shutil
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from quadriga.testing.studies import acknowledged
 
 ROUNDS, BUDGET = 10, 60
 WORKLOAD = str(Path(__file__).resolve().parents[1] / "examples" / "mlp_fashion.py")
@@ -24,17 +25,6 @@ def command(out: Path) -> list[str]:
     """The command that is killed and repeated."""
     options = ["--floor", "-1pt", "--budget", f"{BUDGET}s", "--out", str(out), "--json"]
     return [sys.executable, "-m", "quadriga", "run", WORKLOAD, *options]
-
-
-def acknowledged(out: Path) -> list[str]:
-    """The trials in the store, as text."""
-    if not (out / "study.sqlite").exists():
-        return []
-    with sqlite3.connect(f"file:{out / 'study.sqlite'}?mode=ro", uri=True) as db:
-        try:
-            return [row[0] for row in db.execute("SELECT record FROM trials ORDER BY number")]
-        except sqlite3.OperationalError:  # killed before the tables were made
-            return []
 
 
 def one(after: float) -> dict[str, object]:

@@ -125,7 +125,7 @@ def _stations(study: Study) -> dict[str, Any]:
 def _reserves(study: Study) -> tuple[Seconds, Seconds]:
     """Seconds kept for verification and for ablation, which is short where nothing is trained anew."""
     total = study.options.budget
-    few = study.short or set(study.options.families) == {"hardware"}
+    few = study.short or study.options.hardware_alone
     return max(0.25 * total, min(30.0, 0.45 * total)), (0.12 if few else 0.25) * total
 
 

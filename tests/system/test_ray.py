@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
@@ -16,6 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+
+from quadriga.testing.studies import acknowledged
 
 ray = pytest.importorskip("ray")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own: sockets and processes that it leaves to the system
@@ -213,13 +214,3 @@ def test_the_driver_is_killed_and_the_same_command_goes_on(folder):
     done = subprocess.run(words, cwd=folder, env=env, capture_output=True, text=True, timeout=280, check=False)
     assert acknowledged(out)[: len(before)] == before
     assert done.returncode == 0 and json.loads(done.stdout)["status"] == "verified", done.stderr[-3000:]
-
-
-def acknowledged(out):
-    if not (out / "study.sqlite").exists():
-        return []
-    try:
-        with sqlite3.connect(f"file:{out / 'study.sqlite'}?mode=ro", uri=True) as db:
-            return [row[0] for row in db.execute("SELECT record FROM trials ORDER BY number")]
-    except sqlite3.OperationalError:
-        return []

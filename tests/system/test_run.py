@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
+
+from quadriga.testing.studies import acknowledged
 
 MODEL = """
 import torch
@@ -137,25 +137,15 @@ def test_nothing_qualifies_then_the_baseline_comes_back(folder):
 def test_killed_and_called_again_nothing_acknowledged_is_lost(folder):
     out = folder / "killed"
     process = subprocess.Popen(command("mine.py", out), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while len(before := trials(out)) < 6:
+    while len(before := acknowledged(out)) < 6:
         assert process.poll() is None
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    before = trials(out)
+    before = acknowledged(out)
     status, result, errors = run(folder, "mine.py", out)
-    assert trials(out)[: len(before)] == before
+    assert acknowledged(out)[: len(before)] == before
     assert (status, result["status"]) == (0, "verified"), errors[-2000:]
-
-
-def trials(out: Path) -> list[str]:
-    if not (out / "study.sqlite").exists():
-        return []
-    try:
-        with sqlite3.connect(f"file:{out / 'study.sqlite'}?mode=ro", uri=True) as db:
-            return [row[0] for row in db.execute("SELECT record FROM trials ORDER BY number")]
-    except sqlite3.OperationalError:
-        return []
 
 
 def test_a_trained_model_without_training_data_gets_methods_that_need_none(folder):

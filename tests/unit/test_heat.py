@@ -171,7 +171,7 @@ def test_what_is_known_to_miss_the_floor_is_not_in_the_heat(opened):
     explorer.train(explorer.candidates[RECIPES["int8"].hash], explorer.allocator.top, 0.0, 0.0)
     explorer.remember(study.collect(1.0))
     leader = explorer.finalists()[0]
-    found = heat.field_of(study.space, list(explorer.candidates.values()), leader, explorer)
+    found = heat.field_of(study.space, explorer, leader)
     assert {NAMES[r.hash] for r in found} == {"ort", "ort, all threads", "bf16", "bf16, all threads"}
 
 

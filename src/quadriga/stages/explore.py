@@ -89,6 +89,8 @@ class Explorer:
             if trial is not None:
                 self.remember(trial)
                 self._tell()
+        if left := [recipe.name for _, _, recipe in study.later]:
+            study.notes.append(f"the budget did not allow to probe the unchanged model as: {'; '.join(left)}")
 
     def _until(self) -> float:
         """Seconds of budget at which the search ends: later while nothing has been found that could be verified."""
@@ -115,10 +117,12 @@ class Explorer:
         """Start the probe of an opponent that waits for it."""
         while self.study.later:
             stage, task, recipe = self.study.later.pop(0)
-            part = self.study.space.cost_part(recipe) if stage == "cost" else recipe
-            if stage != "cost" or (part.hash not in self.costs and part.hash not in self.waiting):
-                self.study.submit(stage, task, recipe, limit=self.study.patience(60))
-                return True
+            if stage == "cost":
+                if recipe.hash in self.costs or recipe.hash in self.waiting:
+                    continue
+                self.waiting[recipe.hash] = []  # candidates that cost the same wait for this probe
+            self.study.submit(stage, task, recipe, limit=self.study.patience(60))
+            return True
         return False
 
     def _probe_next(self) -> bool:

@@ -7,7 +7,6 @@ threads pay, or which of two runtimes of nearly one speed is the faster on a qui
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from pathlib import Path
 
 from quadriga.core.recipe import Recipe, Step, step
@@ -19,7 +18,7 @@ from quadriga.stages.explore import Explorer
 from quadriga.stages.state import Study
 from quadriga.stages.timing import timed
 
-SHARE = {True: 0.15, False: 0.08}  # of the budget; True where hardware is all that is searched
+SHARE, ALONE = 0.08, 0.15  # of the budget; the second where hardware is all that is searched
 SCORING = 0.04  # of the budget, from that: for the quality of what comes out fastest
 CLEARLY = 0.05  # gain, as a natural logarithm: less is not worth what one batch size loses for the other
 NEAR = 1.8  # times as slow as the leader, by the search's timing, and still in the heat
@@ -31,7 +30,7 @@ Steps = tuple[Step, ...]
 def share(study: Study) -> float:
     """Seconds of the budget that a heat takes."""
     asked = study.options.minimize == "latency" and "hardware" in study.options.families and not study.short
-    return SHARE[set(study.options.families) == {"hardware"}] * study.options.budget if asked else 0.0
+    return (ALONE if study.options.hardware_alone else SHARE) * study.options.budget if asked else 0.0
 
 
 def heat(study: Study, explorer: Explorer, reserve: float) -> None:
@@ -46,7 +45,7 @@ def heat(study: Study, explorer: Explorer, reserve: float) -> None:
     if leader is None or not share(study):
         return
     if (kept := study.store.get("heat")) is None:
-        recipes = field_of(study.space, list(explorer.candidates.values()), leader, explorer)
+        recipes = field_of(study.space, explorer, leader)
         kept = [r.plain() for r in _run(study, explorer, leader, recipes, reserve + SCORING * study.options.budget)]
         study.store.put("heat", kept)
     ranked = [explorer.retimed(Recipe.from_plain(plain)) for plain in kept]
@@ -61,10 +60,10 @@ def heat(study: Study, explorer: Explorer, reserve: float) -> None:
             candidate.gain = leader.gain - 1e-9  # behind the leader, which stays
 
 
-def field_of(space: Space, candidates: Sequence[Candidate], leader: Candidate, explorer: Explorer) -> list[Recipe]:
+def field_of(space: Space, explorer: Explorer, leader: Candidate) -> list[Recipe]:
     """The leader, and its network with the endings that were nearly as fast or faster wherever they were tried."""
     front, own = parts(space, leader.recipe)
-    known = [c for c in candidates if c.gain > 0 and not (c.scores and not _qualifies(explorer, c))]
+    known = [c for c in explorer.candidates.values() if c.gain > 0 and not (c.scores and not _qualifies(explorer, c))]
     best: dict[str, float] = {}  # network → gain of its fastest ending
     for c in known:
         network = Recipe(parts(space, c.recipe)[0]).hash

@@ -69,6 +69,11 @@ class Options:
         if not 1 <= self.budget < float("inf"):
             raise BadInput(f"the budget is {self.budget} seconds", "give at least a second, such as 90s or 10m")
 
+    @property
+    def hardware_alone(self) -> bool:
+        """Whether only the hardware family is searched, so that nothing is trained anew."""
+        return set(self.families) == {"hardware"}
+
     def identity(self) -> dict[str, Any]:
         """What makes two runs the same study."""
         return {**{k: v for k, v in asdict(self).items() if k not in ("command", "floor", "budget")}, "floor": str(self.floor)}

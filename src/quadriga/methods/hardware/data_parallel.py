@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.hardware._ranks import ONE, no_data_yet, planned
+from quadriga.methods.hardware._ranks import OverRanks, no_data_yet, planned
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataParallel(Method):
+class DataParallel(OverRanks):
     """Train in several processes, each with all weights and with a part of each batch; gradients are averaged while they are
     computed (PyTorch's DistributedDataParallel).
 
@@ -26,19 +25,10 @@ class DataParallel(Method):
     Source: Li et al. 2020, PyTorch Distributed, arXiv:2006.15704.
     """
 
-    family = Family.HARDWARE
-    numerics = Numerics.CLOSE
-    trains = True
-    ranks = True
     source = "arXiv:2006.15704"
-    requires = frozenset({"TRAIN_DATA"})
 
     unused: bool = False
     sync_batchnorm: bool = False
-
-    @classmethod
-    def unsearched(cls) -> str:
-        return ONE
 
     def lays_out(self) -> bool:
         return not self.sync_batchnorm

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.method import Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.hardware._ranks import ONE, no_data_yet, planned
+from quadriga.methods.hardware._ranks import OverRanks, no_data_yet, planned
 
 
 @dataclass(frozen=True, kw_only=True)
-class FullySharded(Method):
+class FullySharded(OverRanks):
     """Train in several processes, each with a part of weights, gradients and optimizer state, and with a part of each batch
     (PyTorch's FSDP2). A block's weights are gathered while it computes.
 
@@ -28,20 +28,12 @@ class FullySharded(Method):
     Source: Zhao et al. 2023, PyTorch FSDP, arXiv:2304.11277; Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054.
     """
 
-    family = Family.HARDWARE
     numerics = Numerics.CHANGED
-    trains = True
-    ranks = True
     source = "arXiv:2304.11277, arXiv:1910.02054"
-    requires = frozenset({"TRAIN_DATA"})
 
     precision: Literal["fp32", "bf16"] = "fp32"
     reduce: Literal["fp32", "bf16"] = "fp32"
     reshard: bool = True
-
-    @classmethod
-    def unsearched(cls) -> str:
-        return ONE
 
     def lays_out(self) -> bool:
         return self.precision == self.reduce == "fp32"

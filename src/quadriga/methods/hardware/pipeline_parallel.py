@@ -5,15 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from quadriga.core import world
-from quadriga.core.errors import NotApplicable
-from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.hardware._ranks import ONE, plan, planned
+from quadriga.methods.hardware._ranks import OverRanks, not_shared_yet, planned
 
 
 @dataclass(frozen=True, kw_only=True)
-class PipelineParallel(Method):
+class PipelineParallel(OverRanks):
     """Train in several processes, each with some of the layers; a batch passes through in micro-batches.
 
     A stack of blocks is cut where the stages cost the same, as measured in a few training steps. Little is sent, so that stages
@@ -32,12 +29,7 @@ class PipelineParallel(Method):
     Source: Huang et al. 2019, GPipe, arXiv:1811.06965; Narayanan et al. 2021, arXiv:2104.04473 (1F1B, interleaved).
     """
 
-    family = Family.HARDWARE
-    numerics = Numerics.CLOSE
-    trains = True
-    ranks = True
     source = "arXiv:1811.06965, arXiv:2104.04473"
-    requires = frozenset({"TRAIN_DATA"})
 
     degree: int = 2
     schedule: Literal["1f1b", "gpipe", "interleaved"] = "1f1b"
@@ -56,19 +48,8 @@ class PipelineParallel(Method):
             ),
         )
 
-    @classmethod
-    def unsearched(cls) -> str:
-        return ONE
-
-    def lays_out(self) -> bool:
-        return True
-
     def apply(self, setup: Setup) -> Setup:
         """Ask for it. NotApplicable with too few processes, beside shared matrices, or twice."""
-        if plan(setup).pipeline > 1:
-            raise NotApplicable("the layers are shared already", "keep one pipeline_parallel step")
-        if plan(setup).tensor > 1:
-            raise NotApplicable("a pipeline's stages are traced, and their matrices are not shared", "use fully_sharded")
-        world.need(self.degree, self.name)
+        not_shared_yet(setup, "pipeline", self.degree, self.name)
         names = ("schedule", "microbatches", "chunks", "cuts")
         return planned(setup, pipeline=self.degree, options={name: getattr(self, name) for name in names})

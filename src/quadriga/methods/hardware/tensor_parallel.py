@@ -6,15 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quadriga.core import world
-from quadriga.core.errors import NotApplicable
-from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.hardware._ranks import ONE, plan, planned
+from quadriga.methods.hardware._ranks import OverRanks, not_shared_yet, planned
 
 
 @dataclass(frozen=True, kw_only=True)
-class TensorParallel(Method):
+class TensorParallel(OverRanks):
     """Train in several processes, each with a part of the heads of every attention and of the hidden units of every MLP.
 
     Of a model of `transformers` its own plan is taken. Else it is read off the model: widths that lie between Linear layers
@@ -32,12 +29,7 @@ class TensorParallel(Method):
     Source: Shoeybi et al. 2019, Megatron-LM, arXiv:1909.08053; Korthikanti et al. 2022, arXiv:2205.05198 (sequence).
     """
 
-    family = Family.HARDWARE
-    numerics = Numerics.CLOSE
-    trains = True
-    ranks = True
     source = "arXiv:1909.08053, arXiv:2205.05198"
-    requires = frozenset({"TRAIN_DATA"})
 
     degree: int = 2
     sequence: bool = False
@@ -46,19 +38,8 @@ class TensorParallel(Method):
     def __post_init__(self) -> None:
         self.insist(("degree", self.degree >= 2, "give at least 2 processes"))
 
-    @classmethod
-    def unsearched(cls) -> str:
-        return ONE
-
-    def lays_out(self) -> bool:
-        return True
-
     def apply(self, setup: Setup) -> Setup:
         """Ask for it. NotApplicable with too few processes, in a pipeline, or twice."""
-        if plan(setup).tensor > 1:
-            raise NotApplicable("the matrices are shared already", "keep one tensor_parallel step")
-        if plan(setup).pipeline > 1:
-            raise NotApplicable("a pipeline's stages are traced, and their matrices are not shared", "use fully_sharded")
-        world.need(self.degree, self.name)
+        not_shared_yet(setup, "tensor", self.degree, self.name)
         options = {"sequence": self.sequence, "plan": dict(self.plan or {})}
         return planned(setup, tensor=self.degree, options=options)
