@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,11 @@ from quadriga.core.recipe import Recipe, step
 from quadriga.core.setup import Setup
 from quadriga.core.trial import Status
 from quadriga.engine.tasks import Desk
+from quadriga.measure.quality import Scores, score
 from quadriga.methods.optimizer.optimizer import Optimizer
 from quadriga.testing import tiny_transformer
 from quadriga.train.loop import fit
+from quadriga.verify.quality import standard_error
 
 torch.set_num_threads(1)
 OUTLIER = 1000.0
@@ -57,6 +60,26 @@ def test_static_int8_is_caught_and_repaired(tmp_path, ruined):
     assert len(decided["value"]) <= 3  # of nine linear layers
     smoothed = quality(tmp_path, ruined, step("smooth_quant", alpha=0.85), step("quantize_int8"), floor=floor)
     assert smoothed["values"]["quality"] <= plain + floor["margin"]
+
+
+def test_a_loss_within_chance_leaves_no_layer_out(tmp_path, ruined):
+    """A model that misses the floor by less than a standard error of the paired difference is good enough, and no worse one."""
+    scores = quality(tmp_path, ruined)["info"]["scores"]
+    desk, model = Desk(ruined, tmp_path, 0), copy.deepcopy(ruined.model)
+    with torch.no_grad():
+        model.head.weight += 0.002 * torch.randn_like(model.head.weight)
+    found = score(model, ruined.val, ruined.metric)
+    error = standard_error(Scores.load(tmp_path / scores), found, ruined.metric)
+    assert error > 0
+    for past, kept, enough in (
+        (0.5, scores, True),
+        (1.5, scores, False),
+        (0.5, None, False),
+        (0.5, "scores/gone.npz", False),
+        (-0.1, None, True),
+    ):
+        desk._floor = {"quality": found.value - past * error, "margin": 0.0, "scores": kept}
+        assert desk._enough(model) is enough
 
 
 def test_what_cannot_be_repaired_is_refused(tmp_path, ruined):

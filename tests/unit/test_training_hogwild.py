@@ -88,6 +88,23 @@ def test_two_workers_share_the_stream_the_weights_and_the_state(tmp_path):
     assert fingerprint(again.model) == fingerprint(setup.model) and loaded.staleness == found and len(herd.seen(tmp_path)) == 72
 
 
+def test_the_first_part_is_made_alone(tmp_path, monkeypatch):
+    """Half of the steps by this process, as the serial loop makes them; then another joins, and the stream goes on."""
+    setup, data = herd.make(2, herd.Noting(tmp_path), alone=0.5)
+    outcome = fit(setup, data, epochs=herd.EPOCHS, seed=herd.SEED)
+    rows = herd.seen(tmp_path)
+    assert {who for who, _ in rows[:12]} == {os.getpid()} and len({who for who, _ in rows[12:]}) == 2
+    assert Counter(i for _, row in rows for i in row) == dict.fromkeys(range(len(data)), herd.EPOCHS)
+    assert outcome.staleness["updates"] == outcome.steps == len(rows) == 24
+    marks = []
+    for workers, fields in ((0, {}), (2, {"alone": 1.0})):
+        monkeypatch.setattr(hogwild, "Crew", None)
+        setup, data = herd.make(workers, seconds=0.0, **fields)
+        fit(setup, data, epochs=1, seed=1)
+        marks.append(fingerprint(setup.model))
+    assert marks[0] == marks[1]
+
+
 @pytest.mark.parametrize(("how", "words"), [("kill", "worker 1 of 2 was killed by SIGKILL"), ("raise", "an odd batch")])
 def test_a_worker_that_fails_ends_the_run(tmp_path, how, words):
     """With its reason, with nobody left over, and with weights that are the process's own."""
@@ -302,6 +319,8 @@ def test_what_keeps_a_state_beside_tensors_is_refused():
     assert fit(Hogwild(workers=1)(build(step("ema"))(Setup.of(tiny_mlp(), seed=0))), tiny_mlp().train, epochs=1, seed=0).exact
     with pytest.raises(BadInput, match=r"hogwild\.workers is 0"):
         Hogwild(workers=0)
+    with pytest.raises(BadInput, match=r"hogwild\.alone is 2"):
+        Hogwild(alone=2.0)
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adam", "adamw", "nadam", "rmsprop", "adagrad", "adafactor", "muon"])

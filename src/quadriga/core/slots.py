@@ -135,11 +135,13 @@ class Asynchronous:
     Args:
         workers: processes, that of the loop among them.
         scale: whether an update's rate is multiplied by 1 / (1 + its staleness).
+        alone: the part of the train step, in [0, 1], that the loop's own process makes before the others join it.
         asked_by: the method that wants it, for messages.
     """
 
     workers: int
     scale: bool = False
+    alone: float = 0.0
     asked_by: str = ""
 
 

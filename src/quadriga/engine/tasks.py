@@ -34,13 +34,14 @@ from quadriga.measure.ceilings import Ceilings, ceilings
 from quadriga.measure.flops import flops as forward_flops
 from quadriga.measure.latency import paired, quick
 from quadriga.measure.machine import fingerprint
-from quadriga.measure.quality import score
+from quadriga.measure.quality import Scores, score
 from quadriga.measure.roofline import profile
 from quadriga.measure.size import parameters, weight_bytes
 from quadriga.parallel import group
 from quadriga.train.loop import fit
 from quadriga.verify.equal import equal
 from quadriga.verify.fake import fakes
+from quadriga.verify.quality import standard_error
 
 PATIENCE = 6.0  # seconds, after which training steps are not timed again
 Progress = Callable[[float], None]
@@ -62,7 +63,7 @@ class Desk:
         self._reference: Run | None = None
         self._context: Context | None = None  # for timings: made when one is asked for
         self._plain: Setup | None = None
-        self._floor: Mapping[str, float] | None = None  # {"quality", "margin"} of the baseline on val, once it is known
+        self._floor: Mapping[str, Any] | None = None  # {"quality", "margin", "scores"} of the baseline on val, once known
         self._scrap: list[Path] = []
         self.machine = fingerprint()
 
@@ -226,11 +227,14 @@ class Desk:
         return score(model, self.workload.val, self.workload.metric).value
 
     def _enough(self, model: nn.Module) -> bool:
-        """Whether a model's quality on val is within the floor."""
+        """Whether a model's quality on val is within the floor, or misses it by no more than one standard error: what chance
+        takes away in one choice of layers it gives back in the next, and a search for few layers would follow it."""
         assert self._floor is not None
         metric = self.workload.metric
         assert isinstance(metric, Metric), "a workload replaces names when it is made"
-        return metric.gain(self._quality(model), self._floor["quality"]) >= -self._floor["margin"]
+        found, kept = score(model, self.workload.val, metric), self.folder / (self._floor.get("scores") or ".")
+        doubt = standard_error(Scores.load(kept), found, metric) if kept.is_file() else 0.0  # another machine has no file
+        return metric.gain(found.value, self._floor["quality"]) + doubt >= -self._floor["margin"]
 
     def _step_seconds(self, setups: Sequence[Setup]) -> list[float]:
         """Seconds of training per example of each setup; for decisions and for ranking."""

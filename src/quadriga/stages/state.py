@@ -173,13 +173,15 @@ class Study:
         """
         return max([least, *(PROBE * t.values.get("step", 0.0) for t in self.stage("pace") if t.ok)])
 
-    def _floor(self) -> dict[str, float] | None:
+    def _floor(self) -> dict[str, Any] | None:
         """What a candidate on val is held against, once the baseline was measured."""
-        quality = next((t.values["quality"] for t in self.trials if t.stage == "baseline" and t.ok), None)
-        if quality is None:
+        found = next((t for t in self.trials if t.stage == "baseline" and t.ok), None)
+        if found is None:
             return None
+        quality = found.values["quality"]
         margin = self.options.floor.margin(quality)
-        return {"quality": quality, "margin": margin - abs(margin) / 2}  # val is no proof of what holds on test
+        narrow = margin - abs(margin) / 2  # val is no proof of what holds on test
+        return {"quality": quality, "margin": narrow, "scores": found.info["scores"]}
 
     def _teacher(self) -> str | None:
         """The checkpoint of the trained baseline: whatever walks a recipe may have to distil from it."""

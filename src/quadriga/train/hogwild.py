@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import astuple
 from functools import partial, reduce
 from operator import mul
@@ -19,7 +19,7 @@ import torch
 from quadriga.core.errors import NotApplicable
 from quadriga.core.slots import PLAIN, Asynchronous
 from quadriga.parallel.block import Block
-from quadriga.parallel.board import RECENT, Board
+from quadriga.parallel.board import RECENT, Board, Staleness
 from quadriga.parallel.crew import Crew
 from quadriga.train.helper import Advance, Job, bare, sent, work
 from quadriga.train.run import Run
@@ -113,19 +113,59 @@ class Lead(Seat):
         run.crew = None
 
 
+class Alone:
+    """The loop's own process before the others come, in a crew's place: it makes the steps by itself, on all threads.
+
+    Gradients of the first steps are large and change fast, so that stale ones may diverge: Dean et al. 2012, section 5,
+    start with one replica.
+
+    Args:
+        wanted: what was asked for.
+        advance: a step of the loop.
+    """
+
+    helped, staleness = 0.0, Staleness()
+
+    def __init__(self, wanted: Asynchronous, advance: Advance) -> None:
+        self.wanted, self.advance = wanted, advance
+
+    def claim(self, run: Run) -> bool:
+        """Whether there is another step; with others from the first on at which enough has been made alone."""
+        if run.over:
+            return False
+        left = math.ceil((run.span - (run.position - run.begun)) / run.sampler.batch_size)
+        workers = min(self.wanted.workers, left)
+        if run.progress < self.wanted.alone or workers < 2:
+            return True
+        with named(self.wanted):
+            run.crew = Lead(run, self.advance, workers, self.wanted)
+        return run.crew.claim(run)
+
+    def still(self, run: Run) -> AbstractContextManager[None]:
+        """Nobody else moves."""
+        return nullcontext()
+
+    def close(self, run: Run) -> None:
+        """There is nobody to end."""
+
+
 def gather(run: Run, advance: Advance) -> None:
-    """Let other workers join a train step whose training slot asks for them, after a first step that is made alone.
+    """Let other workers join a train step whose training slot asks for them, after its first steps, which are made alone.
 
     Raises:
         NotApplicable: something of the train step cannot be shared among processes.
-        WorkerFailed: one of them did not come up.
     """
     wanted = run.setup.training.asynchronous
     if wanted is None or wanted.workers < 2:
         return
     with named(wanted):
         check_run(run)
-        join(run, advance, wanted)
+        if not run.next():
+            return
+        before = numbers_of(run.optimizer)
+        advance(run)
+        check_optimizer(run.optimizer, before)
+    run.crew = Alone(wanted, advance)
 
 
 @contextmanager
@@ -136,15 +176,3 @@ def named(wanted: Asynchronous) -> Iterator[None]:
     except NotApplicable as refusal:
         refusal.add_note(wanted.asked_by)
         raise
-
-
-def join(run: Run, advance: Advance, wanted: Asynchronous) -> None:
-    """A first step alone, then the others come; nobody does for fewer steps than two workers could share."""
-    left = math.ceil((run.span - (run.position - run.begun)) / run.sampler.batch_size)
-    workers = min(wanted.workers, left - 1)
-    if workers < 2 or not run.next():
-        return
-    before = numbers_of(run.optimizer)
-    advance(run)
-    check_optimizer(run.optimizer, before)
-    run.crew = Lead(run, advance, workers, wanted)

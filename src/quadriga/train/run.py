@@ -203,7 +203,7 @@ class Run:
         """Wall and processor seconds, over all resumptions."""
         if self.finished:
             return self.spent
-        helped = 0.0 if self.crew is None else self.crew.board.helped
+        helped = 0.0 if self.crew is None else self.crew.helped
         return self.spent[0] + self.clock() - self.since[0], self.spent[1] + helped + time.process_time() - self.since[1]
 
     def save(self, folder: Path) -> None:
@@ -230,7 +230,7 @@ class Run:
     @property
     def stale(self) -> Staleness:
         """Of the updates so far, those that are not finished included."""
-        return self.staleness if self.crew is None else self.staleness + self.crew.board.staleness
+        return self.staleness if self.crew is None else self.staleness + self.crew.staleness
 
 
 def overriding(hooks: Iterable[Hook], name: str) -> list[Hook]:

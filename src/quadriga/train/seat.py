@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quadriga.core.batch import Batch
 from quadriga.parallel.block import Block
-from quadriga.parallel.board import RECENT, Board
+from quadriga.parallel.board import RECENT, Board, Staleness
 from quadriga.train.run import Run
 from quadriga.train.shareable import check_common
 from quadriga.train.step import Runner
@@ -74,6 +74,16 @@ class Seat:
         run.runner = Measured(run.runner, self, scale)  # type: ignore[assignment]
         if run.loader.feed is not None:
             run.loader.feed.workers = 0  # nobody knows yet which batches will be whose
+
+    @property
+    def helped(self) -> float:
+        """Processor seconds of the others."""
+        return self.board.helped
+
+    @property
+    def staleness(self) -> Staleness:
+        """Of all updates here."""
+        return self.board.staleness
 
     def claim(self, run: Run) -> bool:
         """Take the next batch of the common stream; False when nothing is left."""

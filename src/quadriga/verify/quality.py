@@ -79,6 +79,14 @@ def disagreement(baseline: Scores, candidate: Scores) -> float | None:
     return None
 
 
+def standard_error(baseline: Scores, candidate: Scores, metric: Metric) -> float:
+    """Of the difference of two models on one split, from pairs of examples, in the metric's unit; 0 for a set metric."""
+    if baseline.values is None or candidate.values is None:
+        return 0.0
+    a, b = (s.weights / s.weights.mean() * s.values for s in (baseline, candidate))
+    return float(metric.scale * (b - a).std(ddof=1) / np.sqrt(len(a)))
+
+
 def without_labels(baseline: Scores, candidate: Scores, metric: Metric, level: float, finalists: int = 1) -> float | None:
     """What the candidate can have lost at most, going by the rate alone at which predictions differ: no label is looked at.
 

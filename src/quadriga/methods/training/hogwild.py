@@ -20,8 +20,8 @@ class Hogwild(Method):
     A batch of the stream goes to exactly one worker, by turns as they are free, so that an epoch sees every example once and
     schedules follow what all have done together. Batch statistics and the optimizer's state are shared like the weights: sgd,
     with momentum too, adam, adamw, nadam, rmsprop, adagrad and muon, which change tensors in place. Momentum adds to the
-    inertia that staleness brings anyway, so with many workers less of it is better; a high rate wants a warm-up, since early
-    gradients change fast and stale ones may diverge.
+    inertia that staleness brings anyway, so with many workers less of it is better. Early gradients are large and change fast,
+    and stale ones may diverge: one process makes the first part of the training alone, and the others join it there.
 
     Refused, with the reason: an optimizer that counts in its groups or replaces its state; methods that keep a state from step
     to step (averages, lookahead, early stopping, gradual pruning, qat) or choose examples by their losses (prune_data);
@@ -35,8 +35,10 @@ class Hogwild(Method):
     Args:
         workers: processes, at least 1, with the one that trains anyway.
         scale: multiply an update's rate by 1 / (1 + its staleness); give a larger rate with it.
+        alone: the part of the train step, in [0, 1], before the others join.
 
-    Source: Recht et al. 2011, arXiv:1106.5730; Zhang et al. 2016, arXiv:1511.05950 (scale).
+    Source: Recht et al. 2011, arXiv:1106.5730; Zhang et al. 2016, arXiv:1511.05950 (scale); Dean et al. 2012, "Large scale
+    distributed deep networks", section 5 (alone).
     """
 
     family = Family.TRAINING
@@ -48,9 +50,13 @@ class Hogwild(Method):
 
     workers: int = 2
     scale: bool = False
+    alone: float = 0.1
 
     def __post_init__(self) -> None:
-        self.insist(("workers", 1 <= self.workers <= 256, "give from 1 to 256 processes"))
+        self.insist(
+            ("workers", 1 <= self.workers <= 256, "give from 1 to 256 processes"),
+            ("alone", 0 <= self.alone <= 1, "give a part of the training, from 0 to 1"),
+        )
 
     @classmethod
     def unsearched(cls) -> str:
@@ -64,5 +70,5 @@ class Hogwild(Method):
             raise NotApplicable(f"the model trains on {setup.runtime.device}, where processes take turns", "train on the CPU")
         if setup.runtime.compile:
             raise NotApplicable("every worker would compile the training step for itself", "leave out compile")
-        asked = Asynchronous(self.workers, self.scale, self.name)
+        asked = Asynchronous(self.workers, self.scale, self.alone, self.name)
         return replace(setup, training=replace(setup.training, asynchronous=asked))
