@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import metadata
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from quadriga.core.batch import resize
 from quadriga.core.errors import NotApplicable
@@ -73,10 +76,30 @@ def _lowered(taken: Capture) -> bytes:
         from executorch.kernels import quantized  # noqa: F401  # registers the operators of int8 between layers
 
         try:
-            edge = to_edge_transform_and_lower(taken.program, partitioner=[XnnpackPartitioner()])
+            program = taken.program.run_decompositions({op: _slices for op in SPLITS})
+            edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             return bytes(edge.to_executorch().buffer)
         except Exception as error:  # its passes raise many types
             raise NotApplicable(f"the model has no ExecuTorch form: {reason(error)}", "use another runtime") from error
+
+
+def _slices(value: Tensor, sizes: int | Sequence[int], dim: int = 0) -> list[Tensor]:
+    """Parts of a tensor as `split` gives them, one operation each: where the verifier of the edge dialect calls a copying
+    `split_with_sizes` on a fake tensor, PyTorch 2.13 takes its symbolic batch for a constant.
+
+    Example:
+        >>> [part.tolist() for part in _slices(torch.arange(5), [2, 3])]
+        [[0, 1], [2, 3, 4]]
+        >>> [len(part) for part in _slices(torch.arange(5), 2)]
+        [2, 2, 1]
+    """
+    length = value.shape[dim]
+    steps = [sizes] * -(-length // sizes) if isinstance(sizes, int) else sizes
+    ends = [*accumulate(steps, initial=0)]
+    return [torch.ops.aten.slice.Tensor(value, dim, a, b) for a, b in pairwise(ends)]
+
+
+SPLITS = (torch.ops.aten.split.Tensor, torch.ops.aten.split_with_sizes.default)
 
 
 def _independent(taken: Capture) -> bool:

@@ -116,7 +116,7 @@ class Lead(Seat):
 class Alone:
     """The loop's own process before the others come, in a crew's place: it makes the steps by itself, on all threads.
 
-    Gradients of the first steps are large and change fast, so that stale ones may diverge: Dean et al. 2012, section 5,
+    Gradients of the first steps are large and change fast, and stale ones slow the training down: Dean et al. 2012, section 5,
     start with one replica.
 
     Args:
