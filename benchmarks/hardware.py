@@ -207,7 +207,8 @@ class Bench:
     def pick(self, found: Mapping[str, Any]) -> Row:
         """The artifact of the search."""
         if found["winner"] is None:
-            return Row(None, refused=f"the search ended {found['status']}")
+            why = (found.get("nearest_miss") or {}).get("why", "there was no candidate")
+            return Row(None, refused=f"nothing, so the unchanged model stays ({found['status']}): {why}")
         folder = self.folder / "study" / "artifact"
         run = peers.scored(self.workload, folder)
         steps = Recipe.from_plain(found["winner"]["recipe"]).steps[len((self.workload.baseline or Recipe()).steps) :]
