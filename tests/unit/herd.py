@@ -65,13 +65,13 @@ def momentum(model):
     return torch.optim.SGD(model.parameters(), lr=0.03, momentum=0.5)
 
 
-def make(workers, *transforms, seconds=0.003, optimizer=momentum, **fields):
+def make(workers, *transforms, seconds=0.003, optimizer=momentum, alone=0.0):
     """A setup with batch norm, dropout, momentum, a schedule and a slow loss; and its data."""
     workload = tiny_cnn()
     setup = Schedule(kind="cosine")(Setup.of(workload, seed=SEED))
     training = replace(setup.training, transforms=transforms, loss=Slow(setup.training.loss, seconds))
     setup = replace(setup, training=training, optimizer=OptimizerSlot(optimizer))
-    return (Hogwild(workers=workers, **fields)(setup) if workers else setup), workload.train
+    return (Hogwild(workers=workers, alone=alone)(setup) if workers else setup), workload.train
 
 
 def seen(folder):
