@@ -90,15 +90,15 @@ def test_two_workers_share_the_stream_the_weights_and_the_state(tmp_path):
 
 def test_the_first_part_is_made_alone(tmp_path, monkeypatch):
     """Half of the steps by this process, as the serial loop makes them; then another joins, and the stream goes on."""
-    setup, data = herd.make(2, herd.Noting(tmp_path), alone=0.5)
+    setup, data = herd.make(2, herd.Noting(tmp_path), seconds=0.03, alone=0.5)
     outcome = fit(setup, data, epochs=herd.EPOCHS, seed=herd.SEED)
     rows = herd.seen(tmp_path)
     assert {who for who, _ in rows[:12]} == {os.getpid()} and len({who for who, _ in rows[12:]}) == 2
     assert Counter(i for _, row in rows for i in row) == dict.fromkeys(range(len(data)), herd.EPOCHS)
     assert outcome.staleness["updates"] == outcome.steps == len(rows) == 24
     marks = []
+    monkeypatch.setattr(hogwild, "Crew", None)  # nobody is called for a training that is made alone
     for workers, fields in ((0, {}), (2, {"alone": 1.0})):
-        monkeypatch.setattr(hogwild, "Crew", None)
         setup, data = herd.make(workers, seconds=0.0, **fields)
         fit(setup, data, epochs=1, seed=1)
         marks.append(fingerprint(setup.model))

@@ -130,7 +130,7 @@ class Alone:
         self.wanted, self.advance = wanted, advance
 
     def claim(self, run: Run) -> bool:
-        """Whether there is another step; with others from the first on at which enough has been made alone."""
+        """Whether there is another step; once enough was made alone, others join before it."""
         if run.over:
             return False
         left = math.ceil((run.span - (run.position - run.begun)) / run.sampler.batch_size)

@@ -22,7 +22,7 @@ class Hogwild(Method):
     with momentum too, adam, adamw, nadam, rmsprop, adagrad and muon, which change tensors in place. Momentum adds to the
     inertia that staleness brings anyway, so with many workers less of it is better. Early gradients are large and change fast,
     and stale ones slow it down, so one process makes the first part of the training alone. At the rates that serial training
-    just bears, stale gradients diverge now and then: put `clip_gradients` beside it, at a norm that few gradients reach.
+    just bears, stale gradients diverge now and then: clip them, at a norm that few reach.
 
     Refused, with the reason: an optimizer that counts in its groups or replaces its state; methods that keep a state from step
     to step (averages, lookahead, early stopping, gradual pruning, qat) or choose examples by their losses (prune_data);
