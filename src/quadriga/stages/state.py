@@ -181,7 +181,7 @@ class Study:
         quality = found.values["quality"]
         margin = self.options.floor.margin(quality)
         narrow = margin - abs(margin) / 2  # val is no proof of what holds on test
-        return {"quality": quality, "margin": narrow, "scores": found.info["scores"]}
+        return {"quality": quality, "margin": narrow, "scores": found.info.get("scores")}
 
     def _teacher(self) -> str | None:
         """The checkpoint of the trained baseline: whatever walks a recipe may have to distil from it."""
