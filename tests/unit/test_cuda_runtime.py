@@ -17,7 +17,8 @@ from quadriga.core.metric import accuracy
 from quadriga.core.products import products_kept
 from quadriga.core.setup import Context
 from quadriga.core.slots import RuntimeSpec
-from quadriga.measure import arm, latency
+from quadriga.engine.timing import in_turn
+from quadriga.measure import arm
 from quadriga.measure.timings import Timings
 from quadriga.runtime import _program, cudagraphs, standalone
 from quadriga.runtime._capture import capture
@@ -271,12 +272,12 @@ def test_every_clock_waits_for_outputs_on_a_gpu(monkeypatch):
     cuda.synchronize("cpu")
     assert len(waited) == 1
     ticks = iter(range(100))
-    latency.quick(lambda x: OnGPU(), None, seconds=0.0, clock=lambda: next(ticks))
-    assert len(waited) == 1 + 2 + 5
+    in_turn([OnGPU], rounds=3, rest=0, clock=lambda: next(ticks))  # a tick is a second: one call is a block
+    assert len(waited) == 1 + 2 + 3
     arm.block(lambda x: OnGPU(), None, 20)
-    assert len(waited) == 8 + 2  # before the clock starts and before it stops
+    assert len(waited) == 6 + 2  # before the clock starts and before it stops
     arm.warm(lambda x: OnGPU(), None, 0.0)
-    assert len(waited) == 10 + 3
+    assert len(waited) == 8 + 3
 
 
 def test_memory_on_the_gpu_is_the_arms_too(monkeypatch):

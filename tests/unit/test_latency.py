@@ -13,7 +13,7 @@ import torch
 
 from quadriga import workloads
 from quadriga.measure.arm import block, load_eager, warm
-from quadriga.measure.latency import arm_spec, paired, quick, write_inputs
+from quadriga.measure.latency import arm_spec, paired, write_inputs
 from quadriga.measure.memory import peak, peak_resident, resident
 from quadriga.measure.process import ArmFailed, Process, user_environment
 from quadriga.measure.timings import Timings
@@ -146,20 +146,6 @@ def test_timings_as_plain_data(tmp_path):
     latency = timings.latency(1, "b", clock="cpu")
     assert latency.value == pytest.approx(0.01) and latency.unit == "s"
     assert timings.startup["a"] == [1.5] * 3 and timings.peak["a"] == 1000
-
-
-def test_quick_is_the_median_of_an_injected_clock():
-    """Calls last 1, 1, 9, 1, 1, … seconds: the median is 1, and it stops when the time is up."""
-    lasts, now, calls = iter([5, 5, 1, 1, 9, *[1] * 100]), [0.0], []
-
-    def run(inputs):
-        calls.append(inputs)
-        now[0] += next(lasts)
-
-    assert quick(run, "x", seconds=20, clock=lambda: now[0]) == 1
-    assert len(calls) == 2 + 12
-    assert quick(run, "x", seconds=0, clock=lambda: now[0]) == 1
-    assert len(calls) == 14 + 2 + 5
 
 
 def test_blocks_call_first_untimed_and_then_as_often_as_told():

@@ -41,9 +41,15 @@ def made(minimize="latency", limits=None):
 
 def test_probes_of_a_slow_model_have_longer():
     pace = [Trial(0, "pace", Recipe(), values={"seconds": 344.0, "step": 2.5})]
-    assert Study.patience(SimpleNamespace(stage=lambda name: pace if name == "pace" else []), 90) == 200
-    assert Study.patience(SimpleNamespace(stage=lambda name: pace if name == "pace" else []), 600) == 600
-    assert Study.patience(SimpleNamespace(stage=lambda name: []), 60) == 60
+    slow, plain = ({"pace": pace}, {})
+
+    def study(stages, budget=600.0):
+        return SimpleNamespace(stage=lambda n: stages.get(n, []), options=Options(FLOOR, budget=budget))
+
+    assert Study.patience(study(slow), 90) == 200
+    assert Study.patience(study(slow), 600) == 600
+    assert Study.patience(study(plain), 60) == 60
+    assert Study.patience(study(plain, 3600.0), 60) == 360, "a large budget can wait longer"
 
 
 def test_probes_beside_the_baseline_are_of_what_is_searched():

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -27,12 +26,12 @@ from quadriga.core.slots import RuntimeSpec
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
 from quadriga.engine.pace import Paces, paced
-from quadriga.engine.timing import timed
+from quadriga.engine.timing import ROUGH, in_turn, timed
 from quadriga.engine.walk import Walked, walk
 from quadriga.measure.arm import load_folder
 from quadriga.measure.ceilings import Ceilings, ceilings
 from quadriga.measure.flops import flops as forward_flops
-from quadriga.measure.latency import paired, quick
+from quadriga.measure.latency import paired
 from quadriga.measure.machine import fingerprint
 from quadriga.measure.quality import Scores, score
 from quadriga.measure.roofline import profile
@@ -136,12 +135,9 @@ class Desk:
         """How many times faster than the reference, blocks in turn; for ranking, not for claims."""
         inputs = self.workload.inputs(batch)
         reference = self._reference or self._make_reference()
-        ratios = []
         with torch.inference_mode():
-            for _ in range(7):
-                slow, fast = (quick(r, inputs, seconds=seconds / 14) for r in (reference, run))
-                ratios.append(slow / fast)
-        return median(ratios)
+            slow, fast = in_turn([lambda: reference(inputs), lambda: run(inputs)], rounds=ROUGH, seconds=seconds / (2 * ROUGH))
+        return slow / fast
 
     def _make_reference(self) -> Run:
         """The unchanged model in ONNX Runtime on one thread, else in eager PyTorch.

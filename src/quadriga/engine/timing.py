@@ -25,6 +25,7 @@ from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import describe
 
 FEW, CAREFUL, ROUGH = 4, 41, 7  # few arms are whole networks whose ratio is wanted; more are a table, which is fitted
+SLOW = 0.1  # seconds of a call that is a block by itself and needs no warm-up: a network's probe must not take a minute
 
 
 def timed(arms: Sequence[Arm], spec: RuntimeSpec, context: Context, folder: Path) -> list[float]:
@@ -117,7 +118,8 @@ def in_turn(
     Args:
         calls: what to time.
         rounds: blocks per call.
-        seconds: a block has as many calls as last this long, at least two, after one in ten that is not timed.
+        seconds: a block has as many calls as last this long, at least two, after one in ten that is not timed; a call of
+            `SLOW` seconds or more is a block by itself.
         rest: seconds before a block, in which the threads of the arm before fall asleep.
         clock: in seconds.
 
@@ -137,17 +139,18 @@ def in_turn(
 
 
 def _count(call: Callable[[], Any], seconds: float, clock: Callable[[], float]) -> int:
-    for _ in range(2):
-        call()
-    return max(2, min(1000, int(seconds / max(_block(call, 2, clock), 1e-9))))
+    settle(call())  # the first may compile
+    last = _timed(call, clock)
+    return 1 if last >= SLOW else max(2, min(1000, int(seconds / max(_block(call, 2, clock), 1e-9))))
 
 
 def _block(call: Callable[[], Any], count: int, clock: Callable[[], float]) -> float:
-    for _ in range(1 + count // 10):
+    for _ in range(1 + count // 10 if count > 1 else 0):
         settle(call())
-    times = []
-    for _ in range(count):
-        before = clock()
-        settle(call())
-        times.append(clock() - before)
-    return median(times)
+    return median(_timed(call, clock) for _ in range(count))
+
+
+def _timed(call: Callable[[], Any], clock: Callable[[], float]) -> float:
+    before = clock()
+    settle(call())
+    return clock() - before

@@ -1,9 +1,8 @@
-"""Latency: paired, every arm in its own process and timed in turn; or quick, for ranking only."""
+"""Latency: paired, every arm in its own process and timed in turn."""
 
 from __future__ import annotations
 
 import random
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -11,35 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.core.batch import Tree
-from quadriga.core.cuda import settle
 from quadriga.measure.process import Arm, ArmFailed, Process
 from quadriga.measure.timings import Blocks, Timings
 from quadriga.measure.tree import save_tree
 
 Launch = Callable[[str, Mapping[str, Any], Path], Arm]
 LEAST_RESTARTS = 4  # below, a 99 % interval over restarts says nothing
-
-
-def quick(
-    run: Callable[[Tree], Any], inputs: Tree, *, seconds: float = 0.2, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """Median seconds per call in this process, for ranking candidates; no claim rests on it.
-
-    Args:
-        run: called with the inputs.
-        inputs: one batch.
-        seconds: how long to measure; at least five calls after two untimed ones.
-        clock: in seconds.
-    """
-    for _ in range(2):
-        settle(run(inputs))
-    times: list[float] = []
-    start = clock()
-    while len(times) < 5 or clock() - start < seconds:
-        before = clock()
-        settle(run(inputs))
-        times.append(clock() - before)
-    return statistics.median(times)
 
 
 def write_inputs(inputs: Mapping[int, Tree], folder: Path) -> dict[str, str]:

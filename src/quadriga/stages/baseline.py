@@ -130,7 +130,7 @@ def _submit_opponents(study: Study) -> None:
     first = [w for w in able if w in wanted[:1] or {s.method for s in w[2].steps} & FIRST]
     study.later = [w for w in able if w not in first]
     for stage, task, recipe in first:
-        study.submit(stage, task, recipe, limit=study.patience(60))
+        study.submit(stage, task, recipe, limit=study.patience(60 if recipe.steps else 120))  # all is held against plain eager
 
 
 def _probes(study: Study) -> list[Recipe]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from statistics import geometric_mean
 
@@ -19,6 +20,7 @@ from quadriga.stages.state import Study
 OTHERS = 3  # of so many starts one is an opponent's probe, while some are left
 OPEN = 6  # candidates kept in sight before new ones are proposed
 LEAST = 0.02  # gain in the objective, as a natural logarithm, that is worth a training
+PROBED, AGAIN = 90.0, 3.0  # least seconds that a probe may take, for a method may measure on its way; how much more the second
 ETA = 3.0  # each rung trains so many times longer than the one before
 
 
@@ -127,10 +129,24 @@ class Explorer:
 
     def _probe_next(self) -> bool:
         """Start a cost probe of what waits, or, while few candidates are in sight, of a new proposal."""
-        if self._probe_one():
+        if self._probe_one() or self._probe_again():
             return True
         while self._in_sight() < OPEN and self._propose():
             if self._probe_one():
+                return True
+        return False
+
+    def _probe_again(self) -> bool:
+        """Start a probe that ran into its limit once more, with a larger one: other work may have slowed it down."""
+        limit, left = self.study.patience(PROBED), self.study.budget.left - self._until()
+        if left < limit:
+            return False
+        tried = Counter(t.recipe.hash for t in self.study.stage("cost"))
+        for part, trial in self.costs.items():
+            if trial.status is Status.TIMED_OUT and tried[part] == 1 and part not in self.waiting:
+                cost_part = self.study.space.cost_part
+                self.waiting[part] = [c.recipe for c in self.candidates.values() if cost_part(c.recipe).hash == part]
+                self.study.submit("cost", "cost", trial.recipe, limit=min(AGAIN * limit, left))
                 return True
         return False
 
@@ -154,8 +170,8 @@ class Explorer:
             asked = part.hash in self.waiting
             self.waiting.setdefault(part.hash, []).append(recipe)
             if not asked:
-                limit = self.study.patience(max(90.0, self.study.options.budget / 10))  # a method may measure on its way
-                self.study.submit("cost", "cost", part, limit=min(limit, max(5.0, self.study.budget.left - self._until())))
+                left = max(5.0, self.study.budget.left - self._until())
+                self.study.submit("cost", "cost", part, limit=min(self.study.patience(PROBED), left))
                 return True
         return False
 

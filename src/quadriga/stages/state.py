@@ -22,7 +22,7 @@ from quadriga.measure.machine import fingerprint
 from quadriga.measure.quality import Scores
 from quadriga.search.space import Space
 
-PROBE = 80  # training steps, as long as which a probe may take
+PROBE, SHARE = 80, 10  # training steps, as long as which a probe may take; it may take one part in so many of the budget
 LEVEL = 0.975  # one-sided, of the quality claim, divided among the finalists (ICH E9 convention)
 TIMING_LEVEL = 0.99
 FINALISTS = 2
@@ -166,12 +166,14 @@ class Study:
         return self._count
 
     def patience(self, least: float) -> float:
-        """Seconds that a probe may take: as long as some batches take to train, where the model is slow or the machine busy.
+        """Seconds that a probe may take: a share of the budget, and as long as some batches take to train.
 
         Args:
             least: seconds.
         """
-        return max([least, *(PROBE * t.values.get("step", 0.0) for t in self.stage("pace") if t.ok)])
+        return max(
+            [least, self.options.budget / SHARE, *(PROBE * t.values.get("step", 0.0) for t in self.stage("pace") if t.ok)]
+        )
 
     def _floor(self) -> dict[str, Any] | None:
         """What a candidate on val is held against, once the baseline was measured."""
