@@ -25,6 +25,7 @@ BF16, INT8 = step("half_weights", kind="bf16"), step("quantize_int8")
 RECIPES = {
     "ort": Recipe((ONE, ORT)),
     "ort, all threads": Recipe((ORT,)),
+    "ort, either": Recipe((step("threads", count=0, single=1), ORT)),
     "ov": Recipe((ONE, OV)),
     "bf16": Recipe((BF16, ONE, OV)),
     "bf16, all threads": Recipe((BF16, OV)),
@@ -50,6 +51,7 @@ QUIET = {
     "int8": 4.0,
     "int8, all threads": 4.9,
 }
+SINGLE = {}  # where it is another for one example
 
 
 class Machine:
@@ -114,7 +116,8 @@ def opened(tmp_path, monkeypatch):
 
     def alone(study, arms, **how):
         study.engine.done.append(("timed", sorted(arms.values(), key=str)))
-        ratio = lambda rival, name, batch: SimpleNamespace(value=QUIET[NAMES[name]] / QUIET[NAMES[rival]])  # noqa: E731
+        of = lambda name, batch: QUIET[NAMES[name]] if batch > 1 else SINGLE.get(NAMES[name], QUIET[NAMES[name]])  # noqa: E731
+        ratio = lambda rival, name, batch: SimpleNamespace(value=of(name, batch) / of(rival, batch))  # noqa: E731
         return SimpleNamespace(errors={}, ratio=ratio)
 
     monkeypatch.setattr(heat, "timed", alone)
@@ -156,6 +159,31 @@ def test_little_more_is_not_worth_a_change(opened, monkeypatch):
     study, explorer = opened()
     heat.heat(study, explorer, 0.0)
     assert names(explorer)[0] == "ort" and "train" not in [task for task, _ in study.engine.done]
+
+
+def test_where_either_number_of_threads_is_better_for_one_batch_size_both_are_taken(opened, monkeypatch):
+    """It is not timed again: its numbers are those of the two that it is made of."""
+    monkeypatch.setitem(QUIET, "ort, all threads", 9.0)
+    monkeypatch.setitem(SINGLE, "ort, all threads", 3.0)
+    study, explorer = opened()
+    heat.heat(study, explorer, 0.0)
+    assert names(explorer)[0] == "ort, either"
+    found = next(t for t in study.stage("cost") if NAMES[t.recipe.hash] == "ort, either")
+    assert [found.values[f"speed/{b}"] for b in study.batches] == pytest.approx([4.0, 9.0])
+    done = study.engine.done
+    assert len(next(arms for task, arms in done if task == "timed")) == 6 and ("train", "ort, either") in done
+    study, explorer = opened()
+    heat.heat(study, explorer, 0.0)
+    assert names(explorer)[0] == "ort, either" and study.engine.done == [], "and a resumed study knows it"
+
+
+@pytest.mark.parametrize(("single", "more"), [(4.1, 9.0), (3.0, 4.1), (5.0, 9.0)], ids=["as fast", "no gain", "better"])
+def test_one_number_of_threads_is_enough_where_it_is_as_good_for_both(opened, monkeypatch, single, more):
+    monkeypatch.setitem(QUIET, "ort, all threads", more)
+    monkeypatch.setitem(SINGLE, "ort, all threads", single)
+    study, explorer = opened()
+    heat.heat(study, explorer, 0.0)
+    assert not [t for t in study.trials if NAMES.get(t.recipe.hash) == "ort, either"]
 
 
 def test_a_resumed_study_times_nothing_again(opened):

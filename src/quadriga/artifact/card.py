@@ -152,12 +152,17 @@ def _loading(entry: Mapping[str, Any]) -> list[str]:
         f"# pip install {' '.join(entry['needs'])}",
         "from load import load",
         "",
-        f"model = load()  # checks its files and its outputs; threads: {entry['threads'] or 'all cores'}",
+        f"model = load()  # checks its files and its outputs; threads: {_threads(entry)}",
         f"outputs = model({example.replace('`', '')})  # torch tensors, batch first",
         "```",
         "",
         "`python load.py` checks the folder and exits with 0 or 1.",
     ]
+
+
+def _threads(entry: Mapping[str, Any]) -> str:
+    most = str(entry["threads"] or "all cores")
+    return f"{most}, {entry['single']} for one example" if entry.get("single") else most
 
 
 def _percent(value: object) -> str:

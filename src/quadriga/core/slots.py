@@ -240,6 +240,7 @@ class RuntimeSpec:
     Args:
         name: of the runtime: "cuda_graphs", "eager", "executorch", "inductor", "onnxruntime", "opencl", "openvino".
         threads: of the CPU; None leaves the runtime's default.
+        single: threads for calls with one example, where the runtime has a session for each batch size; None for `threads`.
         channels_last: memory format of 4-d tensors, in training and in PyTorch runtimes.
         matmul: "highest", "high" (TF32 on a GPU, which has it for convolutions too) or "medium" (through oneDNN on the CPU):
             torch.set_float32_matmul_precision.
@@ -256,6 +257,7 @@ class RuntimeSpec:
 
     name: str = "eager"
     threads: int | None = None
+    single: int | None = None
     channels_last: bool = False
     matmul: str = "highest"
     compile: bool = False
@@ -272,6 +274,11 @@ class RuntimeSpec:
     def by_torch(self) -> bool:
         """Whether PyTorch executes it, in the type of the weights, and not a runtime that reads an ONNX file."""
         return self.name in ("cuda_graphs", "eager", "inductor")
+
+    @property
+    def by_batch(self) -> bool:
+        """Whether it can have another number of threads for one example than for more."""
+        return self.name in ("onnxruntime", "openvino")
 
     @property
     def int8(self) -> tuple[str, ...]:

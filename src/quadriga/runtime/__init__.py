@@ -75,8 +75,8 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
     taken = capture(model, context, spec.weights if spec.by_torch else "fp32")
     sizes = sorted(set(batches))
     entry = {
-        "format": standalone.FORMAT, "runtime": spec.name, "threads": spec.threads, "batches": sizes, "inputs": taken.inputs,
-        "names": taken.names, "outputs": taken.outputs, "rank": taken.rank, "quantized": [],
+        "format": standalone.FORMAT, "runtime": spec.name, "threads": spec.threads, "single": spec.single, "batches": sizes,
+        "inputs": taken.inputs, "names": taken.names, "outputs": taken.outputs, "rank": taken.rank, "quantized": [],
         **module.write(taken, spec, folder, sizes),
     }  # fmt: skip
     if spec.storage == "entropy":
@@ -99,11 +99,17 @@ def _able(spec: RuntimeSpec) -> Any:
     state = modules[spec.name].probe()
     if not state.ok:
         raise NotApplicable(f"{spec.name} cannot run here: {state.reason}", state.remedy)
+    _one_number(spec)
     if spec.device not in ("cpu", "cuda"):
         raise BadInput(f'there is no device "{spec.device}"', "known: cpu, cuda")
     if spec.by_torch and spec.device != "cpu" and (gpus := cuda.found()).used is None:
         raise NotApplicable(f"{spec.name} cannot run on the GPU here: {gpus.reason}", gpus.remedy)
     return modules[spec.name]
+
+
+def _one_number(spec: RuntimeSpec) -> None:
+    if spec.single and not spec.by_batch:
+        raise NotApplicable(f"{spec.name} has one number of threads for all batch sizes", "leave threads.single out")
 
 
 def _store_packed(folder: Path, entry: dict[str, Any]) -> None:
@@ -152,7 +158,7 @@ def open_built(folder: str | Path, spec: RuntimeSpec | None = None) -> Built:
     entry = standalone.read_entry(folder)
     files = ("runtime.json", *entry["files"])
     size = sum(standalone.inside(folder, name).stat().st_size for name in files)
-    return Built(folder, spec or RuntimeSpec(entry["runtime"], entry["threads"]), entry, files, size)
+    return Built(folder, spec or RuntimeSpec(entry["runtime"], entry["threads"], entry.get("single")), entry, files, size)
 
 
 def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
@@ -168,6 +174,7 @@ def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
     Returns:
         inputs tree → outputs tree, in inference mode.
     """
+    _one_number(spec)
     session = {"matmul": spec.matmul, "device": spec.device}
     standalone.torch_settings(session, spec.threads)
     gpu = standalone.gpu_of(session)

@@ -1,15 +1,18 @@
 """A heat: runtimes that were fastest beside other work are timed again in turn, alone, before one of them is the finalist.
 
 The search times each candidate while other trials run. That is enough to tell twice from half, and says little of how many
-threads pay, or which of two runtimes of nearly one speed is the faster on a quiet machine.
+threads pay, or which of two runtimes of nearly one speed is the faster on a quiet machine. Where one thread is faster for one
+example, and more for a batch, an ending has a number of threads for each.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from quadriga.core.recipe import Recipe, Step, step
+from quadriga.core.slots import RuntimeSpec
 from quadriga.core.trial import Status, Trial
 from quadriga.measure.timings import Timings
 from quadriga.search.allocate import SAFE, Candidate
@@ -22,6 +25,7 @@ SHARE, ALONE = 0.08, 0.15  # of the budget; the second where hardware is all tha
 SCORING = 0.04  # of the budget, from that: for the quality of what comes out fastest
 CLEARLY = 0.05  # gain, as a natural logarithm: less is not worth what one batch size loses for the other
 NEAR = 1.8  # times as slow as the leader, by the search's timing, and still in the heat
+ONE, EITHER = step("threads", count=1), step("threads", count=0, single=1)
 ENDINGS = 3  # each with one thread and with as many as its runtime takes
 
 Steps = tuple[Step, ...]
@@ -97,7 +101,7 @@ def _hardware(space: Space, one: Step) -> bool:
 
 def threaded(ending: Steps) -> list[Steps]:
     """An ending as it is, and with one thread."""
-    return [ending, (*ending[:-1], step("threads", count=1), *ending[-1:])]
+    return [ending, (*ending[:-1], ONE, *ending[-1:])]
 
 
 def _run(study: Study, explorer: Explorer, leader: Candidate, recipes: list[Recipe], reserve: float) -> list[Recipe]:
@@ -114,7 +118,8 @@ def _run(study: Study, explorer: Explorer, leader: Candidate, recipes: list[Reci
     left = max(5.0, study.budget.left - reserve)
     timings = timed(study, arms, restarts=3, blocks=4, block_seconds=0.03, seed=2, budget=left)
     done = [r for r in recipes if r.hash in arms and r.hash not in timings.errors]
-    return [r for r in done if _note(study, explorer, leader, r, timings)]
+    done = [r for r in done if _note(study, explorer, leader, r, timings)]
+    return [*done, *_joined(study, explorer, done)]
 
 
 def _build(study: Study, explorer: Explorer, recipe: Recipe) -> Path:
@@ -133,12 +138,39 @@ def _note(study: Study, explorer: Explorer, leader: Candidate, recipe: Recipe, t
     if part.hash not in explorer.costs or not explorer.costs[part.hash].ok or None in ratios.values():
         return False
     speeds = {f"speed/{b}": first.values[f"speed/{b}"] * r.value for b, r in ratios.items() if r is not None}
-    values = {**explorer.costs[part.hash].values, **speeds}
-    trial = Trial(len(study.trials), "cost", part, study.options.seed, Status.COMPLETE, "", values, {"heat": True})
     if recipe != leader.recipe:
-        study.add(trial)
-        explorer.costs[part.hash] = trial
+        _acknowledge(study, explorer, recipe, {**explorer.costs[part.hash].values, **speeds})
     return True
+
+
+def _joined(study: Study, explorer: Explorer, done: list[Recipe]) -> list[Recipe]:
+    """Endings that are faster on one thread for one example, and on all for a batch, with a number of threads for each."""
+    found, timed_ones = [], {r.hash for r in done}
+    for most in (r for r in done if RuntimeSpec(r.steps[-1].method).by_batch):
+        one, both = (Recipe((*most.steps[:-1], threads, most.steps[-1]), most.name) for threads in (ONE, EITHER))
+        if one.hash in timed_ones and study.space.illegal(both) is None:
+            values = _of_either(*(explorer.costs[study.space.cost_part(r).hash].values for r in (one, most)))
+            if values is not None:
+                _acknowledge(study, explorer, both, values)
+                found.append(both)
+    return found
+
+
+def _of_either(one: Mapping[str, float], most: Mapping[str, float]) -> dict[str, float] | None:
+    """The costs with one thread for one example, and with most for more; None where either number is as good for both."""
+    apart = {key: math.log(one[key] / most[key]) for key in most if key.startswith("speed/")}
+    first = apart.pop("speed/1", 0.0)
+    if not apart or first <= CLEARLY or max(apart.values()) >= -CLEARLY:
+        return None
+    return {**most, "speed/1": one["speed/1"]}
+
+
+def _acknowledge(study: Study, explorer: Explorer, recipe: Recipe, values: Mapping[str, float]) -> None:
+    """Its cost, as the heat found it, is what the explorer goes by from now on."""
+    part = study.space.cost_part(recipe)
+    trial = Trial(len(study.trials), "cost", part, study.options.seed, Status.COMPLETE, "", values, {"heat": True})
+    study.add(trial)
+    explorer.costs[part.hash] = trial
 
 
 def _scored(study: Study, explorer: Explorer, candidate: Candidate, leader: Candidate, reserve: float) -> bool:

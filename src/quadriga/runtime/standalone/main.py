@@ -18,7 +18,7 @@ def load(folder: str | os.PathLike[str] | None = None, check: bool = True, threa
     Args:
         folder: where the files are; by default beside this file.
         check: compare the files with manifest.json and the outputs with probes.safetensors, where there are such files.
-        threads: of the CPU, in place of the recorded number; PyTorch's number holds for the whole process.
+        threads: of the CPU, in place of the recorded numbers; PyTorch's number holds for the whole process.
 
     Returns:
         inputs tree of tensors (batch first) → outputs tree of new tensors. A dict may be given as keywords.
@@ -33,7 +33,9 @@ def load(folder: str | os.PathLike[str] | None = None, check: bool = True, threa
     entry = read_entry(place)
     model = unpacked(place, entry) if "packed" in entry else place
     read = {**entry, "files": entry["packed"]} if "packed" in entry else entry
-    run = RUNTIMES[entry["runtime"]](model, read, threads if threads is not None else entry["threads"])
+    if threads is not None:
+        read = {**read, "threads": threads, "single": None}
+    run = RUNTIMES[entry["runtime"]](model, read, read["threads"])
     if check and (place / "probes.safetensors").exists():
         check_probes(place, entry, run)
     return run

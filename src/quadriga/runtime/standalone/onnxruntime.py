@@ -14,7 +14,30 @@ from quadriga.runtime.standalone.trees import Tree, shaped, single_tensor
 
 
 def onnxruntime_model(folder: Path, entry: Mapping[str, Any], threads: int | None) -> Callable[..., Tree]:
-    """Run model.onnx with ONNX Runtime: threads do not spin, products are exactly what the file says."""
+    """Run model.onnx with ONNX Runtime: threads do not spin, products are exactly what the file says.
+
+    Where one example has a number of threads of its own, there is a second session, with weights of its own.
+    """
+    session, plain = onnxruntime_session(folder, entry, threads)
+    most = alone = onnxruntime_call(session)
+    if entry.get("single"):
+        alone = onnxruntime_call(onnxruntime_session(folder, entry, entry["single"])[0])
+    names, used = [o.name for o in session.get_outputs()], [i.name for i in session.get_inputs()]
+    places = entry["names"] if set(used) <= set(entry["names"]) else used  # another's file has its own names: by place
+    first, tensor = places[0], torch.from_numpy
+
+    def single(x: Tensor) -> Tensor:  # the output is new memory in every call
+        return tensor((alone if len(x) == 1 else most)(names, {first: x.numpy(force=True)}, plain)[0])
+
+    def call(leaves: list[Tensor]) -> list[Tensor]:
+        feed = {name: x.numpy(force=True) for name, x in zip(places, leaves, strict=True) if name in used}
+        return [torch.as_tensor(y) for y in (alone if len(leaves[0]) == 1 else most)(names, feed, plain)]
+
+    return single if single_tensor(entry) and used == [first] else shaped(entry, call)
+
+
+def onnxruntime_session(folder: Path, entry: Mapping[str, Any], threads: int | None) -> tuple[Any, Any]:
+    """A session, and the options of its calls."""
     try:
         import onnxruntime
     except ImportError as error:
@@ -26,22 +49,13 @@ def onnxruntime_model(folder: Path, entry: Mapping[str, Any], threads: int | Non
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     for key, value in {"session.intra_op.allow_spinning": "0", **entry["session"]}.items():
         options.add_session_config_entry(key, value)
-    session = onnxruntime.InferenceSession(inside(folder, entry["files"][0]), options, providers=["CPUExecutionProvider"])
-    names = [o.name for o in session.get_outputs()]
-    plain = onnxruntime.RunOptions()
-    execute = getattr(getattr(session, "_sess", None), "run", session.run)  # 1.5 µs less than session.run
-    used = [i.name for i in session.get_inputs()]
-    places = entry["names"] if set(used) <= set(entry["names"]) else used  # another's file has its own names: by place
-    first, tensor = places[0], torch.from_numpy
+    path = inside(folder, entry["files"][0])
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"]), onnxruntime.RunOptions()
 
-    def single(x: Tensor) -> Tensor:  # the output is new memory in every call
-        return tensor(execute(names, {first: x.numpy(force=True)}, plain)[0])
 
-    def call(leaves: list[Tensor]) -> list[Tensor]:
-        feed = {name: x.numpy(force=True) for name, x in zip(places, leaves, strict=True) if name in used}
-        return [torch.as_tensor(y) for y in execute(names, feed, plain)]
-
-    return single if single_tensor(entry) and used == [first] else shaped(entry, call)
+def onnxruntime_call(session: Any) -> Any:
+    """Its execution, 1.5 µs shorter than session.run where there is the inner object."""
+    return getattr(getattr(session, "_sess", None), "run", session.run)
 
 
 RUNTIMES["onnxruntime"] = onnxruntime_model
