@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from quadriga.measure.stats import Ratio, ratio, restart_logs
 from quadriga.measure.timings import Timings
 
 EAGER, PICK = "eager, float32", "quadriga run --only hardware"
@@ -38,6 +39,14 @@ def mean_speed(timings: Timings, rival: str, name: str, batches: Sequence[int]) 
     return math.prod(speeds(timings, rival, name, batches)) ** (1 / len(batches))
 
 
+def mean_ratio(timings: Timings, rival: str, name: str, batches: Sequence[int]) -> Ratio:
+    """The same with its interval: of each restart the mean over batch sizes, then Student's t over restarts."""
+    both = [(timings.per_call(b, rival), timings.per_call(b, name)) for b in batches]
+    count = min(len(times) for pair in both for times in pair)
+    logs = sum(restart_logs(one[:count], other[:count]) for one, other in both) / len(batches)
+    return ratio([[math.exp(log)] for log in logs], [[1.0]] * count)
+
+
 def verdicts(rows: Sequence[Mapping[str, Any]], timings: Timings, batches: Sequence[int]) -> dict[str, Any]:
     """The pick against the best row and against the best peer, in the geometric mean over batch sizes and for each."""
     pick, found = PICK, {}
@@ -49,7 +58,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]], timings: Timings, batches: Seque
             continue
         best = max(able, key=lambda n: mean_speed(timings, EAGER, n, batches))
         each = {str(b): {"name": (top := _best(timings, able, b)), **timings.ratio(top, pick, b).plain()} for b in batches}  # type: ignore[union-attr]
-        found[said] = {"name": best, "pick is faster by": mean_speed(timings, best, pick, batches), "each": each}
+        found[said] = {"name": best, "pick is faster by": mean_ratio(timings, best, pick, batches).plain(), "each": each}
     return found
 
 
@@ -94,6 +103,6 @@ def _cell(ratio: Mapping[str, Any] | None, quoted: bool) -> str:
 
 
 def _said(key: str, found: Mapping[str, Any]) -> str:
-    each = "; ".join(f"batch {b}: {e['value']:.2f} ({e['low']:.2f} to {e['high']:.2f}) times as fast as {e['name']}"
-                     for b, e in found["each"].items())  # fmt: skip
-    return f"- The pick against the {key}, {found['name']}: {found['pick is faster by']:.2f} times as fast in the mean; {each}."
+    each = "; ".join(f"batch {b}: {_cell(e, True)} times as fast as {e['name']}" for b, e in found["each"].items())
+    mean = _cell(found["pick is faster by"], True)
+    return f"- The pick against the {key}, {found['name']}: {mean} times as fast in the mean; {each}."
