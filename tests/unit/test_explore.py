@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import pytest
+from made_up import Engine, hardware_study
 
-from quadriga import methods
-from quadriga.core.metric import Floor
 from quadriga.core.recipe import Recipe, step
-from quadriga.core.trial import Status, Trial
-from quadriga.engine.base import Resources
 from quadriga.engine.store import Store
-from quadriga.search.space import Space
 from quadriga.stages.explore import Explorer
-from quadriga.stages.opening import _for_search
-from quadriga.stages.state import Options, Study
-from quadriga.testing import tiny_mlp
 
 ORT, BF16 = (Recipe((*first, step("threads", count=1), step(last))) for first, last in
              (((), "onnxruntime"), ((step("half_weights", kind="bf16"),), "openvino")))  # fmt: skip
 
 
-class Slow:
+class Slow(Engine):
     """An engine on which a probe of bfloat16 takes so many seconds; the other takes none."""
 
     def __init__(self, seconds):
-        self.seconds, self.queue, self.done = seconds, [], []
-
-    def resources(self):
-        return Resources(1, {})
-
-    def submit(self, order):
-        self.queue.append(order)
-
-    def cancel(self, number=None):
-        self.queue.clear()
+        super().__init__(workers=1)
+        self.seconds = seconds
 
     def wait(self, timeout):
         if not self.queue:
@@ -56,16 +41,9 @@ def search(tmp_path, monkeypatch):
         while stores:
             stores.pop().close()
         stores.append(store := Store(tmp_path))
-        cards = {c["name"]: {**_for_search(c, ()), "unsearched": ""} for c in methods.cards()}
-        space = Space(cards, frozenset({"TRAINED", "FLOAT_WEIGHTS"}), Recipe(), frozenset({"hardware"}))
-        options = Options(Floor.parse("-1pt"), budget=budget, families=("hardware",))
-        study = Study(tiny_mlp(), options, tmp_path, store, Slow(seconds), space, lambda event: None)
+        study = hardware_study(tmp_path, store, Slow(seconds), budget)
         study.portfolio = [BF16, ORT]
         monkeypatch.setattr(study, "paired", lambda trial: (0.0, 1.0))
-        if not study.trials:
-            known = {"quality": 90.0, "bytes": 400.0, "seconds": 1.0, "samples": 0.0, "parameters": 10.0}
-            study.add(Trial(0, "baseline", Recipe(), 0, Status.COMPLETE, "", known))
-            study.add(Trial(1, "tuned_eager", Recipe(), 0, Status.COMPLETE, "", {f"speed/{b}": 1.0 for b in study.batches}))
         explorer = Explorer(study, 0.0)
         monkeypatch.setattr(explorer, "_propose", lambda: False)
         return study, explorer

@@ -5,21 +5,14 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import pytest
+from made_up import FLOOR, Engine, hardware_study
 
-from quadriga import methods
-from quadriga.core.metric import Floor
 from quadriga.core.recipe import Recipe, step
-from quadriga.core.trial import Status, Trial
-from quadriga.engine.base import Resources
 from quadriga.engine.store import Store
-from quadriga.search.space import Space
 from quadriga.stages import heat
 from quadriga.stages.explore import Explorer
-from quadriga.stages.opening import _for_search
-from quadriga.stages.state import Options, Study
-from quadriga.testing import tiny_mlp
+from quadriga.stages.state import Options
 
-FLOOR = Floor.parse("-1pt")
 ONE, ORT, OV = step("threads", count=1), step("onnxruntime"), step("openvino")
 BF16, INT8 = step("half_weights", kind="bf16"), step("quantize_int8")
 RECIPES = {
@@ -54,20 +47,12 @@ QUIET = {
 SINGLE = {}  # where it is another for one example
 
 
-class Machine:
+class Machine(Engine):
     """An engine that knows how fast and how good everything is."""
 
     def __init__(self, folder, bad=()):
-        self.folder, self.bad, self.queue, self.done = folder, bad, [], []
-
-    def resources(self):
-        return Resources(2, {})
-
-    def submit(self, order):
-        self.queue.append(order)
-
-    def cancel(self, number=None):
-        self.queue.clear()
+        super().__init__(workers=2)
+        self.folder, self.bad = folder, bad
 
     def wait(self, timeout):
         order = self.queue.pop(0)
@@ -91,18 +76,9 @@ def opened(tmp_path, monkeypatch):
         while open_stores:
             open_stores.pop().close()
         open_stores.append(store := Store(tmp_path))
-        task = tiny_mlp()
-        cards = {c["name"]: {**_for_search(c, ()), "unsearched": ""} for c in methods.cards()}
-        space = Space(cards, frozenset({"TRAINED", "FLOAT_WEIGHTS"}), Recipe(), frozenset({"hardware"}))
-        given = Options(FLOOR, budget=600.0, families=("hardware",), **options)
-        study = Study(task, given, tmp_path, store, Machine(tmp_path, bad), space, lambda event: None)
+        study = hardware_study(tmp_path, store, Machine(tmp_path, bad), **options)
         study.portfolio = []
         study.paired = lambda trial: (-5.0 if trial.info.get("bad") else 0.0, 1.0)
-        if not study.trials:
-            known = {"quality": 90.0, "bytes": 400.0, "seconds": 1.0, "samples": 0.0, "parameters": 10.0}
-            speeds = {f"speed/{b}": 1.0 for b in study.batches}
-            study.add(Trial(0, "baseline", Recipe(), 0, Status.COMPLETE, "", known))
-            study.add(Trial(1, "tuned_eager", Recipe(), 0, Status.COMPLETE, "", speeds))
         explorer = Explorer(study, 0.0)
         for name in ("ort", "ort, all threads", "ov", "bf16", "int8") if len(study.trials) == 2 else ():
             explorer.queue = [RECIPES[name]]
