@@ -9,7 +9,7 @@ from made_up import FLOOR, Engine, hardware_study
 
 from quadriga.core.recipe import Recipe, step
 from quadriga.engine.store import Store
-from quadriga.stages import heat
+from quadriga.stages import heat, threads
 from quadriga.stages.explore import Explorer
 from quadriga.stages.state import Options
 
@@ -123,9 +123,10 @@ def test_the_fastest_that_holds_the_floor_leads(opened):
     study, explorer = opened(bad=("bf16, all threads", "int8, all threads"))
     heat.heat(study, explorer, 0.0)
     assert names(explorer)[0] == "ort, all threads"
-    assert [name for task, name in study.engine.done if task == "train"] == [
-        "bf16, all threads", "int8, all threads", "ort, all threads",
-    ]  # fmt: skip
+    scored = [name for task, name in study.engine.done if task == "train"]
+    assert scored == ["bf16, all threads", "int8, all threads"], "what differs in threads alone is not scored anew"
+    taken = study.stage("search")[-1]
+    assert NAMES[taken.recipe.hash] == "ort, all threads" and NAMES[study.trials[taken.info["as"]].recipe.hash] == "ort"
 
 
 def test_little_more_is_not_worth_a_change(opened, monkeypatch):
@@ -147,7 +148,7 @@ def test_where_either_number_of_threads_is_better_for_one_batch_size_both_are_ta
     found = next(t for t in study.stage("cost") if NAMES[t.recipe.hash] == "ort, either")
     assert [found.values[f"speed/{b}"] for b in study.batches] == pytest.approx([4.0, 9.0])
     done = study.engine.done
-    assert len(next(arms for task, arms in done if task == "timed")) == 6 and ("train", "ort, either") in done
+    assert len(next(arms for task, arms in done if task == "timed")) == 6 and "train" not in [task for task, _ in done]
     study, explorer = opened()
     heat.heat(study, explorer, 0.0)
     assert names(explorer)[0] == "ort, either" and study.engine.done == [], "and a resumed study knows it"
@@ -160,6 +161,37 @@ def test_one_number_of_threads_is_enough_where_it_is_as_good_for_both(opened, mo
     study, explorer = opened()
     heat.heat(study, explorer, 0.0)
     assert not [t for t in study.trials if NAMES.get(t.recipe.hash) == "ort, either"]
+
+
+@pytest.mark.parametrize(
+    ("speeds", "expected"),
+    [
+        ({1: (4, 2), 0: (3, 5)}, {"count": 0, "single": 1}),
+        ({1: (4, 2), 0: (3, 5), 2: (2, 6)}, {"count": 2, "single": 1}),
+        ({1: (3, 2), 2: (4, 3), 0: (2, 6)}, {"count": 0, "single": 2}),
+        ({1: (4, 2), 2: (3.9, 5)}, None),  # for one example two are as good
+        ({1: (3, 2), 0: (4, 5)}, None),
+        ({1: (4, 5), 0: (3, 4)}, None),
+        ({2: (3, 5), 0: (4, 2)}, None),  # the runtime's own number is none that could be asked for
+        ({1: (4, 2)}, None),
+    ],
+)
+def test_numbers_of_threads_are_joined_where_each_is_clearly_better(opened, speeds, expected):
+    space = opened()[0].space
+    timed = [
+        (Recipe((BF16, *([step("threads", count=n)] if n else []), OV)), {"speed/1": a, "speed/64": b, "bytes": 9.0})
+        for n, (a, b) in speeds.items()
+    ]
+    slower = (Recipe((ONE, step("executorch"))), {"speed/1": 9.0, "speed/64": 1.0, "bytes": 9.0})
+    others = (Recipe((step("executorch"),)), {"speed/1": 1.0, "speed/64": 9.0, "bytes": 9.0})
+    found = threads.joined(space, [*timed, slower, others])
+    assert [r for r, _ in found] == ([Recipe((BF16, step("threads", **expected), OV))] if expected else [])
+    for _, values in found:
+        assert values == {
+            "speed/1": max(a for a, _ in speeds.values()),
+            "speed/64": max(b for _, b in speeds.values()),
+            "bytes": 9,
+        }
 
 
 def test_a_resumed_study_times_nothing_again(opened):

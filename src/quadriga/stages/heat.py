@@ -9,26 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from quadriga.core.recipe import Recipe, Step, step
-from quadriga.core.slots import RuntimeSpec
+from quadriga.core.recipe import Recipe
 from quadriga.core.trial import Status, Trial
 from quadriga.measure.timings import Timings
 from quadriga.search.allocate import SAFE, Candidate
 from quadriga.search.space import Space
 from quadriga.stages.explore import Explorer
 from quadriga.stages.state import Study
+from quadriga.stages.threads import CLEARLY, Steps, bare, joined, parts, threaded
 from quadriga.stages.timing import timed
 
 SHARE, ALONE = 0.08, 0.15  # of the budget; the second where hardware is all that is searched
 SCORING = 0.04  # of the budget, from that: for the quality of what comes out fastest
-CLEARLY = 0.05  # gain, as a natural logarithm: less is not worth what one batch size loses for the other
 NEAR = 1.8  # times as slow as the leader, by the search's timing, and still in the heat
-ONE, EITHER = step("threads", count=1), step("threads", count=0, single=1)
 ENDINGS = 3  # each with one thread and with as many as its runtime takes
-
-Steps = tuple[Step, ...]
 
 
 def share(study: Study) -> float:
@@ -87,23 +84,6 @@ def field_of(space: Space, explorer: Explorer, leader: Candidate) -> list[Recipe
     return list(found.values())
 
 
-def parts(space: Space, recipe: Recipe) -> tuple[Steps, Steps]:
-    """A recipe's steps before its last hardware steps, and these without their number of threads."""
-    end = len(recipe.steps)
-    while end and not recipe.steps[end - 1].is_train and _hardware(space, recipe.steps[end - 1]):
-        end -= 1
-    return recipe.steps[:end], tuple(s for s in recipe.steps[end:] if s.method != "threads")
-
-
-def _hardware(space: Space, one: Step) -> bool:
-    return bool(space.cards[one.method]["family"] == "hardware")
-
-
-def threaded(ending: Steps) -> list[Steps]:
-    """An ending as it is, and with one thread."""
-    return [ending, (*ending[:-1], ONE, *ending[-1:])]
-
-
 def _run(study: Study, explorer: Explorer, leader: Candidate, recipes: list[Recipe], reserve: float) -> list[Recipe]:
     """Build and time them; those that were timed, whose costs are known to the explorer from then on."""
     study.say("search", f"timing {len(recipes)} endings of the best network alone")
@@ -119,7 +99,10 @@ def _run(study: Study, explorer: Explorer, leader: Candidate, recipes: list[Reci
     timings = timed(study, arms, restarts=3, blocks=4, block_seconds=0.03, seed=2, budget=left)
     done = [r for r in recipes if r.hash in arms and r.hash not in timings.errors]
     done = [r for r in done if _note(study, explorer, leader, r, timings)]
-    return [*done, *_joined(study, explorer, done)]
+    both = joined(study.space, [(r, explorer.costs[study.space.cost_part(r).hash].values) for r in done])
+    for recipe, values in both:
+        _acknowledge(study, explorer, recipe, values)
+    return [*done, *(r for r, _ in both)]
 
 
 def _build(study: Study, explorer: Explorer, recipe: Recipe) -> Path:
@@ -143,28 +126,6 @@ def _note(study: Study, explorer: Explorer, leader: Candidate, recipe: Recipe, t
     return True
 
 
-def _joined(study: Study, explorer: Explorer, done: list[Recipe]) -> list[Recipe]:
-    """Endings that are faster on one thread for one example, and on all for a batch, with a number of threads for each."""
-    found, timed_ones = [], {r.hash for r in done}
-    for most in (r for r in done if RuntimeSpec(r.steps[-1].method).by_batch):
-        one, both = (Recipe((*most.steps[:-1], threads, most.steps[-1]), most.name) for threads in (ONE, EITHER))
-        if one.hash in timed_ones and study.space.illegal(both) is None:
-            values = _of_either(*(explorer.costs[study.space.cost_part(r).hash].values for r in (one, most)))
-            if values is not None:
-                _acknowledge(study, explorer, both, values)
-                found.append(both)
-    return found
-
-
-def _of_either(one: Mapping[str, float], most: Mapping[str, float]) -> dict[str, float] | None:
-    """The costs with one thread for one example, and with most for more; None where either number is as good for both."""
-    apart = {key: math.log(one[key] / most[key]) for key in most if key.startswith("speed/")}
-    first = apart.pop("speed/1", 0.0)
-    if not apart or first <= CLEARLY or max(apart.values()) >= -CLEARLY:
-        return None
-    return {**most, "speed/1": one["speed/1"]}
-
-
 def _acknowledge(study: Study, explorer: Explorer, recipe: Recipe, values: Mapping[str, float]) -> None:
     """Its cost, as the heat found it, is what the explorer goes by from now on."""
     part = study.space.cost_part(recipe)
@@ -176,12 +137,25 @@ def _acknowledge(study: Study, explorer: Explorer, recipe: Recipe, values: Mappi
 def _scored(study: Study, explorer: Explorer, candidate: Candidate, leader: Candidate, reserve: float) -> bool:
     """Whether its quality is known, at the leader's training length; it is measured if time is left."""
     rung = explorer.rung(leader)
+    if rung not in candidate.scores:
+        _take_over(study, explorer, candidate, rung)
     if rung not in candidate.scores and not candidate.dead and study.budget.left > reserve:
         explorer.train(candidate, rung, 0.0, reserve)
         for trial in study.collect_all(reserve):
             explorer.remember(trial)
         study.forget()
     return rung in candidate.scores
+
+
+def _take_over(study: Study, explorer: Explorer, candidate: Candidate, rung: int) -> None:
+    """Its quality on val is that of the same network and ending on other threads, where that is known."""
+    mine = bare(study.space, candidate.recipe)
+    for trial in [t for t in study.stage("search") if t.ok and t.info["rung"] == rung]:
+        if bare(study.space, Recipe.from_plain(trial.info["template"])) == mine:
+            info = {**trial.info, "template": candidate.recipe.plain(), "as": trial.number}
+            exact = explorer.exact(candidate.recipe, rung)
+            study.add(replace(trial, number=len(study.trials), recipe=exact, info=info))
+            return explorer.remember(study.trials[-1])
 
 
 def _qualifies(explorer: Explorer, candidate: Candidate) -> bool:
