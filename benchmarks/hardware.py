@@ -120,6 +120,7 @@ class Bench:
         self.clock = clock
         self.name, self.short = name, name.rpartition(":")[2].partition("?")[0]
         self.folder, self.restarts = work / self.short, restarts
+        self.realized = self.folder / "rows"
         self.workload: Workload = load(name)
         unit = self.workload.metric.unit
         self.floor, self.margin = FLOORS.get(unit, ("-0.5%rel", None))
@@ -164,7 +165,7 @@ class Bench:
         path = self.folder / f"{task}.json"
         kept: dict[str, Any] = read_json(path) if path.exists() else {}
         names = [n for n, a in args.items() if kept.get(n, {}).get("hash") != a["hash"]]
-        engine = Local(self.name, self.folder / "study", 0, cores())
+        engine = Local(self.name, self.realized, 0, cores())
         try:
             for number, name in enumerate(names):
                 engine.submit(Order(number, task, args[name]))
@@ -182,7 +183,7 @@ class Bench:
     def _row(self, name: str, args: Mapping[str, Any], made: Mapping[str, Any], scored: Mapping[str, Any] | None) -> Row:
         if scored is None or scored["status"] != "complete":
             return Row(None, refused=str((scored or made).get("reason")))
-        recipe, folder = Recipe.from_plain(args["recipe"]), self.folder / "study"
+        recipe, folder = Recipe.from_plain(args["recipe"]), self.realized
         arm = {"kind": "folder", "path": str((folder / "built" / args["name"]).resolve())}
         if self._live(name, made):
             arm = self._eager(recipe, made)
@@ -200,7 +201,7 @@ class Bench:
 
     def _eager(self, recipe: Recipe, result: Mapping[str, Any]) -> dict[str, Any]:
         kept = result["info"]["checkpoint"]
-        path = str((self.folder / "study" / "checkpoints" / kept).resolve()) if kept else None
+        path = str((self.realized / "checkpoints" / kept).resolve()) if kept else None
         spec = {} if self.clock == "wall" else {"threads": 1}
         return {"kind": "eager", "workload": self.name, "seed": 0, "recipe": recipe.plain(), "checkpoint": path, "spec": spec}
 
@@ -247,13 +248,10 @@ class Bench:
 
     def run(self, budget: str) -> dict[str, Any]:
         """All of it, as plain data."""
-        found = self.search(budget)
-        rows = self.rows()
+        rows, others, first = self.prepare()
         base = rows[EAGER].scores
         assert base is not None
-        rows["eager, tuned"] = self.tuned(rows)
-        others = {name: Row(**made) for name, made in peers.make(self.workload, self.folder, rows[EAGER].arm).items()}
-        first = self.time({**rows, **others}, "first", 2)
+        found = self.search(budget)
         able = [n for n, r in rows.items() if r.arm and not n.startswith("eager") and self.within(r, base)]
         able = [n for n in able if speeds(first, EAGER, n, self.batches)]
         best = sorted(able, key=lambda n: -mean_speed(first, EAGER, n, self.batches))[:BEST]
@@ -262,6 +260,13 @@ class Bench:
         quoted |= {n: r for n, r in others.items() if r.arm} | {PICK: self.pick(found)}
         second = self.time(quoted, "second", self.restarts)
         return self.plain({**rows, **others, **quoted}, first, second, base, found)
+
+    def prepare(self) -> tuple[dict[str, Row], dict[str, Row], Timings]:
+        """Rows, peers, and the first round of their timings: all that does not depend on the search."""
+        rows = self.rows()
+        rows["eager, tuned"] = self.tuned(rows)
+        others = {name: Row(**made) for name, made in peers.make(self.workload, self.folder, rows[EAGER].arm).items()}
+        return rows, others, self.time({**rows, **others}, "first", 2)
 
     def plain(
         self, rows: Mapping[str, Row], first: Timings, second: Timings, base: Scores, found: Mapping[str, Any]
