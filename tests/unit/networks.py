@@ -181,3 +181,15 @@ class Windows(nn.Module):
         bias = self.table[self.places].view(5, 5, -1).permute(2, 0, 1)
         mixed = (q @ k.transpose(-2, -1) + bias).softmax(-1) @ v
         return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class TwoInputs(nn.Module):
+    """Takes two tensors, returns a nested dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(8, 4), nn.Linear(3, 4)
+
+    def forward(self, a, b):
+        total = self.left(a) + self.right(b)
+        return {"logits": total, "parts": (total.relu(), None, total.argmax(-1))}

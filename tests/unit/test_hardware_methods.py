@@ -82,17 +82,8 @@ def test_more_threads_than_cores_are_refused(setup):
     assert Threads(count=cores)(setup).runtime.threads == cores
     with pytest.raises(NotApplicable, match=f"{cores + 1} threads on {cores} cores"):
         Threads(count=cores + 1)(setup)
-    with pytest.raises(NotApplicable, match=f"{cores + 1} threads on {cores} cores"):
-        Threads(single=cores + 1)(setup)
     with pytest.raises(BadInput, match="count is 0"):
         Threads(count=0)
-    with pytest.raises(BadInput, match="single=-1"):
-        Threads(single=-1)
-
-
-def test_one_example_may_have_threads_of_its_own(setup):
-    assert Threads(count=0, single=1)(setup).runtime == replace(setup.runtime, threads=None, single=1)
-    assert Threads(count=1)(Threads(count=0, single=1)(setup)).runtime == replace(setup.runtime, threads=1)
 
 
 def test_medium_is_refused_where_products_round_to_bfloat16(setup, monkeypatch):

@@ -9,16 +9,20 @@ from made_up import FLOOR, Engine, hardware_study
 
 from quadriga.core.recipe import Recipe, step
 from quadriga.engine.store import Store
-from quadriga.stages import heat, threads
+from quadriga.stages import endings, heat
 from quadriga.stages.explore import Explorer
 from quadriga.stages.state import Options
 
-ONE, ORT, OV = step("threads", count=1), step("onnxruntime"), step("openvino")
+ONE, ORT, OV, JOINT = step("threads", count=1), step("onnxruntime"), step("openvino"), step("batch_of_one")
 BF16, INT8 = step("half_weights", kind="bf16"), step("quantize_int8")
 RECIPES = {
     "ort": Recipe((ONE, ORT)),
     "ort, all threads": Recipe((ORT,)),
-    "ort, either": Recipe((step("threads", count=0, single=1), ORT)),
+    "ort, either": Recipe((ONE, ORT, JOINT, ORT)),
+    "ort, then bf16": Recipe((ONE, ORT, JOINT, BF16, OV)),
+    "ort, then eager": Recipe((ONE, ORT, JOINT, step("eager"))),
+    "eager": Recipe((step("eager"),)),
+    "eager, 1 thread": Recipe((ONE, step("eager"))),
     "ov": Recipe((ONE, OV)),
     "bf16": Recipe((BF16, ONE, OV)),
     "bf16, all threads": Recipe((BF16, OV)),
@@ -102,6 +106,19 @@ def opened(tmp_path, monkeypatch):
         open_stores.pop().close()
 
 
+@pytest.fixture
+def quiet(monkeypatch):
+    """Sets the speeds of endings for one example and for a batch, alone; those that are not named are slow."""
+
+    def say(**speeds):
+        for name in {**QUIET, **speeds}:
+            single, more = speeds.get(name, (1.5, 1.5))
+            monkeypatch.setitem(SINGLE, name, single)
+            monkeypatch.setitem(QUIET, name, more)
+
+    return say
+
+
 def names(explorer):
     return [NAMES[c.recipe.hash] for c in explorer.finalists()]
 
@@ -138,10 +155,49 @@ def test_little_more_is_not_worth_a_change(opened, monkeypatch):
     assert names(explorer)[0] == "ort" and "train" not in [task for task, _ in study.engine.done]
 
 
-def test_where_either_number_of_threads_is_better_for_one_batch_size_both_are_taken(opened, monkeypatch):
+def test_one_ending_for_one_example_and_another_for_a_batch(opened, quiet):
+    """Its quality is the worse of the two, its size that of both, and it is not timed again."""
+    quiet(**{"ort": (4.0, 4.0), "bf16, all threads": (3.0, 7.0), "bf16": (2.0, 5.0)})
+    study, explorer = opened()
+    heat.heat(study, explorer, 0.0)
+    assert names(explorer)[0] == "ort, then bf16"
+    found = next(t for t in study.stage("cost") if NAMES.get(t.recipe.hash) == "ort, then bf16")
+    assert [found.values[f"speed/{b}"] for b in study.batches] == pytest.approx([4.0, 7.0]) and found.values["bytes"] == 200.0
+    assert [name for task, name in study.engine.done if task == "train"] == ["ort, then bf16"], "bf16 was not known"
+
+
+def test_the_quality_of_two_endings_is_that_of_the_worse(opened):
+    study, explorer = opened(bad=("bf16",))
+    explorer.train(explorer.candidates[RECIPES["bf16"].hash], explorer.allocator.top, 0.0, 0.0)
+    explorer.remember(study.collect(1.0))
+    recipe = RECIPES["ort, then bf16"]
+    heat._acknowledge(study, explorer, recipe, {"speed/1": 9.0, "speed/64": 9.0, "bytes": 200.0, "parameters": 10.0})
+    candidate = explorer.retimed(recipe)
+    heat._take_over(study, explorer, candidate, explorer.allocator.top)
+    assert study.trials[-1].values["bytes"] == 200.0 and not heat._qualifies(explorer, explorer.candidates[recipe.hash])
+    assert NAMES[study.trials[study.trials[-1].info["as"]].recipe.hash] == "bf16"
+
+
+def test_eager_is_in_the_heat_where_it_is_the_fastest_at_one_batch_size(opened, quiet, monkeypatch):
+    """Of the unchanged network, which a search would not propose as a candidate."""
+    study, explorer = opened()
+    leader = explorer.finalists()[0]
+    assert "eager" not in {NAMES[r.hash] for r in heat.field_of(study.space, explorer, leader)}
+    plain = study.stage("tuned_eager")[0]
+    monkeypatch.setitem(plain.values, f"speed/{study.batches[-1]}", 9.0)
+    explorer = Explorer(study, 0.0)  # all gains are over eager
+    found = {NAMES[r.hash] for r in heat.field_of(study.space, explorer, leader)}
+    assert {"eager", "eager, 1 thread"} <= found
+    for name in ("eager", "eager, 1 thread"):
+        monkeypatch.setitem(BUSY, name, 1.0)
+    quiet(**{"ort": (4.0, 4.0), "eager": (1.0, 9.0), "eager, 1 thread": (1.0, 8.0)})
+    heat.heat(study, explorer, 0.0)
+    assert names(explorer)[0] == "ort, then eager"
+
+
+def test_where_either_number_of_threads_is_better_for_one_batch_size_both_are_taken(opened, quiet):
     """It is not timed again: its numbers are those of the two that it is made of."""
-    monkeypatch.setitem(QUIET, "ort, all threads", 9.0)
-    monkeypatch.setitem(SINGLE, "ort, all threads", 3.0)
+    quiet(**{"ort": (4.0, 4.0), "ort, all threads": (3.0, 9.0)})
     study, explorer = opened()
     heat.heat(study, explorer, 0.0)
     assert names(explorer)[0] == "ort, either"
@@ -155,9 +211,8 @@ def test_where_either_number_of_threads_is_better_for_one_batch_size_both_are_ta
 
 
 @pytest.mark.parametrize(("single", "more"), [(4.1, 9.0), (3.0, 4.1), (5.0, 9.0)], ids=["as fast", "no gain", "better"])
-def test_one_number_of_threads_is_enough_where_it_is_as_good_for_both(opened, monkeypatch, single, more):
-    monkeypatch.setitem(QUIET, "ort, all threads", more)
-    monkeypatch.setitem(SINGLE, "ort, all threads", single)
+def test_one_number_of_threads_is_enough_where_it_is_as_good_for_both(opened, quiet, single, more):
+    quiet(**{"ort": (4.0, 4.0), "ort, all threads": (single, more)})
     study, explorer = opened()
     heat.heat(study, explorer, 0.0)
     assert not [t for t in study.trials if NAMES.get(t.recipe.hash) == "ort, either"]
@@ -166,32 +221,66 @@ def test_one_number_of_threads_is_enough_where_it_is_as_good_for_both(opened, mo
 @pytest.mark.parametrize(
     ("speeds", "expected"),
     [
-        ({1: (4, 2), 0: (3, 5)}, {"count": 0, "single": 1}),
-        ({1: (4, 2), 0: (3, 5), 2: (2, 6)}, {"count": 2, "single": 1}),
-        ({1: (3, 2), 2: (4, 3), 0: (2, 6)}, {"count": 0, "single": 2}),
+        ({1: (4, 2), 0: (3, 5)}, (1, 0)),
+        ({1: (4, 2), 0: (3, 5), 2: (2, 6)}, (1, 2)),
+        ({1: (3, 2), 2: (4, 3), 0: (2, 6)}, (2, 0)),
         ({1: (4, 2), 2: (3.9, 5)}, None),  # for one example two are as good
         ({1: (3, 2), 0: (4, 5)}, None),
         ({1: (4, 5), 0: (3, 4)}, None),
-        ({2: (3, 5), 0: (4, 2)}, None),  # the runtime's own number is none that could be asked for
         ({1: (4, 2)}, None),
     ],
 )
-def test_numbers_of_threads_are_joined_where_each_is_clearly_better(opened, speeds, expected):
+def test_endings_are_joined_where_each_is_clearly_better(opened, speeds, expected):
     space = opened()[0].space
-    timed = [
-        (Recipe((BF16, *([step("threads", count=n)] if n else []), OV)), {"speed/1": a, "speed/64": b, "bytes": 9.0})
-        for n, (a, b) in speeds.items()
-    ]
-    slower = (Recipe((ONE, step("executorch"))), {"speed/1": 9.0, "speed/64": 1.0, "bytes": 9.0})
-    others = (Recipe((step("executorch"),)), {"speed/1": 1.0, "speed/64": 9.0, "bytes": 9.0})
-    found = threads.joined(space, [*timed, slower, others])
-    assert [r for r, _ in found] == ([Recipe((BF16, step("threads", **expected), OV))] if expected else [])
-    for _, values in found:
-        assert values == {
-            "speed/1": max(a for a, _ in speeds.values()),
-            "speed/64": max(b for _, b in speeds.values()),
-            "bytes": 9,
-        }
+    ending = {n: (*([step("threads", count=n)] if n else []), OV) for n in range(3)}
+    timed = [(Recipe((BF16, *ending[n])), {"speed/1": a, "speed/64": b, "bytes": 9.0}) for n, (a, b) in speeds.items()]
+    found = endings.joined(space, timed)
+    assert len(found) <= endings.PAIRS and bool(found) == bool(expected)
+    if expected:
+        one, more = expected
+        assert found[0] == (
+            Recipe((BF16, *ending[one], JOINT, BF16, *ending[more])),
+            {"speed/1": speeds[one][0], "speed/64": speeds[more][1], "bytes": 9.0},
+        )
+
+
+def timed_as(*pairs):
+    """Recipes, the first fastest for one example and the second for a batch."""
+    return [(Recipe(r), {"speed/1": a, "speed/64": 10 - a, "bytes": 9.0}) for r, a in zip(pairs, (6, 3), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("one", "more", "expected"),
+    [
+        ((ONE, ORT), (BF16, OV), (ONE, ORT, JOINT, BF16, OV)),
+        ((INT8, ONE, ORT), (BF16, OV), (INT8, ONE, ORT, JOINT, BF16, OV)),
+        ((ONE, ORT), (step("eager"),), (ONE, ORT, JOINT, step("eager"))),
+        ((ONE, step("inductor")), (step("eager"),), None),  # one number of threads for PyTorch
+        ((ONE, step("inductor")), (ONE, step("eager")), (ONE, step("inductor"), JOINT, ONE, step("eager"))),
+        ((step("matmul_backend"), ORT), (step("eager"),), None),  # it would be with other products than were timed
+        ((step("matmul_backend"), ORT), (BF16, OV), (step("matmul_backend"), ORT, JOINT, BF16, OV)),
+        (
+            (step("entropy_storage"), ONE, ORT),
+            (BF16, step("entropy_storage"), OV),
+            (step("entropy_storage"), ONE, ORT, JOINT, BF16, OV),
+        ),
+        ((), (OV,), None),
+    ],
+)
+def test_what_is_joined_is_what_was_timed(opened, one, more, expected):
+    space = opened()[0].space
+    found = endings.joined(space, timed_as(one, more))
+    assert [r for r, _ in found] == ([Recipe(expected)] if expected else [])
+    assert [values["bytes"] for _, values in found] == [18.0] * len(found), "other files"
+    for recipe, _ in found:
+        assert endings.halves(space, recipe)[0] == Recipe(one)
+
+
+def test_a_single_batch_size_has_no_pairs(opened):
+    space = opened()[0].space
+    for size in ("speed/1", "speed/64"):
+        assert endings.joined(space, [(r, {size: v[size], "bytes": 9.0}) for r, v in timed_as((ORT,), (OV,))]) == []
+    assert endings.joined(space, []) == []
 
 
 def test_a_resumed_study_times_nothing_again(opened):

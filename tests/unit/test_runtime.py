@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from networks import TwoInputs
 from torch import nn
 
 from quadriga import runtime
@@ -64,18 +64,6 @@ class Tied(nn.Module):
 
     def forward(self, tokens):
         return self.out(torch.relu(self.inner(self.table(tokens))))
-
-
-class TwoInputs(nn.Module):
-    """Takes two tensors, returns a nested dict."""
-
-    def __init__(self):
-        super().__init__()
-        self.left, self.right = nn.Linear(8, 4), nn.Linear(3, 4)
-
-    def forward(self, a, b):
-        total = self.left(a) + self.right(b)
-        return {"logits": total, "parts": (total.relu(), None, total.argmax(-1))}
 
 
 def bert():
@@ -297,68 +285,6 @@ def test_threads_are_recorded_and_can_be_overridden(tmp_path, monkeypatch):
     assert torch.get_num_threads() == 2
     eager.run(threads=1)
     assert torch.get_num_threads() == 1
-
-
-@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
-@pytest.mark.parametrize("pair", [False, True], ids=["a tensor", "a pair"])
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="there is one core")
-def test_one_example_may_have_threads_of_its_own(name, pair, tmp_path, monkeypatch):
-    """The number with which the session was made that answers a call; a caller's own number is for all."""
-    pytest.importorskip(name)
-    asked = {1: 1, 2: 2, 64: 2, 5: 2}  # batch → threads
-    model = TwoInputs() if pair else nn.Linear(3, 2)
-    example = (torch.randn(4, 8), torch.randn(4, 3)) if pair else torch.randn(4, 3)
-    built = runtime.build(model.eval(), RuntimeSpec(name, threads=2, single=1), context(example), tmp_path, (1, 64))
-    seen = sessions(name, monkeypatch)
-    for own, expected in ((None, asked), (2, dict.fromkeys(asked, 2))):
-        run = built.run(threads=own)
-        for batch, threads in expected.items():
-            seen.clear()
-            x = resize(example, batch)
-            with torch.no_grad():
-                torch.testing.assert_close(tensors(run(x)), tensors(call(model, x)))
-            assert set(seen) == {threads}, batch
-    assert runtime.open_built(tmp_path).spec.single == 1
-
-
-def sessions(name, monkeypatch):
-    """A list to which the number of threads is added of every session that is called; OpenVINO's have it from the compiler."""
-    seen = []
-    if name == "onnxruntime":
-        import onnxruntime
-
-        real_session = onnxruntime.InferenceSession
-
-        class Session:
-            def __init__(self, path, options, **others):
-                self.real, self.threads = real_session(path, options, **others), options.intra_op_num_threads
-                self.get_inputs, self.get_outputs = self.real.get_inputs, self.real.get_outputs
-
-            def run(self, *args):
-                seen.append(self.threads)
-                return self.real.run(*args)
-
-        monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
-        return seen
-    import openvino
-
-    real = openvino.InferRequest.infer
-
-    def infer(self, *args, **kwargs):
-        seen.append(self.get_compiled_model().get_property("INFERENCE_NUM_THREADS"))
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(openvino.InferRequest, "infer", infer)
-    return seen
-
-
-@pytest.mark.parametrize("name", ["eager", "inductor"])
-def test_a_runtime_with_one_number_of_threads_refuses_a_second(name, tmp_path):
-    spec = RuntimeSpec(name, single=1)
-    with pytest.raises(NotApplicable, match="one number of threads"):
-        runtime.build(nn.Linear(3, 2).eval(), spec, context(torch.randn(4, 3)), tmp_path)
-    with pytest.raises(NotApplicable, match="one number of threads"):
-        runtime.prepare(nn.Linear(3, 2).eval(), spec)
 
 
 def test_prepare_applies_the_memory_format_and_leaves_the_model():

@@ -10,6 +10,7 @@ from typing import Any
 
 from quadriga.core.recipe import Recipe
 from quadriga.runtime import Built
+from quadriga.runtime.standalone import runtimes
 
 
 def escape(value: object) -> str:
@@ -45,8 +46,8 @@ def render(card: Mapping[str, Any], built: Built, recipe: Recipe) -> str:
     head = {
         "library_name": "quadriga",
         "title": title,
-        "tags": ["quadriga", entry["runtime"]],
-        "runtime": entry["runtime"],
+        "tags": ["quadriga", *runtimes(entry)],
+        "runtime": " and ".join(runtimes(entry)),
         "bytes": built.bytes,
         "recipe": recipe.hash,
     }
@@ -162,7 +163,7 @@ def _loading(entry: Mapping[str, Any]) -> list[str]:
 
 def _threads(entry: Mapping[str, Any]) -> str:
     most = str(entry["threads"] or "all cores")
-    return f"{most}, {entry['single']} for one example" if entry.get("single") else most
+    return f"{most}, {entry['alone']['threads'] or 'all cores'} for a batch of one" if "alone" in entry else most
 
 
 def _percent(value: object) -> str:

@@ -81,6 +81,12 @@ class Setup:
     traits: frozenset[str]
     context: Context
 
+    @property
+    def ending(self) -> RuntimeSpec:
+        """What this place of the recipe ends in: the runtime of its last step, or that for a batch of one before it is set."""
+        final = self.context.runtime
+        return final.alone if final.alone is not None and self.runtime.alone is None else final
+
     @classmethod
     def of(cls, workload: Workload, seed: int = 0, model: nn.Module | None = None, **services: Any) -> Setup:
         """The start of every trial: the workload's own model, built or copied, and its plain training.

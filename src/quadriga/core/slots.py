@@ -240,7 +240,6 @@ class RuntimeSpec:
     Args:
         name: of the runtime: "cuda_graphs", "eager", "executorch", "inductor", "onnxruntime", "opencl", "openvino".
         threads: of the CPU; None leaves the runtime's default.
-        single: threads for calls with one example, where the runtime has a session for each batch size; None for `threads`.
         channels_last: memory format of 4-d tensors, in training and in PyTorch runtimes.
         matmul: "highest", "high" (TF32 on a GPU, which has it for convolutions too) or "medium" (through oneDNN on the CPU):
             torch.set_float32_matmul_precision.
@@ -253,11 +252,11 @@ class RuntimeSpec:
         storage: "plain", or "entropy": weights are entropy-coded in the files and decoded when they are loaded.
         parallel: how several processes train together, or None.
         options: further plain data for the runtime.
+        alone: how a batch of one executes, where that is another way than that of larger batches; None: the same.
     """
 
     name: str = "eager"
     threads: int | None = None
-    single: int | None = None
     channels_last: bool = False
     matmul: str = "highest"
     compile: bool = False
@@ -269,16 +268,12 @@ class RuntimeSpec:
     storage: str = "plain"
     options: Mapping[str, Any] = field(default_factory=dict)
     parallel: ParallelSpec | None = None
+    alone: RuntimeSpec | None = None
 
     @property
     def by_torch(self) -> bool:
         """Whether PyTorch executes it, in the type of the weights, and not a runtime that reads an ONNX file."""
         return self.name in ("cuda_graphs", "eager", "inductor")
-
-    @property
-    def by_batch(self) -> bool:
-        """Whether it can have another number of threads for one example than for more."""
-        return self.name in ("onnxruntime", "openvino")
 
     @property
     def int8(self) -> tuple[str, ...]:
@@ -289,15 +284,16 @@ class RuntimeSpec:
 
     @property
     def bits(self) -> int:
-        """That most weights take in the files."""
-        if self.quant is not None:
-            return self.quant.weights
-        return 32 if self.weights == "fp32" else 16
+        """That most weights take in the files, those for a batch of one and those for more together."""
+        own = 32 if self.weights == "fp32" else 16
+        own = own if self.quant is None else self.quant.weights
+        return own if self.alone is None else own + self.alone.bits
 
     @property
     def exact(self) -> bool:
         """Whether it computes what the model does, up to the rounding of float32."""
-        return self.quant is None and self.weights == "fp32" and not self.tf32
+        own = self.quant is None and self.weights == "fp32" and not self.tf32
+        return own and (self.alone is None or self.alone.exact)
 
     @property
     def tf32(self) -> bool:

@@ -123,7 +123,7 @@ class Desk:
         try:
             built = runtime.build(setup.model.eval(), setup.runtime, setup.context, folder, (1, self.workload.batch_size))
         except NotApplicable:
-            if setup.runtime.name != "eager" or setup.runtime.quant is not None:
+            if setup.runtime.name != "eager" or setup.runtime.quant is not None or setup.runtime.alone is not None:
                 raise
             return _Live(runtime.prepare(setup.model.eval(), setup.runtime)), weight_bytes(setup.model)
         run = built.run()
@@ -186,7 +186,8 @@ class Desk:
         """Train, realise, and measure quality on val through the very runtime that the recipe names."""
         walked = self._walk(recipe, args)
         run, size = self._executable(walked, f"train-{args['hash']}", keep=False)
-        scores = self._scored(run, "val", f"{args['hash']}.npz")
+        parts = self._scored_parts(run, "val", f"{args['hash']}.npz", walked.setup.runtime.alone is not None)
+        scores = min(parts, key=lambda part: self.workload.metric.gain(part["quality"], 0.0))
         model = walked.setup.model
         sizes = {"bytes": float(size), "parameters": float(parameters(model))}
         values = {"quality": scores["quality"], **sizes, **self._training_cost(walked)}
@@ -250,9 +251,13 @@ class Desk:
             self._plain = self._probe(recipe, until=first).setup
         return self._plain
 
-    def _scored(self, run: Run, split: str, name: str) -> dict[str, Any]:
+    def _scored_parts(self, run: Run, split: str, name: str, alone: bool) -> list[dict[str, Any]]:
+        """In batches; and one by one, where another runtime executes a batch of one."""
+        return [self._scored(run, split, name), *([self._scored(run, split, f"alone-{name}", 1)] if alone else [])]
+
+    def _scored(self, run: Run, split: str, name: str, batch: int = 256) -> dict[str, Any]:
         with torch.inference_mode():
-            scores = score(run, getattr(self.workload, split), self.workload.metric, 256)
+            scores = score(run, getattr(self.workload, split), self.workload.metric, batch)
         path = self.folder / "scores" / name
         scores.save(path)
         return {"quality": scores.value, "path": str(path.relative_to(self.folder))}
@@ -291,17 +296,20 @@ class Desk:
         info = {"checkpoint": _name(walked), "live": isinstance(run, _Live), "decisions": list(walked.decisions)}
         told = {"bytes": size, "baseline_bytes": args.get("baseline_bytes"), "bits": setup.runtime.bits}
         found = fakes(setup.model, self.workload.build(self.seed), **told)
-        return {"values": values, "info": {**info, "fakes": found, "realized": [setup.runtime.name, setup.runtime.storage]}}
+        return {"values": values, "info": {**info, "fakes": found, "realized": [_names(setup.runtime), setup.runtime.storage]}}
 
     def _score(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Quality of a realised folder, or of a trained recipe as eager PyTorch runs it, on a split."""
+        alone = False
         if args.get("folder"):
-            run = load_folder(self.folder / args["folder"])
+            folder = self.folder / args["folder"]
+            run, alone = load_folder(folder), runtime.open_built(folder).spec.alone is not None
         else:
             model = self._walk(recipe, args).setup.model.eval()
             run = lambda inputs: call(model, inputs)  # noqa: E731
-        scores = self._scored(run, args["split"], f"{args['split']}-{args['name']}.npz")
-        return {"values": {"quality": scores["quality"]}, "info": {"scores": scores["path"]}}
+        parts = self._scored_parts(run, args["split"], f"{args['split']}-{args['name']}.npz", alone)
+        info = {"scores": parts[0]["path"], **({"alone": parts[1]["path"]} if alone else {})}
+        return {"values": {"quality": parts[0]["quality"]}, "info": info}
 
     def _artifact(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Write the artifact of a trained recipe, from what was realised and verified where there is such a folder."""
@@ -348,6 +356,10 @@ class _Live:
 
 def _name(walked: Walked) -> str | None:
     return walked.checkpoint.name if walked.checkpoint else None
+
+
+def _names(spec: RuntimeSpec) -> str:
+    return spec.name if spec.alone is None else f"{spec.alone.name} and {spec.name}"
 
 
 def _brief(error: BaseException) -> str:

@@ -6,11 +6,14 @@ adding one touches its file and its part of `load.py` in `standalone/`.
 
 from __future__ import annotations
 
+import filecmp
 import importlib
 import json
+import os
 import pkgutil
 import shutil
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
 from pathlib import Path
@@ -67,23 +70,19 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
         NotApplicable: the runtime is absent, cannot realise the specification, or the model cannot be exported;
             the reason names the line or the layer.
     """
-    from quadriga.runtime._capture import capture
-
-    module = _able(spec)
+    for one in (spec, *([spec.alone] if spec.alone else [])):
+        _able(one)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    taken = capture(model, context, spec.weights if spec.by_torch else "fp32")
-    sizes = sorted(set(batches))
-    entry = {
-        "format": standalone.FORMAT, "runtime": spec.name, "threads": spec.threads, "single": spec.single, "batches": sizes,
-        "inputs": taken.inputs, "names": taken.names, "outputs": taken.outputs, "rank": taken.rank, "quantized": [],
-        **module.write(taken, spec, folder, sizes),
-    }  # fmt: skip
+    taken, entry = _written(model, spec, context, folder, sorted({b for b in batches if b > 1 or spec.alone is None}))
+    if spec.alone is not None:
+        _same_process(spec, spec.alone)
+        _add_alone(entry, _written_beside(model, spec.alone, context, folder))
     if spec.storage == "entropy":
         _store_packed(folder, entry)
     else:
         write_json(folder / "runtime.json", entry)
-    atomic_write(folder / "load.py", standalone.source(spec.name).encode())
+    atomic_write(folder / "load.py", standalone.source(*standalone.runtimes(entry)).encode())
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     built = open_built(folder, spec)
     if not entry.get("compiles"):
@@ -91,25 +90,64 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
     return built
 
 
-def _able(spec: RuntimeSpec) -> Any:
-    """The runtime's module. Raises as `build` does if it cannot run here."""
+def _written(
+    model: nn.Module, spec: RuntimeSpec, context: Context, folder: Path, sizes: list[int]
+) -> tuple[Any, dict[str, Any]]:
+    """Export the model and write one runtime's files; what was exported, and what runtime.json is to say."""
+    from quadriga.runtime._capture import capture
+
+    taken = capture(model, context, spec.weights if spec.by_torch else "fp32")
+    entry = {
+        "format": standalone.FORMAT, "runtime": spec.name, "threads": spec.threads, "batches": sizes,
+        "inputs": taken.inputs, "names": taken.names, "outputs": taken.outputs, "rank": taken.rank, "quantized": [],
+        **_modules()[spec.name].write(taken, spec, folder, sizes),
+    }  # fmt: skip
+    return taken, entry
+
+
+def _written_beside(model: nn.Module, spec: RuntimeSpec, context: Context, folder: Path) -> dict[str, Any]:
+    """As `_written`, for a batch of one: files get names of their own, except those that are there with the same content."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".one-") as made:
+        _, entry = _written(model, spec, context, Path(made), [1])
+        names = {name: name if _equal(Path(made) / name, folder / name) else f"one-{name}" for name in entry["files"]}
+        for name, new in names.items():
+            os.replace(Path(made) / name, folder / new)
+    return {**entry, "files": list(names.values())}
+
+
+def _equal(new: Path, old: Path) -> bool:
+    return old.is_file() and filecmp.cmp(new, old, shallow=False)
+
+
+def _add_alone(entry: dict[str, Any], alone: dict[str, Any]) -> None:
+    """Put what runtime.json says of a batch of one into what it says of larger ones."""
+    own = {k: v for k, v in alone.items() if k not in ("format", "inputs", "names", "outputs", "rank", "needs", "tolerance")}
+    entry["files"] += [name for name in alone["files"] if name not in entry["files"]]
+    entry["needs"] += [package for package in alone["needs"] if package not in entry["needs"]]
+    entry |= {"tolerance": max(entry["tolerance"], alone["tolerance"]), "alone": own}
+
+
+def _same_process(more: RuntimeSpec, one: RuntimeSpec) -> None:
+    """Refuse two parts that set one thing of the process differently."""
+    if more.by_torch and one.by_torch and (more.threads, more.matmul) != (one.threads, one.matmul):
+        raise NotApplicable(
+            f"{one.name} and {more.name} share PyTorch's number of threads and precision of products",
+            "give both parts of batch_of_one the same",
+        )
+
+
+def _able(spec: RuntimeSpec) -> None:
+    """Raise as `build` does if a runtime cannot run here."""
     modules = _modules()
     if spec.name not in modules:
         raise BadInput(f'there is no runtime "{spec.name}"', did_you_mean(spec.name, modules))
     state = modules[spec.name].probe()
     if not state.ok:
         raise NotApplicable(f"{spec.name} cannot run here: {state.reason}", state.remedy)
-    _one_number(spec)
     if spec.device not in ("cpu", "cuda"):
         raise BadInput(f'there is no device "{spec.device}"', "known: cpu, cuda")
     if spec.by_torch and spec.device != "cpu" and (gpus := cuda.found()).used is None:
         raise NotApplicable(f"{spec.name} cannot run on the GPU here: {gpus.reason}", gpus.remedy)
-    return modules[spec.name]
-
-
-def _one_number(spec: RuntimeSpec) -> None:
-    if spec.single and not spec.by_batch:
-        raise NotApplicable(f"{spec.name} has one number of threads for all batch sizes", "leave threads.single out")
 
 
 def _store_packed(folder: Path, entry: dict[str, Any]) -> None:
@@ -135,17 +173,16 @@ def _check(model: nn.Module, built: Built, taken: Any) -> None:
     run = built.run()
     for batch in (1, 2, *built.entry.get("check", ())):
         inputs = standalone.rebuild(taken.inputs, list(resize(taken.sample, batch)))
+        name = standalone.runtimes(built.entry)[0 if batch == 1 else -1]
         with evaluating(model), torch.no_grad():
             expected = tensors(call(model, inputs))
         try:
             found = standalone.flatten(taken.outputs, run(inputs))
         except Exception as error:  # each runtime raises its own types
-            raise NotApplicable(f"{built.spec.name} fails at batch {batch}: {error}", "use another runtime") from error
+            raise NotApplicable(f"{name} fails at batch {batch}: {error}", "use another runtime") from error
         worst = max(standalone.difference(e, f) for e, f in zip(expected, found, strict=True))
         if not worst <= (1e-3 if built.spec.exact else float("inf")) or worst == float("inf"):
-            raise NotApplicable(
-                f"{built.spec.name} computes other outputs at batch {batch}: {worst:.2g} apart", "use another runtime"
-            )
+            raise NotApplicable(f"{name} computes other outputs at batch {batch}: {worst:.2g} apart", "use another runtime")
 
 
 def open_built(folder: str | Path, spec: RuntimeSpec | None = None) -> Built:
@@ -158,7 +195,12 @@ def open_built(folder: str | Path, spec: RuntimeSpec | None = None) -> Built:
     entry = standalone.read_entry(folder)
     files = ("runtime.json", *entry["files"])
     size = sum(standalone.inside(folder, name).stat().st_size for name in files)
-    return Built(folder, spec or RuntimeSpec(entry["runtime"], entry["threads"], entry.get("single")), entry, files, size)
+    return Built(folder, spec or _spec_of(entry), entry, files, size)
+
+
+def _spec_of(entry: Mapping[str, Any]) -> RuntimeSpec:
+    alone = entry.get("alone")
+    return RuntimeSpec(entry["runtime"], entry["threads"], alone=_spec_of(alone) if alone else None)
 
 
 def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
@@ -174,7 +216,7 @@ def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
     Returns:
         inputs tree → outputs tree, in inference mode.
     """
-    _one_number(spec)
+    assert spec.alone is None, "a live module executes in one way"
     session = {"matmul": spec.matmul, "device": spec.device}
     standalone.torch_settings(session, spec.threads)
     gpu = standalone.gpu_of(session)

@@ -195,20 +195,24 @@ class Judge:
         for name, recipe in self._control_recipes(finalists[0].recipe).items():
             if study.find(("control", "search", "ablation"), recipe) is not None:
                 wanted[name] = study.submit("test", "score", recipe, args={"split": "test", "name": name})
-        trials = {t.info["scores"]: t for t in study.collect_all(0.0) if t.ok}
+        made = {t.info[key] for t in study.collect_all(0.0) if t.ok for key in ("scores", "alone") if key in t.info}
         study.forget()
-        return {n: Scores.load(study.folder / p) for n in wanted if (p := f"scores/test-{n}.npz") in trials}
+        found = {name: f"scores/test-{name}.npz" for name in wanted}
+        found |= {f"{name}, alone": f"scores/alone-test-{name}.npz" for name in wanted}
+        return {name: Scores.load(study.folder / path) for name, path in found.items() if path in made}
 
     def _judge_quality(self, finalists: list[Finalist], scores: dict[str, Scores]) -> None:
         metric, base = self.study.workload.metric, scores["baseline"]
         margin = self.study.options.floor.margin(base.value)
         for number, finalist in enumerate(finalists):
-            mine = scores.get(f"final-{number}")
-            if mine is None:
+            parts = [scores[n] for n in (f"final-{number}", f"final-{number}, alone") if n in scores]
+            if not parts:
                 finalist.why_not = finalist.why_not or "it could not be scored on test"
                 continue
-            finalist.quality = compare(base, mine, metric, margin, LEVEL, finalists=len(finalists))
-            finalist.quality["certificate"] = without_labels(base, mine, metric, LEVEL, len(finalists))
+            proved = [compare(base, mine, metric, margin, LEVEL, finalists=len(finalists)) for mine in parts]
+            least = min(range(len(parts)), key=lambda n: proved[n]["low"])  # the floor has to hold at every batch size
+            certificate = without_labels(base, parts[least], metric, LEVEL, len(finalists))
+            finalist.quality = {**proved[least], "certificate": certificate}
             if not finalist.quality["holds"]:
                 low, unit = finalist.quality["low"], metric.unit
                 finalist.why_not = f"on test it is proved to lose at most {-low:.3g} {unit}, the floor allows {margin:.3g}"

@@ -1,8 +1,8 @@
 """A heat: runtimes that were fastest beside other work are timed again in turn, alone, before one of them is the finalist.
 
 The search times each candidate while other trials run. That is enough to tell twice from half, and says little of how many
-threads pay, or which of two runtimes of nearly one speed is the faster on a quiet machine. Where one thread is faster for one
-example, and more for a batch, an ending has a number of threads for each.
+threads pay, or which of two runtimes of nearly one speed is the faster on a quiet machine. Where one ending is clearly faster
+for one example and another for a batch, the model gets both.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from quadriga.core.recipe import Recipe
+from quadriga.core.recipe import Recipe, step
 from quadriga.core.trial import Status, Trial
 from quadriga.measure.timings import Timings
 from quadriga.search.allocate import SAFE, Candidate
 from quadriga.search.space import Space
+from quadriga.stages.endings import CLEARLY, Steps, apart, bare, halves, joined, threaded, threadless
 from quadriga.stages.explore import Explorer
 from quadriga.stages.state import Study
-from quadriga.stages.threads import CLEARLY, Steps, bare, joined, parts, threaded
 from quadriga.stages.timing import timed
 
 SHARE, ALONE = 0.08, 0.15  # of the budget; the second where hardware is all that is searched
@@ -62,26 +62,41 @@ def heat(study: Study, explorer: Explorer, reserve: float) -> None:
 
 
 def field_of(space: Space, explorer: Explorer, leader: Candidate) -> list[Recipe]:
-    """The leader, and its network with the endings that were nearly as fast or faster wherever they were tried."""
-    front, own = parts(space, leader.recipe)
+    """The leader, and its network with the endings that were nearly as fast or faster wherever they were tried, or the
+    fastest of this network at one of the batch sizes."""
+    front, own = apart(space, leader.recipe)
     known = [c for c in explorer.candidates.values() if c.gain > 0 and not (c.scores and not _qualifies(explorer, c))]
     best: dict[str, float] = {}  # network → gain of its fastest ending
     for c in known:
-        network = Recipe(parts(space, c.recipe)[0]).hash
+        network = Recipe(apart(space, c.recipe)[0]).hash
         best[network] = max(best.get(network, 0.0), c.gain)
     merits: dict[tuple[str, ...], tuple[float, Steps]] = {}  # of endings that differ in fields alone, the fastest
     for c in known:
-        first, ending = parts(space, c.recipe)
+        first, ending = apart(space, c.recipe)
         merit, kind = c.gain - (leader.gain if first == front else best[Recipe(first).hash]), tuple(s.method for s in ending)
         if kind not in merits or merit > merits[kind][0]:
             merits[kind] = merit, ending
     near = sorted((m for m in merits.values() if m[0] > -math.log(NEAR)), key=lambda m: -m[0])
     found = {leader.recipe.hash: leader.recipe}
-    for ending in [own, *(e for _, e in near if e != own)][:ENDINGS]:
+    fast = [own, *(e for _, e in near if e != own)][:ENDINGS]
+    for ending in [*fast, *(e for e in _best_somewhere(space, explorer, front, known) if e not in fast)]:
         for recipe in (Recipe((*front, *e), leader.recipe.name) for e in threaded(ending)):
             if space.illegal(recipe) is None:
                 found.setdefault(recipe.hash, recipe)
     return list(found.values())
+
+
+def _best_somewhere(space: Space, explorer: Explorer, front: Steps, known: list[Candidate]) -> list[Steps]:
+    """The fastest ending of a network at each batch size; of the unchanged one eager PyTorch is one of them."""
+    study, tried = explorer.study, []
+    for c in known:
+        first, ending = apart(space, c.recipe)
+        if first == front and (cost := explorer.costs.get(space.cost_part(c.recipe).hash)) is not None:
+            tried.append((ending, cost.values))
+    if front == space.baseline.steps:
+        eager = [t for t in study.stage("tuned_eager") if t.ok]
+        tried += [((*bare(t.recipe.steps), step("eager")), t.values) for t in eager]
+    return [max(tried, key=lambda one: one[1][f"speed/{b}"])[0] for b in study.batches] if tried else []
 
 
 def _run(study: Study, explorer: Explorer, leader: Candidate, recipes: list[Recipe], reserve: float) -> list[Recipe]:
@@ -148,14 +163,20 @@ def _scored(study: Study, explorer: Explorer, candidate: Candidate, leader: Cand
 
 
 def _take_over(study: Study, explorer: Explorer, candidate: Candidate, rung: int) -> None:
-    """Its quality on val is that of the same network and ending on other threads, where that is known."""
-    mine = bare(study.space, candidate.recipe)
+    """Its quality on val is that of the same network and endings on other threads, where that is known: of two the worse."""
+    space, known = study.space, {}
     for trial in [t for t in study.stage("search") if t.ok and t.info["rung"] == rung]:
-        if bare(study.space, Recipe.from_plain(trial.info["template"])) == mine:
-            info = {**trial.info, "template": candidate.recipe.plain(), "as": trial.number}
-            exact = explorer.exact(candidate.recipe, rung)
-            study.add(replace(trial, number=len(study.trials), recipe=exact, info=info))
-            return explorer.remember(study.trials[-1])
+        known[threadless(space, Recipe.from_plain(trial.info["template"])).hash] = trial
+    found = [known.get(threadless(space, half).hash) for half in halves(space, candidate.recipe)]
+    same = [trial for trial in found if trial is not None]
+    if len(same) < len(found):
+        return
+    trial = min(same, key=lambda t: study.paired(t)[0])
+    size = sum(t.values["bytes"] for t in {t.number: t for t in same}.values())
+    info = {**trial.info, "template": candidate.recipe.plain(), "as": trial.number}
+    taken = replace(trial, number=len(study.trials), recipe=explorer.exact(candidate.recipe, rung), info=info)
+    study.add(replace(taken, values={**trial.values, "bytes": size}))
+    explorer.remember(study.trials[-1])
 
 
 def _qualifies(explorer: Explorer, candidate: Candidate) -> bool:

@@ -56,7 +56,7 @@ def on_gpu(setup: Setup) -> RuntimeSpec:
 
 def ends_on(setup: Setup) -> str:
     """Where PyTorch computes in this recipe: the device that was chosen so far, or will be."""
-    return "cpu" if {setup.runtime.device, setup.context.runtime.device} == {"cpu"} else "cuda"
+    return "cpu" if {setup.runtime.device, setup.ending.device} == {"cpu"} else "cuda"
 
 
 def compiler(device: str = "cpu") -> None:

@@ -45,7 +45,7 @@ class HalfWeights(Method):
             raise NotApplicable("the model's weights are not float32", "half_weights starts from float32 weights")
         if self.kind == "fp16" and any(bool((w.abs() > LARGEST).any()) for w in weights):
             raise NotApplicable(f"a weight is larger than {LARGEST:,.0f}, the largest number of float16", 'use kind = "bf16"')
-        if setup.context.runtime.by_torch:
+        if setup.ending.by_torch:
             native(self.kind, ends_on(setup))
         chosen = replace(setup.runtime, weights=self.kind)
         if "RUNTIME" in setup.traits:

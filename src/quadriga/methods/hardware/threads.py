@@ -16,8 +16,7 @@ class Threads(Method):
     """Pin the number of CPU threads. A small model is faster on one: waking a second costs more than it saves.
 
     Args:
-        count: from 1 to the machine's cores; 0 leaves it to the runtime.
-        single: for calls with one example, where more threads pay off for a larger batch alone; 0 for `count` there too.
+        count: from 1 to the machine's cores.
 
     Source: PyTorch, "CPU threading and TorchScript inference".
     """
@@ -28,17 +27,14 @@ class Threads(Method):
     search: ClassVar = {"count": (1, 2, 4)}
 
     count: int = 1
-    single: int = 0
 
     def __post_init__(self) -> None:
-        if min(self.count, self.single) < 0:
-            raise BadInput(f"threads(count={self.count}, single={self.single}) is negative", "give numbers of threads")
-        if not self.count and not self.single:
-            raise BadInput("threads.count is 0", "give a positive integer, or leave the step out")
+        if self.count < 1:
+            raise BadInput(f"threads.count is {self.count}", "give a positive integer, or leave the step out")
 
     def apply(self, setup: Setup) -> Setup:
         """Set the threads. NotApplicable on a machine with fewer cores, where they would take turns."""
         cores = os.cpu_count() or 1
-        if (most := max(self.count, self.single)) > cores:
-            raise NotApplicable(f"{most} threads on {cores} cores take turns", f"use at most {cores}")
-        return replace(setup, runtime=replace(setup.runtime, threads=self.count or None, single=self.single or None))
+        if self.count > cores:
+            raise NotApplicable(f"{self.count} threads on {cores} cores take turns", f"use at most {cores}")
+        return replace(setup, runtime=replace(setup.runtime, threads=self.count))

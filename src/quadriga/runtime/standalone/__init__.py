@@ -9,7 +9,7 @@ import ast
 from pathlib import Path
 
 from quadriga.runtime.standalone import cuda_graphs, executorch, folder, onnxruntime, opencl
-from quadriga.runtime.standalone.folder import FORMAT, PACKED, RUNTIMES, Damaged, check_files, inside, read_entry
+from quadriga.runtime.standalone.folder import FORMAT, PACKED, RUNTIMES, Damaged, check_files, inside, read_entry, runtimes
 from quadriga.runtime.standalone.main import load
 from quadriga.runtime.standalone.opencl import cl_device, from_cl, on_cl, to_cl
 from quadriga.runtime.standalone.openvino import openvino_request
@@ -19,7 +19,7 @@ from quadriga.runtime.standalone.trees import difference, flatten, rebuild
 __all__ = [
     "FORMAT", "PACKED", "RUNTIMES", "Damaged", "channels_last", "check_files", "cl_device", "cuda_graphs", "difference",
     "executorch", "flatten", "folder", "from_cl", "gpu_of", "inside", "load", "load_weights", "on_cl", "onnxruntime", "opencl",
-    "openvino_request", "read_entry", "rebuild", "source", "to_cl", "torch_settings", "unpack4",
+    "openvino_request", "read_entry", "rebuild", "runtimes", "source", "to_cl", "torch_settings", "unpack4",
 ]  # fmt: skip
 
 PARTS = {"eager": ("pytorch",), "inductor": ("pytorch",), "cuda_graphs": ("pytorch", "cuda_graphs")}
@@ -35,17 +35,17 @@ It reads only files of its own folder, by plain names. Errors name the damaged f
 '''
 
 
-def source(runtime: str) -> str:
-    """The text of `load.py` for a runtime.
+def source(*used: str) -> str:
+    """The text of `load.py` for runtimes.
 
     Args:
-        runtime: one of `RUNTIMES`.
+        used: keys of `RUNTIMES`.
 
     Example:
         >>> "def openvino_model(" in source("openvino"), "quadriga.runtime" in source("openvino")
         (True, False)
     """
-    names = ("trees", "folder", *PARTS.get(runtime, (runtime,)), "main")
+    names = dict.fromkeys(["trees", "folder", *(part for one in used for part in PARTS.get(one, (one,))), "main"])
     parts = [_part((HERE / f"{name}.py").read_text(encoding="utf-8")) for name in names]
     imports = sorted({line for found, _ in parts for line in found}, key=_place)
     head = "\n".join([TOLD, "from __future__ import annotations", "", *imports])

@@ -24,7 +24,7 @@ def cuda_graphs_model(folder: Path, entry: Mapping[str, Any], threads: int | Non
     torch_settings(entry["session"], threads)
     gpu = gpu_of(entry["session"])
     assert gpu is not None, "cuda_graphs is built for a GPU"
-    weights, forward, nhwc = load_weights(folder, entry, gpu), program(folder), entry["session"]["channels_last"]
+    weights, forward, nhwc = load_weights(folder, entry, gpu), program(folder, entry), entry["session"]["channels_last"]
     call = Replay(lambda leaves: list(forward(None, *weights, *leaves)), gpu, nhwc)
 
     def single(x: Tensor) -> Tensor:

@@ -41,12 +41,17 @@ def read_entry(folder: Path) -> dict[str, Any]:
     try:
         entry = json.loads(inside(folder, "runtime.json").read_text(encoding="utf-8"))
         entry = _packed_entry(folder, entry) if "packed" in entry else entry
-        format_, runtime = entry["format"], entry["runtime"]
+        format_, used = entry["format"], runtimes(entry)
     except (ValueError, TypeError, KeyError) as error:
         raise Damaged(f"runtime.json is damaged: {error!r}") from error
-    if format_ != FORMAT or runtime not in RUNTIMES:
-        raise Damaged(f"runtime.json has format {format_!r} and runtime {runtime!r}, which this load.py cannot run")
+    if format_ != FORMAT or not set(used) <= set(RUNTIMES):
+        raise Damaged(f"runtime.json has format {format_!r} and runtime {used[-1]!r}, which this load.py cannot run")
     return dict(entry)
+
+
+def runtimes(entry: Mapping[str, Any]) -> list[str]:
+    """The runtimes that execute it, without repetition: that for a batch of one first, where it has another."""
+    return list(dict.fromkeys([*([entry["alone"]["runtime"]] if "alone" in entry else []), entry["runtime"]]))
 
 
 def _packed_entry(folder: Path, short: Mapping[str, Any]) -> dict[str, Any]:

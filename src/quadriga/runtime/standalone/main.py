@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quadriga.runtime.standalone.folder import RUNTIMES, Damaged, check_files, inside, read_entry, unpacked
-from quadriga.runtime.standalone.trees import Tree, difference, flatten, rebuild
+from quadriga.runtime.standalone.folder import RUNTIMES, Damaged, check_files, inside, read_entry, runtimes, unpacked
+from quadriga.runtime.standalone.trees import Tree, difference, flatten, rebuild, single_tensor
 
 
 def load(folder: str | os.PathLike[str] | None = None, check: bool = True, threads: int | None = None) -> Callable[..., Tree]:
@@ -34,11 +34,28 @@ def load(folder: str | os.PathLike[str] | None = None, check: bool = True, threa
     model = unpacked(place, entry) if "packed" in entry else place
     read = {**entry, "files": entry["packed"]} if "packed" in entry else entry
     if threads is not None:
-        read = {**read, "threads": threads, "single": None}
-    run = RUNTIMES[entry["runtime"]](model, read, read["threads"])
+        read = {**read, "threads": threads, **({"alone": {**read["alone"], "threads": threads}} if "alone" in read else {})}
+    run = started(model, read)
     if check and (place / "probes.safetensors").exists():
         check_probes(place, entry, run)
     return run
+
+
+def started(folder: Path, entry: Mapping[str, Any]) -> Callable[..., Tree]:
+    """The model in its runtime; where a batch of one has a runtime of its own, both, and each call goes by its batch size."""
+    more = RUNTIMES[entry["runtime"]](folder, entry, entry["threads"])
+    if "alone" not in entry:
+        return more
+    one = RUNTIMES[entry["alone"]["runtime"]](folder, {**entry, **entry["alone"]}, entry["alone"]["threads"])
+
+    def single(x: Tree) -> Tree:
+        return one(x) if len(x) == 1 else more(x)
+
+    def run(tree: Tree = None, **named: Tree) -> Tree:
+        tree = named if tree is None else tree
+        return one(tree) if len(flatten(entry["inputs"], tree)[0]) == 1 else more(tree)
+
+    return single if single_tensor(entry) else run
 
 
 def check_probes(folder: Path, entry: Mapping[str, Any], run: Callable[..., Tree]) -> float:
@@ -70,7 +87,7 @@ def main(folder: str | None = None) -> int:
     probes = (
         "no probes" if worst is None else f"probe outputs within {worst:.2g} of the recorded (allowed {entry['tolerance']:g})"
     )
-    print(f"ok: {entry['runtime']}, {files} files as in manifest.json, {probes}")
+    print(f"ok: {' and '.join(runtimes(entry))}, {files} files as in manifest.json, {probes}")
     return 0
 
 

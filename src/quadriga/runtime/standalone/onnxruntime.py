@@ -14,24 +14,19 @@ from quadriga.runtime.standalone.trees import Tree, shaped, single_tensor
 
 
 def onnxruntime_model(folder: Path, entry: Mapping[str, Any], threads: int | None) -> Callable[..., Tree]:
-    """Run model.onnx with ONNX Runtime: threads do not spin, products are exactly what the file says.
-
-    Where one example has a number of threads of its own, there is a second session, with weights of its own.
-    """
+    """Run model.onnx with ONNX Runtime: threads do not spin, products are exactly what the file says."""
     session, plain = onnxruntime_session(folder, entry, threads)
-    most = alone = onnxruntime_call(session)
-    if entry.get("single"):
-        alone = onnxruntime_call(onnxruntime_session(folder, entry, entry["single"])[0])
+    run = onnxruntime_call(session)
     names, used = [o.name for o in session.get_outputs()], [i.name for i in session.get_inputs()]
     places = entry["names"] if set(used) <= set(entry["names"]) else used  # another's file has its own names: by place
     first, tensor = places[0], torch.from_numpy
 
     def single(x: Tensor) -> Tensor:  # the output is new memory in every call
-        return tensor((alone if len(x) == 1 else most)(names, {first: x.numpy(force=True)}, plain)[0])
+        return tensor(run(names, {first: x.numpy(force=True)}, plain)[0])
 
     def call(leaves: list[Tensor]) -> list[Tensor]:
         feed = {name: x.numpy(force=True) for name, x in zip(places, leaves, strict=True) if name in used}
-        return [torch.as_tensor(y) for y in (alone if len(leaves[0]) == 1 else most)(names, feed, plain)]
+        return [torch.as_tensor(y) for y in run(names, feed, plain)]
 
     return single if single_tensor(entry) and used == [first] else shaped(entry, call)
 

@@ -21,8 +21,7 @@ def openvino_model(folder: Path, entry: Mapping[str, Any], threads: int | None) 
     def request(batch: int) -> Any:
         key = batch if batch in entry["batches"] else None
         if key not in requests:
-            own = entry.get("single") if key == 1 else None
-            requests[key] = openvino_request(folder, entry, key, own or threads)
+            requests[key] = openvino_request(folder, entry, key, threads)
         return requests[key]
 
     def single(x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ def eager_model(folder: Path, entry: Mapping[str, Any], threads: int | None) -> 
     torch_settings(entry["session"], threads)
     gpu = gpu_of(entry["session"])
     weights = load_weights(folder, entry, gpu)
-    forward = program(folder)
+    forward = program(folder, entry)
     ready = channels_last if entry["session"]["channels_last"] else lambda x: x
 
     def single(x: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ def inductor_model(folder: Path, entry: Mapping[str, Any], threads: int | None) 
             if key not in compiled:
                 with inductor.patch(freezing=True), warnings.catch_warnings():  # both are read while it compiles
                     warnings.simplefilter("ignore")
-                    compiled[key] = torch.compile(Program(program(folder), weights).eval(), dynamic=key is None)
+                    compiled[key] = torch.compile(Program(program(folder, entry), weights).eval(), dynamic=key is None)
                     return list(compiled[key](*map(ready, leaves)))
             return list(compiled[key](*map(ready, leaves)))
 
@@ -96,9 +96,9 @@ def channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x
 
 
-def program(folder: Path) -> Callable[..., Any]:
+def program(folder: Path, entry: Mapping[str, Any]) -> Callable[..., Any]:
     """The function `forward` of program.py, made anew, so that each compilation has its own; a module, as dynamo asks."""
-    path = inside(folder, "program.py")
+    path = inside(folder, entry["files"][0])
     module = types.ModuleType(f"model_program_{next(_numbers)}")
     sys.modules[module.__name__] = module
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), module.__dict__)
@@ -112,7 +112,7 @@ def load_weights(folder: Path, entry: Mapping[str, Any], gpu: torch.device | Non
     """The program's weights in order, on a GPU if one is given; tied ones are one tensor, integers become float again."""
     from safetensors.torch import load_file
 
-    stored, four = load_file(inside(folder, "weights.safetensors")), entry.get("four", {})
+    stored, four = load_file(inside(folder, entry["files"][1])), entry.get("four", {})
     for name in entry["quantized"]:
         scale = stored.pop(name + ".scale")
         stored[name] = unpack4(stored[name], scale, four[name]) if name in four else stored[name].float() * scale
