@@ -25,7 +25,7 @@ def openvino_model(folder: Path, entry: Mapping[str, Any], threads: int | None) 
         return requests[key]
 
     def single(x: Tensor) -> Tensor:
-        ready = requests.get(len(x)) or request(len(x))
+        ready = requests.get(x.size(0)) or request(x.size(0))
         ready.infer({0: x.contiguous().numpy(force=True)}, share_inputs=True)
         return torch.from_numpy(ready.get_output_tensor(0).data.copy())  # its own memory: the next call writes there
 
