@@ -179,12 +179,12 @@ def test_the_quality_of_two_endings_is_that_of_the_worse(opened):
 
 
 def test_eager_is_in_the_heat_where_it_is_the_fastest_at_one_batch_size(opened, quiet, monkeypatch):
-    """Of the unchanged network, which a search would not propose as a candidate."""
+    """Or nearly so: beside other work it is timed worst. Of the unchanged network, which a search would not propose."""
     study, explorer = opened()
     leader = explorer.finalists()[0]
     assert "eager" not in {NAMES[r.hash] for r in heat.field_of(study.space, explorer, leader)}
     plain = study.stage("tuned_eager")[0]
-    monkeypatch.setitem(plain.values, f"speed/{study.batches[-1]}", 9.0)
+    monkeypatch.setitem(plain.values, f"speed/{study.batches[-1]}", 2.4)
     explorer = Explorer(study, 0.0)  # all gains are over eager
     found = {NAMES[r.hash] for r in heat.field_of(study.space, explorer, leader)}
     assert {"eager", "eager, 1 thread"} <= found

@@ -87,16 +87,24 @@ def field_of(space: Space, explorer: Explorer, leader: Candidate) -> list[Recipe
 
 
 def _best_somewhere(space: Space, explorer: Explorer, front: Steps, known: list[Candidate]) -> list[Steps]:
-    """The fastest ending of a network at each batch size; of the unchanged one eager PyTorch is one of them."""
-    study, tried = explorer.study, []
+    """The fastest ending of a network at each batch size, and of the unchanged one eager PyTorch, where it comes near.
+
+    Beside other work a GPT's decoding step of 32 examples, which copies much memory, was 0.8 times as fast in eager PyTorch as
+    in ONNX Runtime, and 1.4 times alone in its process.
+    """
+    study, tried, eager = explorer.study, [], []
     for c in known:
         first, ending = apart(space, c.recipe)
         if first == front and (cost := explorer.costs.get(space.cost_part(c.recipe).hash)) is not None:
             tried.append((ending, cost.values))
     if front == space.baseline.steps:
-        eager = [t for t in study.stage("tuned_eager") if t.ok]
-        tried += [((*bare(t.recipe.steps), step("eager")), t.values) for t in eager]
-    return [max(tried, key=lambda one: one[1][f"speed/{b}"])[0] for b in study.batches] if tried else []
+        eager = [((*bare(t.recipe.steps), step("eager")), t.values) for t in study.stage("tuned_eager") if t.ok]
+    found: list[Steps] = []
+    for key in [f"speed/{b}" for b in study.batches] if tried else []:
+        tried, eager = (sorted(group, key=lambda one: -one[1][key]) for group in (tried, eager))
+        near = [one for one in eager[:1] if one[1][key] * NEAR > tried[0][1][key]]
+        found += [ending for ending, _ in (tried[0], *near) if ending not in found]
+    return found
 
 
 def _run(study: Study, explorer: Explorer, leader: Candidate, recipes: list[Recipe], reserve: float) -> list[Recipe]:
