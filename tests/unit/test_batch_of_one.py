@@ -26,7 +26,7 @@ from quadriga.engine.walk import walk
 from quadriga.measure.quality import Scores
 from quadriga.methods import build
 from quadriga.runtime import standalone
-from quadriga.stages.conclude import Finalist, Judge
+from quadriga.stages.conclude import Finalist, Judge, _not_faster
 from quadriga.testing import tiny_mlp
 
 ORT, OV = RuntimeSpec("onnxruntime", threads=1), RuntimeSpec("openvino", threads=1)
@@ -239,3 +239,19 @@ def test_the_floor_has_to_hold_through_both(tmp_path, spoiled, holds):
     Judge(study)._judge_quality([finalist], scores)
     assert finalist.quality["holds"] == (not finalist.why_not) == holds
     assert finalist.quality["difference"] == pytest.approx(-0.5 if holds else -10)
+
+
+@pytest.mark.parametrize(
+    ("single", "batch", "expected"),
+    [
+        ((1.9, "faster"), (1.0, "equivalent"), ""),
+        ((1.9, "faster"), (0.98, "slower"), ""),  # by less than counts as a difference
+        ((1.9, "faster"), (0.8, "undecided"), ""),
+        ((1.9, "faster"), (0.7, "slower"), "slower than the unchanged model in eager PyTorch: 0.70 times as fast at batch 32"),
+        ((1.0, "equivalent"), (1.0, "equivalent"), "not shown to be faster"),
+        ((0.5, "slower"), (1.01, "undecided"), "not shown to be faster"),
+    ],
+)
+def test_what_is_as_fast_for_a_batch_and_faster_for_one_example_is_faster(single, batch, expected):
+    found = _not_faster({b: {"value": v, "verdict": w} for b, (v, w) in (("1", single), ("32", batch))})
+    assert expected in found and bool(found) == bool(expected)

@@ -12,6 +12,7 @@ from typing import Any
 from quadriga.core.recipe import Recipe, Step
 from quadriga.core.trial import Trial
 from quadriga.measure.quality import Scores
+from quadriga.measure.stats import EQUIVALENT
 from quadriga.measure.timings import Timings
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import fastest, lossless_trials
@@ -241,11 +242,10 @@ class Judge:
         objective, base = self.study.options.minimize, self.study.baseline.values
         assert finalist.trial is not None
         mine = finalist.trial.values
-        verdicts = [r["verdict"] for r in finalist.ratios.get("eager", {}).values()]
         if arm in timings.errors:
             finalist.why_not = f"it failed while it was timed: {timings.errors[arm]}"
-        elif objective == "latency" and ("faster" not in verdicts or "slower" in verdicts):
-            finalist.why_not = "it is not shown to be faster than the unchanged model in eager PyTorch"
+        elif objective == "latency" and (why := _not_faster(finalist.ratios.get("eager", {}))):
+            finalist.why_not = why
         elif objective in ("bytes", "parameters") and mine[objective] >= base[objective]:
             finalist.why_not = f"it has no fewer {objective} than the unchanged model"
         elif objective == "train_cost" and (finalist.training or {}).get("verdict") != "faster":
@@ -302,6 +302,15 @@ class Judge:
             for name in ("same_training", "from_scratch", "by_chance")
             if name in scores
         }
+
+
+def _not_faster(ratios: Mapping[str, Mapping[str, Any]]) -> str:
+    """Why a model does not count as faster than eager PyTorch: it has to be at one batch size, and at none clearly slower."""
+    if all(r["verdict"] != "faster" for r in ratios.values()):
+        return "it is not shown to be faster than the unchanged model in eager PyTorch"
+    slow = {b: r["value"] for b, r in ratios.items() if r["verdict"] == "slower" and r["value"] * EQUIVALENT < 1}
+    told = ", ".join(f"{value:.2f} times as fast at batch {b}" for b, value in slow.items())
+    return f"it is slower than the unchanged model in eager PyTorch: {told}" if slow else ""
 
 
 def _surely(found: Mapping[str, Any]) -> float:
