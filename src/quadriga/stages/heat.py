@@ -22,7 +22,7 @@ from quadriga.stages.explore import Explorer
 from quadriga.stages.state import Study
 from quadriga.stages.timing import timed
 
-SHARE, ALONE = 0.08, 0.15  # of the budget; the second where hardware is all that is searched
+SHARE, ALONE = 0.08, 0.18  # of the budget; the second where hardware is all that is searched
 SCORING = 0.04  # of the budget, from that: for the quality of what comes out fastest
 NEAR = 1.8  # times as slow as the leader, by the search's timing, and still in the heat
 ENDINGS = 3  # each with one thread and with as many as its runtime takes
@@ -111,7 +111,7 @@ def _run(study: Study, explorer: Explorer, leader: Candidate, recipes: list[Reci
     """Build and time them; those that were timed, whose costs are known to the explorer from then on."""
     study.say("search", f"timing {len(recipes)} endings of the best network alone")
     folders = {r.hash: _build(study, explorer, r) for r in recipes}
-    for trial in study.collect_all(reserve):
+    for trial in study.collect_all((study.budget.left + reserve) / 2):  # what is not built by then is not timed
         if trial.stage == "cost":
             explorer.costs[trial.recipe.hash] = trial
     study.forget()
