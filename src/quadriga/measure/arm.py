@@ -39,6 +39,8 @@ def load_folder(folder: str | Path) -> Run:
 def load_eager(arm: Mapping[str, Any], workload: Any = None) -> Run:
     """A workload's own model, or what a recipe makes of it, with a checkpoint's weights, as PyTorch runs it.
 
+    Memory stays with the process as with an artifact, so that neither is timed by how lucky its heap happens to lie.
+
     Args:
         arm: "workload": reference; "checkpoint": folder or None; "recipe": plain steps, optional; "seed", optional;
             "spec": fields of RuntimeSpec that differ from the defaults.
@@ -47,6 +49,7 @@ def load_eager(arm: Mapping[str, Any], workload: Any = None) -> Run:
     from quadriga import runtime, workloads
     from quadriga.core.slots import RuntimeSpec
 
+    runtime.standalone.keep_memory()
     workload = workload or workloads.load(arm["workload"])
     seed = arm.get("seed", 0)
     model = _rebuild(workload, arm["recipe"], seed) if arm.get("recipe") else workload.build(seed)

@@ -9,7 +9,17 @@ import ast
 from pathlib import Path
 
 from quadriga.runtime.standalone import cuda_graphs, executorch, folder, onnxruntime, opencl
-from quadriga.runtime.standalone.folder import FORMAT, PACKED, RUNTIMES, Damaged, check_files, inside, read_entry, runtimes
+from quadriga.runtime.standalone.folder import (
+    FORMAT,
+    PACKED,
+    RUNTIMES,
+    Damaged,
+    check_files,
+    inside,
+    keep_memory,
+    read_entry,
+    runtimes,
+)
 from quadriga.runtime.standalone.main import load
 from quadriga.runtime.standalone.opencl import cl_device, from_cl, on_cl, to_cl
 from quadriga.runtime.standalone.openvino import openvino_request
@@ -18,7 +28,7 @@ from quadriga.runtime.standalone.trees import difference, flatten, rebuild
 
 __all__ = [
     "FORMAT", "PACKED", "RUNTIMES", "Damaged", "channels_last", "check_files", "cl_device", "cuda_graphs", "difference",
-    "executorch", "flatten", "folder", "from_cl", "gpu_of", "inside", "load", "load_weights", "on_cl", "onnxruntime", "opencl",
+    "executorch", "flatten", "folder", "from_cl", "gpu_of", "inside", "keep_memory", "load", "load_weights", "on_cl", "onnxruntime", "opencl",
     "openvino_request", "read_entry", "rebuild", "runtimes", "source", "to_cl", "torch_settings", "unpack4",
 ]  # fmt: skip
 

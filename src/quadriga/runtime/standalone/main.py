@@ -8,7 +8,16 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quadriga.runtime.standalone.folder import RUNTIMES, Damaged, check_files, inside, read_entry, runtimes, unpacked
+from quadriga.runtime.standalone.folder import (
+    RUNTIMES,
+    Damaged,
+    check_files,
+    inside,
+    keep_memory,
+    read_entry,
+    runtimes,
+    unpacked,
+)
 from quadriga.runtime.standalone.trees import Tree, difference, flatten, rebuild, single_tensor
 
 
@@ -18,7 +27,8 @@ def load(folder: str | os.PathLike[str] | None = None, check: bool = True, threa
     Args:
         folder: where the files are; by default beside this file.
         check: compare the files with manifest.json and the outputs with probes.safetensors, where there are such files.
-        threads: of the CPU, in place of the recorded numbers; PyTorch's number holds for the whole process.
+        threads: of the CPU, in place of the recorded numbers; PyTorch's number holds for the whole process. So does that memory
+            which is freed stays with the process (`keep_memory`).
 
     Returns:
         inputs tree of tensors (batch first) → outputs tree of new tensors. A dict may be given as keywords.
@@ -43,6 +53,7 @@ def load(folder: str | os.PathLike[str] | None = None, check: bool = True, threa
 
 def started(folder: Path, entry: Mapping[str, Any]) -> Callable[..., Tree]:
     """The model in its runtime; where a batch of one has a runtime of its own, both, and each call goes by its batch size."""
+    keep_memory()
     more = RUNTIMES[entry["runtime"]](folder, entry, entry["threads"])
     if "alone" not in entry:
         return more
