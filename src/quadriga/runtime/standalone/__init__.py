@@ -28,8 +28,9 @@ from quadriga.runtime.standalone.trees import difference, flatten, rebuild
 
 __all__ = [
     "FORMAT", "PACKED", "RUNTIMES", "Damaged", "channels_last", "check_files", "cl_device", "cuda_graphs", "difference",
-    "executorch", "flatten", "folder", "from_cl", "gpu_of", "inside", "keep_memory", "load", "load_weights", "on_cl", "onnxruntime", "opencl",
-    "openvino_request", "read_entry", "rebuild", "runtimes", "source", "to_cl", "torch_settings", "unpack4",
+    "executorch", "flatten", "folder", "from_cl", "gpu_of", "inside", "keep_memory", "load", "load_weights", "on_cl",
+    "onnxruntime", "opencl", "openvino_request", "read_entry", "rebuild", "runtimes", "source", "to_cl", "torch_settings",
+    "unpack4",
 ]  # fmt: skip
 
 PARTS = {"eager": ("pytorch",), "inductor": ("pytorch",), "cuda_graphs": ("pytorch", "cuda_graphs")}
