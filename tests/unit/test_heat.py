@@ -183,6 +183,15 @@ def test_one_ending_for_one_example_and_another_for_a_batch(opened, quiet):
     assert [name for task, name in study.engine.done if task == "train"] == ["ort, then bf16"], "bf16 was not known"
 
 
+@pytest.mark.parametrize(("limit", "expected"), [(0.6, "ort, then bf16"), (0.4, "ort, either")])
+def test_two_endings_that_are_too_large_together_leave_the_place_to_others(opened, quiet, limit, expected):
+    """Each has 100 bytes, a quarter of the baseline's; two that differ in threads alone have 100 together, others 200."""
+    study, explorer = opened(limits={"bytes": limit})
+    quiet(**{"ort": (4.0, 4.0), "ort, all threads": (3.0, 6.0), "bf16, all threads": (2.0, 9.0)})
+    heat.heat(study, explorer, 0.0)
+    assert names(explorer)[0] == expected
+
+
 def test_the_quality_of_two_endings_is_that_of_the_worse(opened):
     study, explorer = opened(bad=("bf16",))
     explorer.train(explorer.candidates[RECIPES["bf16"].hash], explorer.allocator.top, 0.0, 0.0)

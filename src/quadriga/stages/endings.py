@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import permutations
 
 from quadriga.core.recipe import Recipe, Step, step
@@ -58,12 +58,15 @@ def halves(space: Space, recipe: Recipe) -> list[Recipe]:
     return [Recipe((*front, *ending[:at]), recipe.name), Recipe((*front, *ending[at + 1 :]), recipe.name)]
 
 
-def joined(space: Space, timed: Sequence[Timed]) -> list[Timed]:
+def joined(
+    space: Space, timed: Sequence[Timed], able: Callable[[Mapping[str, float]], bool] = lambda values: True
+) -> list[Timed]:
     """Recipes with one ending for one example and another for a batch, each clearly faster where it is used.
 
     Args:
         space: says what is legal.
         timed: recipes of one network, and what they cost.
+        able: whether costs are within the user's limits: two endings may have too many bytes together.
 
     Returns:
         at most `PAIRS` recipes that nobody has timed, the fastest first, with the costs of the two that each is made of.
@@ -76,6 +79,7 @@ def joined(space: Space, timed: Sequence[Timed]) -> list[Timed]:
     for one, more in permutations(timed, 2):
         if min(_gain(one, more, "speed/1"), _gain(more, one, most)) > CLEARLY and (recipe := _join(space, one[0], more[0])):
             made.append((recipe, _costs(space, one, more)))
+    made = [pair for pair in made if able(pair[1])]
     return sorted(made, key=lambda pair: -pair[1]["speed/1"] * pair[1][most])[:PAIRS]
 
 

@@ -18,7 +18,7 @@ from quadriga.measure.timings import Timings
 from quadriga.search.allocate import SAFE, Candidate
 from quadriga.search.space import Space
 from quadriga.stages.endings import CLEARLY, Steps, apart, bare, halves, joined, threaded, threadless
-from quadriga.stages.explore import Explorer
+from quadriga.stages.explore import Explorer, over_limit
 from quadriga.stages.state import Study
 from quadriga.stages.timing import timed
 
@@ -122,7 +122,8 @@ def _run(study: Study, explorer: Explorer, leader: Candidate, recipes: list[Reci
     timings = timed(study, arms, restarts=3, blocks=4, block_seconds=0.03, seed=2, budget=left)
     done = [r for r in recipes if r.hash in arms and r.hash not in timings.errors]
     done = [r for r in done if _note(study, explorer, leader, r, timings)]
-    both = joined(study.space, [(r, explorer.costs[study.space.cost_part(r).hash].values) for r in done])
+    known = [(r, explorer.costs[study.space.cost_part(r).hash].values) for r in done]
+    both = joined(study.space, known, lambda values: not over_limit(study, dict(values)))
     for recipe, values in both:
         _acknowledge(study, explorer, recipe, values)
     return [*done, *(r for r, _ in both)]
