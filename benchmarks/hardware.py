@@ -3,10 +3,10 @@
     QUADRIGA_DATA=shipped python benchmarks/hardware.py                   # goes on where the last call stopped; an hour
     python benchmarks/hardware.py --only lenet_fashion --restarts 4       # a part of it
 
-For each workload: `quadriga run --only hardware --minimize latency` searches with half a point, or half a percent, as floor.
-Then every row is realised from the same trained baseline and scored on the whole test split, in the runtime itself; so are the
-peers, made as their own documentation says (`hardware_peers.py`), each in its own environment. All are timed in turn, each arm
-in its own process, in two rounds: in the first all of them on one thread; in the second, which is what is quoted, eager PyTorch
+For each workload every row is realised from the same trained baseline and scored on the whole test split, in the runtime
+itself; so are the peers, made as their own documentation says (`hardware_peers.py`), each in its own environment. `quadriga run
+--only hardware --minimize latency` searches with half a point, or half a percent, as floor. All are timed in turn, each arm in
+its own process, in two rounds: in the first all of them on one thread; in the second, which is what is quoted, eager PyTorch
 as it is and at its best setting, the pick, all peers, and the five fastest rows within the floor, on one thread and on two.
 Ratios are of wall time with Student's 99 % interval over restarts, or, where a table says so, of processor time of one
 thread. "peak" is the part of the measured ceiling of that type's products which batch size 64 reaches. Rows that were refused

@@ -54,6 +54,8 @@ class Method(ABC):
         writes: further slots that it writes.
         control: fields with which the method stands for chance; a recipe that uses it is judged beside itself with these.
         trains: whether a hardware method acts on train steps, so that it has to stand before one.
+        common: whether what a hardware method sets is one for the whole artifact or process, so that it holds for both parts
+            of a recipe that `batch_of_one` divides.
         ranks: whether it says how several processes train together.
         shapes: whether a structure method changes the network, its shape or its weights, and not its training alone.
         requires, adds, removes: traits, open strings that state facts about the setup.
@@ -67,6 +69,7 @@ class Method(ABC):
     writes: ClassVar[frozenset[str]] = frozenset()
     control: ClassVar[Mapping[str, Any]] = {}
     trains: ClassVar[bool] = False
+    common: ClassVar[bool] = False
     ranks: ClassVar[bool] = False
     shapes: ClassVar[bool] = True
     requires: ClassVar[frozenset[str]] = frozenset()

@@ -359,7 +359,7 @@ def _name(walked: Walked) -> str | None:
 
 
 def _names(spec: RuntimeSpec) -> str:
-    return spec.name if spec.alone is None else f"{spec.alone.name} and {spec.name}"
+    return " and ".join(dict.fromkeys([*([spec.alone.name] if spec.alone else []), spec.name]))
 
 
 def _brief(error: BaseException) -> str:

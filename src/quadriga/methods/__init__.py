@@ -101,6 +101,7 @@ def card(method: type[Method]) -> dict[str, Any]:
         "search": {k: [_plain(v) for v in choices] for k, choices in method.search.items()},
         "shapes": method.shapes,
         "trains": method.trains,
+        "common": method.common,
         "control": dict(method.control),
         **{k: sorted(getattr(method, k)) for k in ("requires", "adds", "removes", "writes")},
     }

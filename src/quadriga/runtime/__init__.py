@@ -6,13 +6,10 @@ adding one touches its file and its part of `load.py` in `standalone/`.
 
 from __future__ import annotations
 
-import filecmp
 import importlib
 import json
-import os
 import pkgutil
 import shutil
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from functools import cache
@@ -30,7 +27,7 @@ from quadriga.core.files import atomic_write, write_json
 from quadriga.core.half import HALF, halved, in_float, in_half
 from quadriga.core.setup import Context
 from quadriga.core.slots import RuntimeSpec
-from quadriga.runtime import standalone
+from quadriga.runtime import _beside, standalone
 from quadriga.runtime._types import Built, Probe
 
 __all__ = ["Built", "Probe", "build", "open_built", "prepare", "probe"]
@@ -70,14 +67,15 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
         NotApplicable: the runtime is absent, cannot realise the specification, or the model cannot be exported;
             the reason names the line or the layer.
     """
-    for one in (spec, *([spec.alone] if spec.alone else [])):
-        _able(one)
+    _able(spec)
+    if spec.alone is not None:
+        _able(spec.alone)
+        _beside.same_process(spec, spec.alone)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     taken, entry = _written(model, spec, context, folder, sorted({b for b in batches if b > 1 or spec.alone is None}))
-    if spec.alone is not None:
-        _same_process(spec, spec.alone)
-        _add_alone(entry, _written_beside(model, spec.alone, context, folder))
+    if (one := spec.alone) is not None:
+        _beside.add(entry, folder, lambda there: _written(model, one, context, there, [1])[1])
     if spec.storage == "entropy":
         _store_packed(folder, entry)
     else:
@@ -85,8 +83,7 @@ def build(model: nn.Module, spec: RuntimeSpec, context: Context, folder: str | P
     atomic_write(folder / "load.py", standalone.source(*standalone.runtimes(entry)).encode())
     shutil.rmtree(folder / "__pycache__", ignore_errors=True)
     built = open_built(folder, spec)
-    if not entry.get("compiles"):
-        _check(model, built, taken)
+    _check(model, built, taken)
     return built
 
 
@@ -103,37 +100,6 @@ def _written(
         **_modules()[spec.name].write(taken, spec, folder, sizes),
     }  # fmt: skip
     return taken, entry
-
-
-def _written_beside(model: nn.Module, spec: RuntimeSpec, context: Context, folder: Path) -> dict[str, Any]:
-    """As `_written`, for a batch of one: files get names of their own, except those that are there with the same content."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".one-") as made:
-        _, entry = _written(model, spec, context, Path(made), [1])
-        names = {name: name if _equal(Path(made) / name, folder / name) else f"one-{name}" for name in entry["files"]}
-        for name, new in names.items():
-            os.replace(Path(made) / name, folder / new)
-    return {**entry, "files": list(names.values())}
-
-
-def _equal(new: Path, old: Path) -> bool:
-    return old.is_file() and filecmp.cmp(new, old, shallow=False)
-
-
-def _add_alone(entry: dict[str, Any], alone: dict[str, Any]) -> None:
-    """Put what runtime.json says of a batch of one into what it says of larger ones."""
-    own = {k: v for k, v in alone.items() if k not in ("format", "inputs", "names", "outputs", "rank", "needs", "tolerance")}
-    entry["files"] += [name for name in alone["files"] if name not in entry["files"]]
-    entry["needs"] += [package for package in alone["needs"] if package not in entry["needs"]]
-    entry |= {"tolerance": max(entry["tolerance"], alone["tolerance"]), "alone": own}
-
-
-def _same_process(more: RuntimeSpec, one: RuntimeSpec) -> None:
-    """Refuse two parts that set one thing of the process differently."""
-    if more.by_torch and one.by_torch and (more.threads, more.matmul) != (one.threads, one.matmul):
-        raise NotApplicable(
-            f"{one.name} and {more.name} share PyTorch's number of threads and precision of products",
-            "give both parts of batch_of_one the same",
-        )
 
 
 def _able(spec: RuntimeSpec) -> None:
@@ -167,13 +133,18 @@ def _store_packed(folder: Path, entry: dict[str, Any]) -> None:
 def _check(model: nn.Module, built: Built, taken: Any) -> None:
     """Run what was built on 1, 2 and the sizes of its entry: equal shapes and types, close values where nothing was quantized.
 
+    A part that would have to be compiled first is left out.
+
     Raises:
         NotApplicable: it fails or computes something else.
     """
-    run = built.run()
-    for batch in (1, 2, *built.entry.get("check", ())):
+    entry, run = built.entry, None
+    for batch in (1, 2, *entry.get("check", ())):
+        part = entry.get("alone", entry) if batch == 1 else entry
+        if part.get("compiles"):
+            continue
+        run, name = run or built.run(), part["runtime"]
         inputs = standalone.rebuild(taken.inputs, list(resize(taken.sample, batch)))
-        name = standalone.runtimes(built.entry)[0 if batch == 1 else -1]
         with evaluating(model), torch.no_grad():
             expected = tensors(call(model, inputs))
         try:

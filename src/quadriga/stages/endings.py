@@ -13,7 +13,6 @@ from quadriga.search.space import Space
 CLEARLY = 0.05  # gain, as a natural logarithm: less is not worth what one batch size loses for the other
 PAIRS = 3  # the fastest, of those that could be joined
 ONE, JOINT = step("threads", count=1), step("batch_of_one")
-BOTH = ("channels_last", "cuda", "entropy_storage", "matmul_backend")  # hold for both parts once the first one has them
 
 Steps = tuple[Step, ...]
 Timed = tuple[Recipe, Mapping[str, float]]  # with its costs, "speed/1" and others
@@ -90,7 +89,7 @@ def _gain(fast: Timed, slow: Timed, key: str) -> float:
 def _join(space: Space, one: Recipe, more: Recipe) -> Recipe | None:
     """Both endings in one recipe; None where they could not be in one process, or would not be what was timed."""
     (front, first), (_, second) = parts(space, one), parts(space, more)
-    shared = [s for s in first if s.method in BOTH]
+    shared = [s for s in first if space.cards[s.method]["common"]]
     torch = [bool(e) and RuntimeSpec(e[-1].method).by_torch for e in (first, second)]
     if torch[1] and (any(s not in second for s in shared) or (torch[0] and _threads(first) != _threads(second))):
         return None

@@ -101,9 +101,9 @@ def _best_somewhere(space: Space, explorer: Explorer, front: Steps, known: list[
         eager = [((*bare(t.recipe.steps), step("eager")), t.values) for t in study.stage("tuned_eager") if t.ok]
     found: list[Steps] = []
     for key in [f"speed/{b}" for b in study.batches] if tried else []:
-        tried, eager = (sorted(group, key=lambda one: -one[1][key]) for group in (tried, eager))
-        near = [one for one in eager[:1] if one[1][key] * NEAR > tried[0][1][key]]
-        found += [ending for ending, _ in (tried[0], *near) if ending not in found]
+        (ending, values), *_ = sorted(tried, key=lambda one: -one[1][key])
+        near = sorted((one for one in eager if one[1][key] * NEAR > values[key]), key=lambda one: -one[1][key])
+        found += [e for e in (ending, *(e for e, _ in near[:1])) if e not in found]
     return found
 
 

@@ -29,6 +29,7 @@ class ChannelsLast(Method):
     family = Family.HARDWARE
     numerics = Numerics.CLOSE
     trains = True
+    common = True
     source = "docs.pytorch.org/tutorials/intermediate/memory_format_tutorial.html"
     requires = frozenset({"IMAGES"})
 

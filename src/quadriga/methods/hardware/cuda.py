@@ -25,6 +25,7 @@ class CUDA(Method):
     family = Family.HARDWARE
     numerics = Numerics.CLOSE
     trains = True
+    common = True
     source = "docs.pytorch.org/docs/stable/notes/cuda.html"
     adds = frozenset({"CUDA"})
     name = "cuda"

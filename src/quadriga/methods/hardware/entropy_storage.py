@@ -22,6 +22,7 @@ class EntropyStorage(Method):
     """
 
     family = Family.HARDWARE
+    common = True
     numerics = Numerics.EXACT
     source = "arXiv:1311.2540"
     search: ClassVar = {}

@@ -26,6 +26,7 @@ class MatmulBackend(Method):
     family = Family.HARDWARE
     numerics = Numerics.CLOSE
     trains = True
+    common = True
     source = "docs.pytorch.org/docs/stable/generated/torch.set_float32_matmul_precision.html"
     search: ClassVar = {"precision": ("medium",)}
 

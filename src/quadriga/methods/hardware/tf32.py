@@ -30,6 +30,7 @@ class TF32(Method):
     family = Family.HARDWARE
     numerics = Numerics.CHANGED
     trains = True
+    common = True
     source = "docs.pytorch.org/docs/stable/notes/cuda.html"
     requires = frozenset({"CUDA"})
     name = "tf32"

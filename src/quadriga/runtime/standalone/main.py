@@ -27,8 +27,8 @@ def load(folder: str | os.PathLike[str] | None = None, check: bool = True, threa
     Args:
         folder: where the files are; by default beside this file.
         check: compare the files with manifest.json and the outputs with probes.safetensors, where there are such files.
-        threads: of the CPU, in place of the recorded numbers; PyTorch's number holds for the whole process. So does that memory
-            which is freed stays with the process (`keep_memory`).
+        threads: of the CPU, in place of the recorded numbers; PyTorch's number holds for the whole process. So does what
+            `keep_memory` sets: freed memory is kept for the next call.
 
     Returns:
         inputs tree of tensors (batch first) → outputs tree of new tensors. A dict may be given as keywords.
@@ -59,7 +59,7 @@ def started(folder: Path, entry: Mapping[str, Any]) -> Callable[..., Tree]:
         return more
     one = RUNTIMES[entry["alone"]["runtime"]](folder, {**entry, **entry["alone"]}, entry["alone"]["threads"])
 
-    def single(x: Tree) -> Tree:  # len() of a tensor takes a microsecond
+    def single(x: Tree) -> Tree:
         return one(x) if x.size(0) == 1 else more(x)
 
     def run(tree: Tree = None, **named: Tree) -> Tree:
