@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 from torch import nn
 
 from quadriga.core.batch import Tree, resize, tensors
+from quadriga.core.copies import copy_model, refuse_script, unwrapped
 from quadriga.core.data import Data, as_data
 from quadriga.core.errors import BadInput, did_you_mean
 from quadriga.core.metric import LOSSES, METRICS, Loss, Metric
@@ -91,8 +91,13 @@ class Workload:
         Raises:
             BadInput: the function does not return an `nn.Module`.
         """
+        return unwrapped(self.given(seed))
+
+    def given(self, seed: int = 0) -> nn.Module:
+        """As `build`, but for what `torch.compile` or `DataParallel` put around the model or its parts."""
         if isinstance(self.model, nn.Module):
-            return deepcopy(self.model)
+            refuse_script(self.model)
+            return copy_model(self.model)
         torch.manual_seed(seed)
         model = self.model()
         if not isinstance(model, nn.Module):
