@@ -15,7 +15,7 @@ from quadriga.core.batch import Tree, resize, tensors
 from quadriga.core.copies import copy_model, refuse_script, unwrapped
 from quadriga.core.data import Data, as_data
 from quadriga.core.errors import BadInput, did_you_mean
-from quadriga.core.metric import LOSSES, METRICS, Loss, Metric
+from quadriga.core.metric import LOSSES, METRICS, Loss, Metric, laid_out
 from quadriga.core.recipe import Recipe, step
 
 DEFAULT_TRAINING = Recipe((step("optimizer", kind="sgd", lr=0.1), step("train", epochs=10)), "baseline")
@@ -43,6 +43,8 @@ class Workload:
         reference: how another process finds this workload again: a name, or "file.py:function".
         data_note: which data this is, for every record.
         higher_is_better: direction of a metric given as a callable.
+        classes_dim: where outputs have scores of classes: 1 for [batch, classes, ...], as PyTorch's own losses want it, −1
+            for [batch, ..., classes]; None: told from the shapes of outputs and targets, where only one fits.
 
     Raises:
         BadInput: a split is empty or of a wrong type, or a name is unknown.
@@ -68,6 +70,7 @@ class Workload:
     reference: str | None = None
     data_note: Mapping[str, Any] = field(default_factory=dict)
     higher_is_better: bool = True
+    classes_dim: int | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # frozen: the given forms are made uniform once, here
@@ -82,8 +85,10 @@ class Workload:
             raise BadInput("there is no training data and the model is not marked as trained", "give train= or trained=True")
         if self.baseline is None:
             put(self, "baseline", Recipe(name="baseline") if self.trained else DEFAULT_TRAINING)
-        put(self, "metric", _metric(self.metric, self.higher_is_better))
-        put(self, "loss", _loss(self.loss))
+        if self.classes_dim not in (None, 1, -1):
+            raise BadInput(f"classes_dim is {self.classes_dim!r}", "give 1 for [n, classes, ...] or -1 for [n, ..., classes]")
+        put(self, "metric", laid_out(_metric(self.metric, self.higher_is_better), self.classes_dim))
+        put(self, "loss", laid_out(_loss(self.loss), self.classes_dim))
 
     def build(self, seed: int = 0) -> nn.Module:
         """A fresh copy of the model; the same seed gives the same weights. The given module is never touched.
