@@ -114,7 +114,7 @@ def _stateless(model: nn.Module, inputs: Tree, first: Tree) -> None:
     again = _fresh(model, inputs)
     for name, buffer in model.named_buffers():
         old, version, values = before.get(name, (None, 0, None))
-        if values is None or ((buffer is not old or buffer._version != version) and not same(buffer, values)):
+        if values is None or buffer is not old or buffer._version != version or not same(buffer, values):
             raise BadInput(f"the model changes its buffer {name} in eval mode", "change buffers only if self.training")
     if _gap(first, again) > _noise(model):
         one, two = (record(model, lambda: _fresh(model, inputs)) for _ in range(2))
