@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+# Eval mode would send nn.TransformerEncoder through fused kernels over nested tensors. They leave zeros at padded positions,
+# read packed weights that structure methods replace, and are in no export: models are called by their plain operations.
+torch.backends.mha.set_fastpath_enabled(False)
 
 Tree = Any  # a tensor, or a tuple, list or mapping of trees
 
@@ -87,8 +91,38 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
+class Fields(dict[str, Any]):
+    """A dict whose entries are attributes too, and are counted by whole numbers, as in a `ModelOutput`.
+
+    Example:
+        >>> output = Fields(loss=None, logits=3)
+        >>> output.logits, output["logits"], output[0]
+        (3, 3, 3)
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"the output has no {name}; it has {', '.join(map(str, self))}") from None
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, int) and key not in self:
+            return [v for v in self.values() if v is not None][key]
+        return super().__getitem__(key)
+
+
+def named(tree: Tree) -> Mapping[str, Any] | None:
+    """The entries of a mapping or a dataclass by name; None for another tree."""
+    if isinstance(tree, Mapping):
+        return tree
+    if is_dataclass(tree) and not isinstance(tree, type):
+        return Fields({f.name: getattr(tree, f.name) for f in fields(tree)})
+    return None
+
+
 def primary(output: Tree) -> Tensor:
-    """The tensor that losses and metrics read: the output itself, its `logits`, or its first tensor.
+    """The tensor that losses and metrics read: the output itself, its `logits`, or its first tensor with rows.
 
     Raises:
         TypeError: there is no tensor in it.
@@ -99,28 +133,65 @@ def primary(output: Tree) -> Tensor:
     """
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, Mapping):
-        if isinstance(output.get("logits"), Tensor):
-            return output["logits"]
-        output = tuple(output.values())
-    if isinstance(getattr(output, "logits", None), Tensor):
-        return output.logits
-    if isinstance(output, tuple | list):
-        for part in output:
-            if isinstance(part, Tensor):
-                return part
-    raise TypeError(f"the model returned {type(output).__name__}, which holds no tensor")
+    entries = named(output)
+    if entries is not None and isinstance(entries.get("logits"), Tensor):
+        return entries["logits"]  # type: ignore[no-any-return]
+    found = candidates(output)
+    if not found:
+        raise TypeError(f"the model returned {type(output).__name__}, which holds no tensor")
+    return next(iter(found.values()))
+
+
+def candidates(output: Tree) -> dict[str, Tensor]:
+    """The tensors on top of an output that may be its prediction, by name: those with rows, if any has.
+
+    Example:
+        >>> list(candidates({"loss": torch.tensor(1.0), "scores": torch.ones(2, 3)}))
+        ['scores']
+    """
+    entries = named(output)
+    if entries is None:
+        entries = {str(k): v for k, v in enumerate(output)} if isinstance(output, tuple | list) else {}
+    found = {str(k): v for k, v in entries.items() if isinstance(v, Tensor)}
+    return {k: v for k, v in found.items() if v.dim()} or found
 
 
 def tree_map(function: Callable[[Tensor], Any], tree: Tree) -> Tree:
-    """Apply to every tensor of a tree; other leaves stay. Mappings become dicts."""
+    """Apply to every tensor of a tree; other leaves stay. Mappings become dicts, those with attributes `Fields`."""
     if isinstance(tree, Tensor):
         return function(tree)
-    if isinstance(tree, Mapping):
-        return {k: tree_map(function, v) for k, v in tree.items()}
+    if (entries := named(tree)) is not None:
+        mapped = {k: tree_map(function, v) for k, v in entries.items()}
+        return mapped if type(tree) is dict else Fields(mapped)
     if isinstance(tree, tuple | list):
-        return tuple(tree_map(function, v) for v in tree)
+        parts = [tree_map(function, v) for v in tree]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
     return tree
+
+
+def storable(tree: Tree, left: list[str] | None = None, name: str = "") -> Tree:
+    """The tree with None for what no export can hold, such as a cache; tensors, numbers and strings stay.
+
+    Args:
+        left: gets the name and the type of each of them.
+        name: of the tree, for that.
+
+    Example:
+        >>> left = []
+        >>> storable({"logits": 1, "past": object()}, left), left
+        ({'logits': 1, 'past': None}, ['past (object)'])
+    """
+    if (entries := named(tree)) is not None:
+        kept = {k: storable(v, left, f"{name}.{k}" if name else str(k)) for k, v in entries.items()}
+        return kept if type(tree) is dict else Fields(kept)
+    if isinstance(tree, tuple | list):
+        parts = [storable(v, left, f"{name}[{k}]") for k, v in enumerate(tree)]
+        return type(tree)(*parts) if hasattr(tree, "_fields") else tuple(parts)
+    if tree is None or isinstance(tree, Tensor | bool | int | float | str):
+        return tree
+    if left is not None:
+        left.append(f"{name or 'output'} ({type(tree).__name__})")
+    return None
 
 
 def tensors(tree: Tree) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from typing import Any, TypeVar
 
 import torch
@@ -75,6 +75,26 @@ def unwrapped(model: nn.Module) -> nn.Module:
             if child is not None and (inner := inside(child)) is not child:
                 module._modules[key] = inner
     return model
+
+
+def without_cache(model: nn.Module) -> nn.Module:
+    """The model of `transformers` with `use_cache` off: nothing is generated here, and no export can return its cache.
+
+    Its configuration is a copy, so that the user's own stays.
+    """
+    own: dict[int, Any] = {}
+    for module in caches(model):
+        config: Any = module.config
+        if id(config) not in own:
+            own[id(config)] = copy(config)
+            own[id(config)].use_cache = False
+        module.config = own[id(config)]
+    return model
+
+
+def caches(model: nn.Module) -> list[nn.Module]:
+    """The modules whose configuration asks for a cache."""
+    return [m for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", False) is True]
 
 
 def wrappers(model: nn.Module) -> list[str]:

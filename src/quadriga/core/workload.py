@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from quadriga.core.batch import Tree, resize, tensors
-from quadriga.core.copies import copy_model, refuse_script, unwrapped
+from quadriga.core.copies import copy_model, refuse_script, unwrapped, without_cache
 from quadriga.core.data import Data, as_data
 from quadriga.core.errors import BadInput, did_you_mean
 from quadriga.core.metric import LOSSES, METRICS, Loss, Metric, laid_out
@@ -96,10 +96,10 @@ class Workload:
         Raises:
             BadInput: the function does not return an `nn.Module`.
         """
-        return unwrapped(self.given(seed))
+        return without_cache(unwrapped(self.given(seed)))
 
     def given(self, seed: int = 0) -> nn.Module:
-        """As `build`, but for what `torch.compile` or `DataParallel` put around the model or its parts."""
+        """As `build`, but with what `torch.compile` or `DataParallel` put around the model or its parts, and with a cache."""
         if isinstance(self.model, nn.Module):
             refuse_script(self.model)
             return copy_model(self.model)

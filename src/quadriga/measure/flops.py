@@ -37,7 +37,7 @@ def flops(model: nn.Module, inputs: Tree, batch: int | None = 1) -> int:
     """
     inputs = inputs if batch is None else resize(inputs, batch)
     counter = FlopCounterMode(display=False, custom_mapping=formulas())
-    with evaluating(model), _without_fast_path(), _frozen(model), torch.no_grad(), counter:
+    with evaluating(model), _frozen(model), torch.no_grad(), counter:
         call(model, inputs)
     return int(counter.get_total_flops())
 
@@ -71,14 +71,3 @@ def _frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """The fused kernel of nn.TransformerEncoderLayer hides its products from the counter."""
-    was = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(was)

@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, device_of, evaluating, tree_map
+from quadriga.core.batch import Batch, Fields, Tree, call, device_of, evaluating, storable, tree_map
 from quadriga.core.cuda import settle
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
 from quadriga.measure.scores import Array, Scores
 
-__all__ = ["Scores", "join", "score", "whole_value"]
+__all__ = ["Scores", "join", "rowwise", "score", "whole_value"]
 
 
 MORE = "check the metric on this example"
@@ -67,7 +67,7 @@ def _score_examples(metric: Metric, items: Iterator[Item]) -> Scores:
 def _score_whole(metric: Metric, items: Iterator[Item]) -> Scores:
     outputs, targets, predictions, total = [], [], [], 0.0
     for batch, output, seconds in items:
-        outputs.append(tree_map(lambda t: t.cpu(), output))
+        outputs.append(rowwise(output, len(batch)))
         targets.append(tree_map(lambda t: t.cpu(), batch.target))
         if metric.predict is not None and (p := metric.predict(output)).dim() == 1 and len(p) == len(batch):
             predictions.append(p.cpu().numpy().astype(np.int64))
@@ -113,10 +113,16 @@ def join(trees: list[Tree]) -> Tree:
             ) from error
     if isinstance(first, Mapping):
         joined = {k: join([t[k] for t in trees]) for k in first}
-        return joined if type(first) is dict else type(first)(**joined)
+        return joined if type(first) is dict else Fields(joined) if type(first) is Fields else type(first)(**joined)
     if isinstance(first, tuple | list):
-        return tuple(join(list(parts)) for parts in zip(*trees, strict=True))
+        parts = [join(list(part)) for part in zip(*trees, strict=True)]
+        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
     return first
+
+
+def rowwise(output: Tree, count: int) -> Tree:
+    """The part of an output, in main memory, that can be joined over batches: tensors of one row per example; else None."""
+    return tree_map(lambda t: t.cpu() if t.dim() and len(t) == count else None, storable(output))
 
 
 def _outputs(run: Callable[[Tree], Tree], data: Data, batch_size: int) -> Iterator[Item]:
@@ -127,6 +133,8 @@ def _outputs(run: Callable[[Tree], Tree], data: Data, batch_size: int) -> Iterat
         start = time.perf_counter()
         output = call(module, batch.inputs) if module is not None else run(batch.inputs)
         settle(output)
+        if type(output) is dict:  # from an artifact, of a model whose outputs have attributes too
+            output = Fields(output)
         yield batch, output, time.perf_counter() - start
 
 

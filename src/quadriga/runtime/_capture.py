@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, evaluating, tensors
+from quadriga.core.batch import Batch, Tree, call, evaluating, storable, tensors
 from quadriga.core.errors import NotApplicable
 from quadriga.core.half import HALF, halved, in_float, in_half
 from quadriga.core.quiet import quiet
@@ -81,8 +81,10 @@ def capture(model: nn.Module, context: Context, weights: str = "fp32") -> Captur
         context: gives the example and the calibration batches.
         weights: "bf16" or "fp16" traces a copy with such weights, between float32 inputs and outputs.
 
+    What it returns besides tensors, numbers and strings, such as a cache, is None in the outputs.
+
     Raises:
-        NotApplicable: it cannot be traced, its batch size is fixed, or it returns something other than tensors.
+        NotApplicable: it cannot be traced, its batch size is fixed, or it returns no tensor.
     """
     example = context.example
     leaves = tuple(t.detach() for t in tensors(example))
@@ -91,13 +93,8 @@ def capture(model: nn.Module, context: Context, weights: str = "fp32") -> Captur
     model = model if dtype is None else halved(model, dtype)
     flat = _Flat(model, inputs, dtype)
     with evaluating(model), torch.no_grad(), quiet():
-        output = _output(flat, model, leaves)
-        try:
-            outputs = describe(output)
-        except TypeError as error:
-            raise NotApplicable(
-                f"the model returns {error}, which cannot be stored", "return tensors (use_cache=False)"
-            ) from error
+        output = storable(_output(flat, model, leaves))
+        outputs = describe(output)
         found = tensors(output)
         if not found:
             raise NotApplicable("the model returns no tensor")

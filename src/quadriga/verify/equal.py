@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from quadriga.core.batch import Tree, resize
+from quadriga.core.batch import Tree, named, resize
 from quadriga.core.method import Numerics
 
 TOLERANCE = {"float64": 1e-10, "float32": 1e-4, "tf32": 5e-3, "float16": 1e-2, "bfloat16": 5e-2}
@@ -99,8 +99,8 @@ def _named(tree: Tree, name: str = "output") -> list[tuple[str, Tensor]]:
     """Every tensor of a tree under a readable name."""
     if isinstance(tree, Tensor):
         return [(name, tree.cpu())]
-    if isinstance(tree, Mapping):
-        return [pair for k, v in tree.items() for pair in _named(v, f"{name}.{k}")]
+    if (entries := named(tree)) is not None:
+        return [pair for k, v in entries.items() for pair in _named(v, f"{name}.{k}")]
     if isinstance(tree, tuple | list):
         return [pair for i, v in enumerate(tree) for pair in _named(v, f"{name}[{i}]")]
     return []

@@ -42,6 +42,7 @@ def well_behaved(model: nn.Module, inputs: Tree, notes: list[str]) -> None:
         _stateless(model, few, first)
         _certain(model, few, first)
         _by_rows(model, few, first, notes)
+        _plain_attention(model, few, first, notes)
 
 
 def _unwritten(model: nn.Module, inputs: Tree) -> Tree:
@@ -164,6 +165,20 @@ def _by_rows(model: nn.Module, inputs: Tree, whole: Tree, notes: list[str]) -> N
         raise BadInput(f"{text}, first in {_where(model, path)}", remedy)
     if found > NOISE * coarse * 10:
         notes.append(f"the output for an example changes by {found:.2g} of its magnitude with the others in its batch")
+
+
+def _plain_attention(model: nn.Module, inputs: Tree, first: Tree, notes: list[str]) -> None:
+    """A note where PyTorch's fused attention, which `core.batch` turns off, gives other outputs: zeros at padded positions."""
+    if not any(isinstance(m, nn.TransformerEncoder | nn.TransformerEncoderLayer) for m in model.modules()):
+        return
+    torch.backends.mha.set_fastpath_enabled(True)
+    try:
+        found = _gap(first, _fresh(model, inputs))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(False)
+    if found > _noise(model):
+        what = f"PyTorch's fused attention, which runs in eval mode only, gives outputs that are {found:.2g} apart"
+        notes.append(f"{what}, since padded positions are read: scored and exported without it, as trained")
 
 
 def _row_gap(whole: Tensor, alone: Tensor, count: int) -> float:

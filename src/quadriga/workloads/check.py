@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -11,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, primary, resize, tensors, tree_map
-from quadriga.core.copies import unwrapped, wrappers
+from quadriga.core.copies import caches, unwrapped, without_cache, wrappers
 from quadriga.core.errors import BadInput
 from quadriga.core.workload import Workload
 from quadriga.workloads.behaviour import only_read, refuse_writer, seeded, unwritten, well_behaved
 from quadriga.workloads.labels import labels, unseen
+from quadriga.workloads.outputs import predictions
 from quadriga.workloads.place import told
 from quadriga.workloads.scoring import metric_works
 from quadriga.workloads.splits import apart, finite, sample, take
@@ -72,7 +74,9 @@ def _build(workload: Workload, notes: list[str]) -> nn.Module:
         given = workload.given()
         if names := wrappers(given):
             notes.append(f"the model is wrapped by {' and '.join(names)}: what it wraps is measured and changed, as it is")
-        model = unwrapped(given)
+        if caches(given):
+            notes.append("use_cache of the model's configuration is turned off: no export returns a cache")
+        model = without_cache(unwrapped(given))
     except BadInput:
         raise
     except Exception as error:
@@ -92,6 +96,7 @@ def _outputs(model: nn.Module, workload: Workload, notes: list[str]) -> tuple[Tr
     for size in (2, 1, workload.batch_size):
         _forward(model, resize(batch.inputs, size), size)
     output = _forward(model, batch.inputs, count)
+    predictions(output, workload, notes)
     well_behaved(model, batch.inputs, notes)
     return output, batch
 
@@ -124,6 +129,9 @@ def _forward(model: nn.Module, inputs: Tree, size: int) -> Tree:
 def _advice(model: nn.Module, inputs: Tree, error: Exception) -> str:
     if "more than 1 value per channel when training" in str(error):
         return "let norms use running statistics in eval mode: track_running_stats=True, and no train() in a forward"
+    prepare = "prepare_decoder_input_ids_from_labels"
+    if isinstance(inputs, Mapping) and hasattr(model, prepare) and "decoder_input_ids" not in inputs:
+        return f"give decoder_input_ids beside the labels, as model.{prepare}(labels) makes them"
     return "match the model and the shape of the data"
 
 
