@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 from quadriga.core.errors import BadInput
@@ -134,6 +134,26 @@ def test_dropout_modules_and_rounding_are_not_random():
         assert check(made(wide)) == []
     finally:
         torch.set_num_threads(1)
+
+
+# layouts
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR:UserWarning")
+@pytest.mark.parametrize("layout", [Tensor.to_sparse, Tensor.to_sparse_csr])
+def test_sparse_tensors(layout):
+    class Graph(nn.Module):
+        def __init__(self, way_out):
+            super().__init__()
+            self.last, near = nn.Linear(6, 3), torch.eye(6)
+            self.register_buffer("near", near if way_out else layout(near))
+
+        def forward(self, x):
+            return self.last((self.near @ x.T).T)
+
+    refused(Graph(False), "near of the model is a tensor of the layout sparse", "t.to_dense()")
+    assert check(made(Graph(True))) == []
+    refused(nn.Linear(6, 3), "an input of val is a tensor of the layout sparse", val=(layout(X[300:600]), Y[300:600]))
 
 
 # memory

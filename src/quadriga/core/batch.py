@@ -91,7 +91,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
 
 
-class Fields(dict[str, Any]):
+class Fields(dict[Any, Any]):
     """A dict whose entries are attributes too, and are counted by whole numbers, as in a `ModelOutput`.
 
     Example:
@@ -135,7 +135,7 @@ def primary(output: Tree) -> Tensor:
         return output
     entries = named(output)
     if entries is not None and isinstance(entries.get("logits"), Tensor):
-        return entries["logits"]  # type: ignore[no-any-return]
+        return entries["logits"]
     found = candidates(output)
     if not found:
         raise TypeError(f"the model returned {type(output).__name__}, which holds no tensor")

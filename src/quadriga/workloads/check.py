@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, primary, resize, tensors, tree_map
 from quadriga.core.copies import caches, unwrapped, without_cache, wrappers
+from quadriga.core.data import TensorData
 from quadriga.core.errors import BadInput
 from quadriga.core.workload import Workload
 from quadriga.workloads.behaviour import only_read, refuse_writer, seeded, unwritten, well_behaved
 from quadriga.workloads.labels import labels, unseen
+from quadriga.workloads.layouts import dense, dense_model
 from quadriga.workloads.outputs import predictions
 from quadriga.workloads.place import told
 from quadriga.workloads.scoring import metric_works
@@ -41,9 +43,12 @@ def check(workload: Workload) -> list[str]:
     with seeded(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         notes = _sizes(workload)
+        for name, data in splits.items():
+            dense(f"an input of {name}", data.inputs if isinstance(data, TensorData) else ())
         samples = {name: sample(name, data) for name, data in splits.items()}
         for name, batch in samples.items():
             take(name, splits[name], torch.arange(min(2, len(splits[name]))))
+            dense(f"an input of {name}", batch.inputs)
             finite(name, batch)
         model = _build(workload, notes)
         output, batch = _outputs(model, workload, notes)
@@ -70,6 +75,8 @@ def _sizes(workload: Workload) -> list[str]:
 
 
 def _build(workload: Workload, notes: list[str]) -> nn.Module:
+    if isinstance(workload.model, nn.Module):
+        dense_model(workload.model)  # such a tensor cannot be copied either
     try:
         given = workload.given()
         if names := wrappers(given):
@@ -81,6 +88,7 @@ def _build(workload: Workload, notes: list[str]) -> nn.Module:
         raise
     except Exception as error:
         raise BadInput(f"the model cannot be built: {told(error)}", "correct it there") from error
+    dense_model(model)
     if workload.train is not None and not any(p.requires_grad for p in model.parameters()):
         count = len(list(model.parameters()))
         remedy = "set requires_grad, or give trained=True and no train data"
