@@ -320,3 +320,17 @@ def test_what_a_model_keeps_from_a_first_look_at_it_can_be_learned_from(tmp_path
     assert score(setup.model, workload.val, workload.metric).value >= 0
     assert timed([(setup.model, X[:2])], RuntimeSpec(), setup.context, tmp_path)[0] > 0
     assert fit(setup, workload.train, epochs=1, seed=0).samples > 0
+
+
+@pytest.mark.parametrize("out", [(4,), (4, 1)])
+def test_the_way_out_of_broadcasting_works(out):
+    """Outputs [n, 1] against targets [n], and the other way round."""
+
+    def model():
+        return nn.Sequential(nn.Linear(4, 1), *([] if len(out) == 2 else [nn.Flatten(0)]))
+
+    task = {"model": model, "loss": lambda o, t: (o - t).square().mean(), "metric": lambda o, t: -(o - t).square().flatten()}
+    wrong = {n: (x, x.sum(1) if len(out) == 2 else x.sum(1, keepdim=True)) for n, (x, _) in parts().items()}
+    shape = (-1, *out[1:])
+    expect_refused("broadcast", f"target.reshape({', '.join(map(str, shape))})", **task, **wrong)
+    assert check(made(**task, **{n: (x, y.reshape(shape)) for n, (x, y) in wrong.items()})) == []

@@ -1,5 +1,6 @@
 """Copies of models as people bring them, and what `torch.compile` and `DataParallel` put around them."""
 
+import threading
 import warnings
 
 import pytest
@@ -115,6 +116,32 @@ def test_remedies_for_layers_that_compute_their_weight():
     for k in (0, 2):
         nn.utils.parametrize.remove_parametrizations(model[k], "weight")
     assert computed(model) == ""
+
+
+class Locked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.lock, self.last = threading.Lock(), nn.Linear(6, 3)
+
+    def forward(self, x):
+        with self.lock:
+            return self.last(x)
+
+
+class Unlocked(Locked):
+    def __getstate__(self):
+        return {k: v for k, v in vars(self).items() if k != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+def test_what_cannot_be_copied_is_named():
+    for model, name in ((Locked(), "lock: "), (nn.Sequential(Locked()), "0.lock: ")):
+        with pytest.raises(BadInput, match=f"cannot be copied: {name}.*__getstate__"):
+            check(workload(model))
+    assert check(workload(Unlocked())) == []
 
 
 class Own(nn.Module):

@@ -12,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from quadriga.core.errors import BadInput
 
+COPYABLE = "leave it out in __getstate__ and make it anew in __setstate__, so that copy.deepcopy(model) works"
 Module = TypeVar("Module", bound=nn.Module)
 
 
@@ -20,6 +21,9 @@ def copy_model(model: Module) -> Module:
 
     `weight_norm`, `spectral_norm` and `prune` of `torch.nn.utils` keep a computed weight as a plain attribute, which autograd
     knows as a result and `deepcopy` refuses. The copy has its values; the next forward pass computes it again.
+
+    Raises:
+        BadInput: something in it cannot be copied, such as a lock.
 
     Example:
         >>> layer = torch.nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
@@ -30,7 +34,22 @@ def copy_model(model: Module) -> Module:
     for tensor in _results(model):
         with torch.no_grad():
             memo[id(tensor)] = tensor.detach().clone()
-    return deepcopy(model, memo)
+    try:
+        return deepcopy(model, memo)
+    except Exception as error:  # whatever an attribute's own copying raises
+        raise BadInput(f"the model cannot be copied: {_culprit(model, memo) or error}", COPYABLE) from error
+
+
+def _culprit(model: nn.Module, memo: dict[int, Any]) -> str:
+    """The attribute that cannot be copied, and why; "" if each can by itself."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            try:
+                if name not in ("_modules", "_parameters", "_buffers"):
+                    deepcopy(value, dict(memo))
+            except Exception as error:
+                return f"{path}.{name}: {error}".removeprefix(".")
+    return ""
 
 
 def _results(model: nn.Module) -> Iterator[Tensor]:

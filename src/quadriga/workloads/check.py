@@ -161,7 +161,7 @@ def _loss(model: nn.Module, workload: Workload) -> None:
         raise
     except UserWarning as error:
         problem = f"the loss broadcasts outputs and targets of different shapes: {str(error).split('. ')[0]}"
-        raise BadInput(problem, "give both the same shape, as with target.unsqueeze(1)") from error
+        raise BadInput(problem, _same_shape(output, batch.target)) from error
     except Exception as error:
         raise BadInput(
             f"the loss fails on the first batch of {name}: {told(error)}", "match outputs, targets and loss"
@@ -182,6 +182,13 @@ def _loss(model: nn.Module, workload: Workload) -> None:
     _broadcast(model, workload, name, batch)
 
 
+def _same_shape(output: Tree, target: Tree) -> str:
+    first = primary(output)
+    if not isinstance(target, Tensor) or target.numel() != first.numel():
+        return "give both the same shape"
+    return f"give both the same shape, as with target.reshape({', '.join(map(str, (-1, *first.shape[1:])))})"
+
+
 def _loss_of(workload: Workload, batch: Batch, output: Tree, target: Tree) -> Any:
     return workload.loss(output, replace(batch, target=target))
 
@@ -200,7 +207,7 @@ def _broadcast(model: nn.Module, workload: Workload, name: str, batch: Batch) ->
     allowed = [each] if joint.dim() else [each.mean(), each.sum()]
     if not any(torch.allclose(joint, a, rtol=1e-3, atol=1e-5) for a in allowed):
         problem = f"outputs {list(output.shape)} and targets {list(target.shape)} of {name} are broadcast in the loss"
-        raise BadInput(problem, "give both the same shape, as with target.unsqueeze(1)")
+        raise BadInput(problem, _same_shape(output, target))
 
 
 def _rows(batch: Batch, rows: slice) -> Batch:
