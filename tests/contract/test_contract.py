@@ -92,6 +92,16 @@ class OtherOutputs(Good):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Thaws(Good):
+    """Halve. Args: by: a divisor. Source: none."""
+
+    family = Family.STRUCTURE
+
+    def apply(self, setup):
+        return replace(setup, model=setup.model.requires_grad_(True))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Infinite(Good):
     """A loss that is infinite. Args: by: a divisor. Source: none."""
 
@@ -152,6 +162,7 @@ BROKEN = [
     (WritesModel, "check_input_unchanged", "changed the model"),
     (WritesRuntime, "check_slots", "does not own"),
     (OtherOutputs, "check_interface", "at batch 1"),
+    (Thaws, "check_frozen", "weights are learned"),
     (Infinite, "check_training_step", "inf"),
     (Unseeded, "check_deterministic", "unequal weights"),
     (Racing, "check_deterministic", "does not say so"),

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, primary, resize, tensors, tree_map
+from quadriga.core.batch import Batch, Tree, call, named, primary, resize, tensors, tree_map
 from quadriga.core.copies import caches, unwrapped, without_cache, wrappers
 from quadriga.core.data import TensorData
 from quadriga.core.errors import BadInput
@@ -81,9 +81,10 @@ def _build(workload: Workload, notes: list[str]) -> nn.Module:
         given = workload.given()
         if names := wrappers(given):
             notes.append(f"the model is wrapped by {' and '.join(names)}: what it wraps is measured and changed, as it is")
-        if caches(given):
+        model = unwrapped(given)
+        if caches(model) and _returns_cache(model, workload):
             notes.append("use_cache of the model's configuration is turned off: no export returns a cache")
-        model = without_cache(unwrapped(given))
+        model = without_cache(model)
     except BadInput:
         raise
     except Exception as error:
@@ -94,6 +95,15 @@ def _build(workload: Workload, notes: list[str]) -> nn.Module:
         remedy = "set requires_grad, or give trained=True and no train data"
         raise BadInput(f"the model has nothing to train: {count} parameters, none requires a gradient", remedy)
     return model
+
+
+def _returns_cache(model: nn.Module, workload: Workload) -> bool:
+    try:
+        with torch.no_grad():
+            entries = named(call(model.eval(), workload.inputs(1)))
+    except Exception:  # what is wrong with it is found, and said, later
+        return False
+    return entries is not None and entries.get("past_key_values") is not None
 
 
 def _outputs(model: nn.Module, workload: Workload, notes: list[str]) -> tuple[Tree, Batch]:
