@@ -229,6 +229,31 @@ def test_examples_that_depend_on_each_other():
     assert check(made(Net(Centring(way_out=True)))) == []
 
 
+def test_a_little_of_the_others_is_noted():
+    """As of scales of activations that are taken over a batch."""
+
+    class Slightly(nn.Module):
+        def forward(self, h):
+            return h + 0.02 * h.mean(0)
+
+    (note,) = check(made(Net(Slightly())))
+    assert "with the others in its batch" in note
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_no_mixing(dtype):
+    class Half(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.net = nn.Sequential(nn.Linear(6, 300), nn.ReLU(), nn.Linear(300, 3)).to(dtype)
+
+        def forward(self, x):
+            return self.net(x.to(dtype)).float()
+
+    assert check(made(Half(), train=None, trained=True)) == []
+
+
 def test_batch_statistics_in_eval_mode():
     norm = nn.BatchNorm1d(8, track_running_stats=False)
     refused(Net(norm), "fails on inputs [1, 6]", "track_running_stats=True")  # one value has no variance

@@ -19,7 +19,8 @@ from quadriga.workloads.calls import Watch, apart, differing, record, same
 EXAMPLES = 8
 NOISE = 1e-4  # of the magnitude: what another order of float32 sums may change
 COARSE = 5e-2  # as NOISE, where products are taken in half precision or in integers
-MIXED = 1e-2  # of the magnitude: by so much another example of the batch changes an output, and no rounding does
+SHIFTED = 1e-3  # of the magnitude: a change of this size by the other examples of the batch is worth a note
+MIXED = 5e-2  # of the magnitude: a change by more is no rounding, not even of half precision inside of a forward
 COPIED = 2**28  # bytes of tensors that are copied to see whether somebody writes into them
 STEADY = "let outputs depend on inputs and weights alone, if not self.training"
 
@@ -154,16 +155,16 @@ def _by_rows(model: nn.Module, inputs: Tree, whole: Tree, notes: list[str]) -> N
     alone = tree_map(lambda t: t[:1], inputs)
     pairs = zip(tensors(whole), tensors(_fresh(model, alone)), strict=True)
     found = max((_row_gap(a, b, count) for a, b in pairs), default=0.0)
-    coarse = _noise(model) / NOISE
-    if found > MIXED * coarse:
+    limit = max(MIXED, 4 * _noise(model))
+    if found > limit:
         calls = record(model, lambda: _fresh(model, inputs)), record(model, lambda: _fresh(model, alone))
-        path = differing(*calls, MIXED * coarse, rows=1)
+        path = differing(*calls, limit, rows=1)
         remedy = "let each example be computed by itself, if not self.training"
         if path and isinstance(model.get_submodule(path), _NormBase):
             remedy = "let it use running statistics in eval mode: track_running_stats=True"
         text = f"the output for an example depends on the others in its batch, by {found:.2g} of its magnitude"
         raise BadInput(f"{text}, first in {_where(model, path)}", remedy)
-    if found > NOISE * coarse * 10:
+    if found > max(SHIFTED, 2 * _noise(model)):
         notes.append(f"the output for an example changes by {found:.2g} of its magnitude with the others in its batch")
 
 
