@@ -31,6 +31,7 @@ from quadriga.engine.walk import Walked, walk
 from quadriga.measure.arm import load_folder
 from quadriga.measure.ceilings import Ceilings, ceilings
 from quadriga.measure.flops import flops as forward_flops
+from quadriga.measure.guess import guess
 from quadriga.measure.latency import paired
 from quadriga.measure.machine import fingerprint
 from quadriga.measure.quality import Scores, score
@@ -192,9 +193,18 @@ class Desk:
         sizes = {"bytes": float(size), "parameters": float(parameters(model))}
         values = {"quality": scores["quality"], **sizes, **self._training_cost(walked)}
         kept = {"checkpoint": _name(walked), "decisions": list(walked.decisions), "notes": list(walked.notes)}
+        if args.get("guess"):
+            kept["guess"] = self._guess(run, scores["path"])
         if walked.staleness:
             kept["staleness"] = list(walked.staleness)
         return {"values": values, "info": {"scores": scores["path"], **kept}}
+
+    def _guess(self, run: Run, scores: str) -> dict[str, Any] | None:
+        """What guessing reaches on val, and whether the model is better, whose scores are in a file."""
+        metric = self.workload.metric
+        assert isinstance(metric, Metric), "a workload replaces names when it is made"
+        found = guess(run, self.workload.val, metric, Scores.load(self.folder / scores))
+        return found and found.plain()
 
     def _training_cost(self, walked: Walked) -> dict[str, float]:
         """Samples, seconds, and FLOPs: forward and backward of the finished network are three forward passes a sample."""
@@ -274,6 +284,13 @@ class Desk:
         epochs = sum(s.fields.get("epochs", 10) for s in recipe.steps if s.is_train)
         whole = outcome.seconds / outcome.samples * epochs * len(self.workload.train)
         return {"values": {"seconds": whole, "step": outcome.seconds / outcome.steps}}
+
+    def _export(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Export the untrained model for the runtime that asks least of it; refused, there is none that could run it."""
+        setup, folder = self._probe(recipe).setup, self.folder / "built" / f"export-{args['hash']}"
+        self._scrap.append(folder)
+        runtime.build(setup.model.eval(), RuntimeSpec(), setup.context, folder, (1, self.workload.batch_size))
+        return {"values": {}}
 
     def _build(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Realise an untrained recipe in a folder that stays, for timing."""
