@@ -137,7 +137,7 @@ def test_the_budget_stops_restarts_but_leaves_four_or_three_when_it_is_spent(tmp
         world = World({"a": 0.01, "b": 0.01})
         timings = world.time(two, folder=tmp_path, restarts=12, budget=budget)
         assert (timings.restarts, timings.planned) == (restarts, 12)
-        assert restarts == 4 or world.now <= budget
+        assert restarts <= 4 or world.now <= budget
 
 
 def test_timings_as_plain_data(tmp_path):

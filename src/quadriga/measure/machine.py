@@ -51,6 +51,14 @@ def fingerprint(of: Mapping[str, Any] | None = None) -> str:
     return hashlib.sha256(json.dumps(kind).encode()).hexdigest()[:8]
 
 
+def load() -> float | None:
+    """How many processes wanted a core in the last minute, per core; None where unknown. Above 1, timings are noisy."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return None
+
+
 class Busy(NamedTuple):
     """What all cores have done since the machine started, in seconds of one core: at work for anyone, and in all."""
 

@@ -170,6 +170,7 @@ class Records(TypedDict):
     environment: dict[str, Any]
     seeds: list[int]
     splits_opened: list[dict[str, Any]]  # split, when, by
+    timing: dict[str, Any]  # of the verification: restarts, planned, others (share of the cores that others took, a restart)
 
 
 def empty_result(status: str, workload: str = "") -> dict[str, Any]:
@@ -192,7 +193,7 @@ def empty_result(status: str, workload: str = "") -> dict[str, Any]:
 
 
 _TABLES = ("trials", "pareto", "ablation", "opponents", "refused", "not_allowed", "notes", "seeds", "splits_opened")
-_FACTS = ("workload", "baseline", "floor", "budget", "profile", "environment")
+_FACTS = ("workload", "baseline", "floor", "budget", "profile", "environment", "timing")
 
 
 def complete(records: Mapping[str, Any]) -> dict[str, Any]:

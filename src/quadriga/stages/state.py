@@ -31,6 +31,18 @@ OBJECTIVES = ("latency", "bytes", "parameters", "train_cost")
 Progress = Callable[[Mapping[str, Any]], None]
 
 
+class NothingToFind(Exception):
+    """No recipe can end in an artifact, so the study ends before it has begun.
+
+    Args:
+        reason, remedy: as of the refusal.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.reason, self.remedy = reason, remedy
+
+
 @dataclass(frozen=True)
 class Options:
     """What the user asked for.
@@ -194,6 +206,11 @@ class Study:
     def workers(self) -> int:
         """How many orders the engine runs at once."""
         return self.engine.resources().workers
+
+    @property
+    def startup(self) -> float:
+        """Seconds that a fresh process takes until PyTorch and the workload are in its memory."""
+        return self.engine.resources().startup
 
     @property
     def running(self) -> int:
