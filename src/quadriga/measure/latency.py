@@ -50,6 +50,7 @@ def paired(
     seed: int = 0,
     timeout: float = 300.0,
     look: Callable[[], Busy] = busy,
+    told: Callable[[str], None] = lambda text: None,
 ) -> Timings:
     """Time arms against each other so that they do not disturb each other.
 
@@ -71,6 +72,7 @@ def paired(
         seed: of the order.
         timeout: seconds that an arm may take to answer; then it is killed.
         look: what the machine's cores have done so far; it tells what others did meanwhile.
+        told: called with a line for people before each restart.
 
     Returns:
         Timings; an arm that crashed or hung has an entry in `errors`, and the others went on.
@@ -83,6 +85,7 @@ def paired(
         began, alive = clock(), [name for name in specs if name not in session.timings.errors]
         if not alive or (budget is not None and _over(number, began - start, longest, budget)):
             break
+        told(f"restart {number + 1} of {restarts}")
         order.shuffle(alive)
         session.restart({name: specs[name] for name in alive})
         longest = max(longest, clock() - began)

@@ -141,6 +141,7 @@ class Ablator:
         study = self.study
         if not variants or study.budget.left < self.reserve + 10:
             return {}
+        study.say("ablation", f"building the winner without each of {len(variants)} steps, to time them in turn")
         folders = {"whole": self._build(self.candidate.recipe)}
         folders.update({str(i): self._build(t) for i, t in variants.items() if study.space.illegal(t) is None})
         study.collect_all(self.reserve)
@@ -159,6 +160,7 @@ class Ablator:
     def _round(self, arms: dict[str, dict[str, str]], restarts: int) -> Timings:
         study = self.study
         left = max(5.0, study.budget.left - self.reserve)
+        study.say("ablation", f"timing {len(arms)} arms in turn, each in its own process (at most {left:.0f} s)")
         return timed(study, arms, restarts=restarts, blocks=6, block_seconds=0.02, budget=left)
 
     def _build(self, template: Recipe) -> Path:

@@ -167,6 +167,7 @@ class Judge:
         if len(names) < 2 or self.study.short or self.study.budget.left < 60:
             return arms
         few = {n: arms[n] for n in names}
+        self.study.say("verification", f"timing {len(few)} lossless exports in turn, to find the strongest")
         timings = timed(self.study, few, restarts=2, blocks=4, block_seconds=0.03, seed=1)
         keep = set()
         for batch in self.study.batches:

@@ -37,7 +37,7 @@ def timed(study: Study, arms: Mapping[str, Mapping[str, Any]], **how: Any) -> Ti
     """
     if study.engine.resources().here:
         inputs = {batch: study.workload.inputs(batch) for batch in study.batches}
-        return paired(arms, inputs, folder=study.folder / "timing", **how)
+        return paired(arms, inputs, folder=study.folder / "timing", told=study.add_word, **how)
     limit = how.get("budget") or max(5.0, study.budget.left)
     study.submit("timing", "timings", Recipe(), limit=limit + EXTRA, args={"arms": dict(arms), "how": how})
     done = [t for t in study.collect_all(0.0) if t.stage == "timing"]
