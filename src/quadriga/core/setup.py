@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, evaluating, primary
+from quadriga.core.batch import Batch, Tree, call, copied, evaluating, primary
 from quadriga.core.data import Data
 from quadriga.core.metric import Metric
 from quadriga.core.slots import OptimizerSlot, RuntimeSpec, Training
@@ -24,9 +24,48 @@ def undecided(key: str, compute: Callable[[], Any]) -> Any:
     return compute()
 
 
+class Kept(Sequence[Batch]):
+    """Batches that are given out again and again, each time as a copy: whoever writes into one changes none of the others.
+
+    Example:
+        >>> kept = Kept([Batch(torch.zeros(2), None, torch.arange(2))])
+        >>> kept[0].inputs.add_(1).tolist(), kept[0].inputs.tolist()
+        ([1.0, 1.0], [0.0, 0.0])
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches._batches if isinstance(batches, Kept) else tuple(batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, place: int) -> Batch: ...
+    @overload
+    def __getitem__(self, place: slice) -> Kept: ...
+    def __getitem__(self, place: int | slice) -> Batch | Kept:
+        found = self._batches[place]
+        return copied(found) if isinstance(found, Batch) else Kept(found)
+
+
+class Lent:
+    """A field of a frozen dataclass that is read as a copy."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Tree:
+        if instance is None:
+            raise AttributeError(self.name)  # so that the field has no default
+        return copied(vars(instance)[self.name])
+
+    def __set__(self, instance: Any, value: Tree) -> None:
+        vars(instance)[self.name] = value
+
+
 @dataclass(frozen=True)
 class Context:
-    """What a method may look at.
+    """What a method may look at. Tensors of `example` and `calibration` are copies each time, which a model may write into.
 
     Args:
         example: two examples' inputs.
@@ -51,8 +90,8 @@ class Context:
             pickled. None where nothing can, and what a worker needs has to be sent.
     """
 
-    example: Tree
-    calibration: tuple[Batch, ...]
+    example: Tree = Lent()
+    calibration: Sequence[Batch]
     metric: Metric
     seed: int = 0
     teacher: nn.Module | None = None
@@ -68,6 +107,9 @@ class Context:
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     decide: Callable[[str, Callable[[], Any]], Any] = undecided
     again: Callable[[], tuple[Setup, Data]] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "calibration", Kept(self.calibration))
 
 
 @dataclass(frozen=True)
@@ -100,7 +142,7 @@ class Setup:
         model = workload.build(seed) if model is None else model
         source = workload.calibration_source
         count = min(len(source), 512)
-        calibration = tuple(source.batch(i) for i in torch.arange(count).split(workload.batch_size))
+        calibration = Kept(source.fixed(i) for i in torch.arange(count).split(workload.batch_size))
         classes = class_count(model, workload)
         assert isinstance(workload.metric, Metric), "a workload replaces names when it is made"
         facts = {

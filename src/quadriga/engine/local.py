@@ -196,8 +196,8 @@ class Inline:
 
     def wait(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
         """Run the oldest order to its end; the caller's threads, precision and random generators stay as they were."""
+        from quadriga.core import rng
         from quadriga.core.slots import RuntimeSpec
-        from quadriga.train import rng
         from quadriga.train.step import settings
 
         if not self._orders:

@@ -333,7 +333,8 @@ class Desk:
         walked = self._walk(recipe, args)
         setup = walked.setup
         built = runtime.open_built(self.folder / args["folder"], setup.runtime) if args.get("folder") else None
-        probes = self.workload.calibration_source.batch(torch.arange(min(64, len(self.workload.calibration_source)))).inputs
+        source = self.workload.calibration_source
+        probes = source.fixed(torch.arange(min(64, len(source)))).inputs
         folder = artifact.write(
             self.folder / "artifact", setup.model.eval(), setup.runtime, setup.context, recipe=recipe, built=built,
             evidence=args["evidence"], probes_inputs=probes, batches=args["batches"], card=args.get("card"),
