@@ -95,7 +95,7 @@ def test_nan_behind_a_loader():
         (Y.int(), ("labels of train are int32", "cross_entropy needs int64", "labels.long()")),
         (Y.float(), ("labels of train are float32", "int64")),
         (Y.bool(), ("labels of train are bool", "int64")),
-        (Y[:, None], ("shape [300, 1]", "labels.squeeze(1)")),
+        (Y[:, None], ("train: the labels have the shape [n, 1]", "the outputs [n, 3]", "labels.squeeze(1)")),
         (Y + 1, ("100 labels of train are outside 0..2", "first 3 at example 2", "3 outputs")),
         (Y - 1, ("100 labels of train are outside 0..2", "first -1 at example 0")),
     ],

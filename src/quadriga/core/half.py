@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Tree, tensors, tree_map
+from quadriga.core.copies import copy_model
 from quadriga.core.norms import NORMS
 
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -36,7 +35,7 @@ def halved(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         >>> net[0].weight.dtype, net[1].weight.dtype
         (torch.bfloat16, torch.float32)
     """
-    model = deepcopy(model)
+    model = copy_model(model)
     for module in model.modules():
         if isinstance(module, NORMS):  # their kernels take float32 statistics
             continue

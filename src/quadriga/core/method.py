@@ -160,7 +160,7 @@ REMEDIES = {
     "FLOAT_WEIGHTS": "put it before quantization",
     "TEACHER": "the trained baseline serves as teacher; the workload has none",
     "PER_EXAMPLE_LOSS": "let the loss return one value per example",
-    "LOGITS": "it needs logits [batch, ..., classes] and integer targets [batch, ...]",
+    "LOGITS": "it needs scores of classes and integer targets [batch, ...]; give classes_dim where shapes do not tell",
     "CUDA": "put the step cuda before it, on a machine with an NVIDIA GPU",
     "CLASSES": "it needs class logits [batch, classes] and integer targets [batch]",
     "TOKENS": "it needs token numbers, int64 [batch, length]",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from quadriga.core.batch import Batch, Tree, primary
+from quadriga.core.classes import class_dim
 from quadriga.core.errors import BadInput
 
 Loss = Callable[[Tree, Batch], Tensor]  # (output, batch) -> [batch] losses, or a scalar
@@ -81,18 +82,55 @@ class Floor:
         return f"{-self.amount:+g}{'%rel' if self.relative else 'pt'}"
 
 
-def cross_entropy(output: Tree, batch: Batch) -> Tensor:
+@dataclass(frozen=True)
+class CrossEntropy:
     """Cross-entropy per example [batch], in nats.
 
     Logits [batch, classes] with targets [batch] int64 or [batch, classes] float (soft); or logits
-    [batch, positions, classes] with [batch, positions] int64, averaged over positions (−100 is ignored).
+    [batch, classes, positions…] or [batch, positions…, classes] with [batch, positions…] int64, or soft ones of the logits'
+    shape, averaged over positions (−100 is ignored).
+
+    Args:
+        classes_dim: 1 or −1, the dimension of the classes; None: told from the shapes.
+
+    Raises:
+        BadInput: the shapes do not fit, or fit both ways and `classes_dim` is None.
     """
-    logits, target = primary(output), batch.target
-    if logits.dim() <= 2:
-        return functional.cross_entropy(logits, target, reduction="none")
-    losses = functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
-    valid = (target != -100).to(losses.dtype)
-    return (losses * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)
+
+    classes_dim: int | None = None
+
+    def __call__(self, output: Tree, batch: Batch) -> Tensor:
+        logits, target = primary(output), batch.target
+        if logits.dim() <= 2:
+            return functional.cross_entropy(logits, target, reduction="none")
+        losses, valid = nats(logits, target, self.classes_dim)
+        return (losses * valid).flatten(1).sum(1) / valid.flatten(1).sum(1).clamp_min(1)
+
+
+cross_entropy = CrossEntropy()
+
+
+def nats(logits: Tensor, target: Tensor, classes_dim: int | None = None) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of each position [batch, positions…], and 1 where it counts, 0 where the target is −100.
+
+    Args:
+        logits: [batch, classes, positions…] or [batch, positions…, classes].
+        target: [batch, positions…] int64, or probabilities of the logits' shape.
+        classes_dim: 1 or −1; None: told from the shapes.
+
+    Raises:
+        BadInput: see `class_dim`.
+    """
+    soft = target.is_floating_point()
+    dim = class_dim(logits.shape, target.shape, classes_dim, soft=soft)
+    if soft:
+        losses = functional.cross_entropy(logits.movedim(dim, 1), target.movedim(dim, 1), reduction="none")
+        return losses, torch.ones_like(losses)
+    if dim == 1:
+        losses = functional.cross_entropy(logits, target, reduction="none")
+    else:
+        losses = functional.cross_entropy(logits.flatten(0, -2), target.flatten(), reduction="none").view(target.shape)
+    return losses, (target != -100).to(losses.dtype)
 
 
 def squared_error(output: Tree, batch: Batch) -> Tensor:
@@ -103,27 +141,49 @@ def squared_error(output: Tree, batch: Batch) -> Tensor:
     return (values - batch.target).square().flatten(1).mean(1) if values.dim() > 1 else (values - batch.target).square()
 
 
-def argmax(output: Tree) -> Tensor:
-    """Predicted classes along the last dimension."""
-    return primary(output).argmax(-1)
+@dataclass(frozen=True)
+class Correct:
+    """(1 where the highest score is the target's, 1 for each example): [batch], or means over positions; −100 is ignored.
+
+    Args:
+        classes_dim: as of `CrossEntropy`.
+    """
+
+    classes_dim: int | None = None
+
+    def __call__(self, output: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, target = primary(output), batch.target
+        hit = (logits.argmax(class_dim(logits.shape, target.shape, self.classes_dim)) == target).double()
+        valid = (target != -100).double()
+        counts = valid.flatten(1).sum(1) if valid.dim() > 1 else valid
+        return (hit * valid).flatten(1).sum(1) / counts.clamp_min(1) if hit.dim() > 1 else hit, (counts > 0).double()
 
 
-def _correct(output: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
-    hit = (argmax(output) == batch.target).double()
-    return (hit, torch.ones_like(hit)) if hit.dim() == 1 else (hit.flatten(1).mean(1), torch.ones(len(hit)).double())
+def predicted(output: Tree) -> Tensor:
+    """The class of each example [batch], of scores [batch, classes]; nothing [0] where there are several positions."""
+    scores = primary(output)
+    return scores.argmax(-1) if scores.dim() == 2 else torch.empty(0, dtype=torch.int64)
 
 
-def _bits(output: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
-    logits = primary(output).float()
-    nats = functional.cross_entropy(logits.flatten(0, 1), batch.target.flatten(), reduction="none").view(batch.target.shape)
-    valid = batch.target != -100
-    count = valid.sum(1).double()
-    return (nats * valid).double().sum(1) / count.clamp_min(1) / math.log(2), count
+@dataclass(frozen=True)
+class Bits:
+    """(bits per position that counts, their number) of each example: [batch] each.
+
+    Args:
+        classes_dim: as of `CrossEntropy`.
+    """
+
+    classes_dim: int | None = None
+
+    def __call__(self, output: Tree, batch: Batch) -> tuple[Tensor, Tensor]:
+        losses, valid = nats(primary(output).float(), batch.target, self.classes_dim)
+        count = valid.flatten(1).sum(1).double()
+        return (losses * valid).double().flatten(1).sum(1) / count.clamp_min(1) / math.log(2), count
 
 
 def _majority(target: Tree) -> tuple[float, str]:
-    classes, counts = target.unique(return_counts=True)
-    return int(counts.max()) / target.numel(), f"always class {classes[counts.argmax()].item()}"
+    classes, counts = target[target != -100].unique(return_counts=True)
+    return int(counts.max()) / int(counts.sum()), f"always class {classes[counts.argmax()].item()}"
 
 
 def _unigram(target: Tree) -> tuple[float, str]:
@@ -137,11 +197,28 @@ def _mean(target: Tree) -> tuple[float, str]:
     return float((values - values.mean(0)).square().mean()), "the targets' mean"
 
 
-accuracy = Metric("accuracy", "pt", True, _correct, scale=100.0, predict=argmax, guess=_majority)
-bits_per_byte = Metric("bits_per_byte", "bits/byte", False, _bits, predict=None, guess=_unigram)
+accuracy = Metric("accuracy", "pt", True, Correct(), scale=100.0, predict=predicted, guess=_majority)
+bits_per_byte = Metric("bits_per_byte", "bits/byte", False, Bits(), predict=None, guess=_unigram)
 mean_squared_error = Metric(
     "mean_squared_error", "", False, lambda o, b: (e := squared_error(o, b).double(), torch.ones_like(e)), guess=_mean
 )
 
 METRICS = {m.name: m for m in (accuracy, bits_per_byte, mean_squared_error)}
 LOSSES: dict[str, Loss] = {"cross_entropy": cross_entropy, "squared_error": squared_error}
+
+
+def reads_classes(function: object) -> bool:
+    """Whether a loss, or a metric's `examples`, is one of those here that read scores of classes."""
+    return isinstance(function, CrossEntropy | Correct | Bits)
+
+
+def laid_out(function: Any, classes_dim: int | None) -> Any:
+    """A loss or a metric for outputs whose classes are in that dimension; a user's own as it is.
+
+    Example:
+        >>> laid_out(accuracy, 1).examples
+        Correct(classes_dim=1)
+    """
+    if isinstance(function, Metric):
+        return replace(function, examples=laid_out(function.examples, classes_dim))
+    return replace(function, classes_dim=classes_dim) if reads_classes(function) else function

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, copied, evaluating, primary
+from quadriga.core.classes import class_dim
 from quadriga.core.data import Data
+from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
 from quadriga.core.slots import OptimizerSlot, RuntimeSpec, Training
 from quadriga.core.workload import Workload, uses_images, uses_tokens
@@ -76,6 +78,7 @@ class Context:
         invariances: changes of the input that keep its label.
         examples: number of training examples, or None where nobody says.
         classes: number of classes where outputs are [batch, classes] and targets integer, else None.
+        classes_dim: where outputs are scores of classes, also of positions, and targets integer: 1 or −1, else None.
         gradients: (model) → {parameter name: mean gradient of the loss over calibration}.
         curvature: (model) → {parameter name: diagonal of the loss's Hessian, estimated over calibration}.
         evaluate: (model) → quality on val.
@@ -98,6 +101,7 @@ class Context:
     invariances: frozenset[str] = frozenset()
     examples: int | None = None
     classes: int | None = None
+    classes_dim: int | None = None
     gradients: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     curvature: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     evaluate: Callable[[nn.Module], float] | None = None
@@ -149,6 +153,7 @@ class Setup:
             "invariances": workload.invariances,
             "examples": len(source) if workload.train is not None else None,
             "classes": classes,
+            "classes_dim": dim_of_logits(model, workload),
         }
         context = Context(workload.example, calibration, workload.metric, seed, **{**facts, **services})
         return cls(
@@ -199,14 +204,17 @@ def class_count(model: nn.Module, workload: Workload) -> int | None:
     return logits.shape[-1] if logits.dim() == 2 else None
 
 
-def has_logits(model: nn.Module, workload: Workload) -> bool:
-    """Whether outputs are logits [batch, ..., classes] and targets integers [batch, ...], as of classes or of next tokens."""
+def dim_of_logits(model: nn.Module, workload: Workload) -> int | None:
+    """1 or −1 where outputs are scores of classes, [batch, …] or of positions, and targets integers; else None."""
     batch = workload.val.batch(torch.arange(1))
     if not isinstance(batch.target, Tensor) or batch.target.is_floating_point():
-        return False
+        return None
     with evaluating(model), torch.no_grad():
         logits = primary(call(model, batch.inputs))
-    return logits.is_floating_point() and logits.dim() > 1 and logits.shape[:-1] == batch.target.shape
+    try:
+        return class_dim(logits.shape, batch.target.shape, workload.classes_dim) if logits.is_floating_point() else None
+    except BadInput:  # no scores of classes; or nobody knows where
+        return None
 
 
 def first_traits(model: nn.Module, workload: Workload, classes: int | None, context: Context) -> frozenset[str]:
@@ -219,7 +227,7 @@ def first_traits(model: nn.Module, workload: Workload, classes: int | None, cont
         "TEACHER": context.teacher is not None,
         "TIED": len(names) > len(list(model.parameters())),
         "CLASSES": classes is not None,
-        "LOGITS": has_logits(model, workload),
+        "LOGITS": context.classes_dim is not None,
         "IMAGES": uses_images(workload.example),
         "TOKENS": uses_tokens(workload.example),
         "PER_EXAMPLE_LOSS": _per_example(model, workload),

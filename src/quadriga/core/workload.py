@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -14,9 +13,10 @@ from torch import nn
 
 from quadriga.core import rng
 from quadriga.core.batch import Tree, copied, resize, tensors
+from quadriga.core.copies import copy_model, refuse_script, unwrapped
 from quadriga.core.data import Data, as_data
 from quadriga.core.errors import BadInput, did_you_mean
-from quadriga.core.metric import LOSSES, METRICS, Loss, Metric
+from quadriga.core.metric import LOSSES, METRICS, Loss, Metric, laid_out
 from quadriga.core.recipe import Recipe, step
 
 DEFAULT_TRAINING = Recipe((step("optimizer", kind="sgd", lr=0.1), step("train", epochs=10)), "baseline")
@@ -44,6 +44,8 @@ class Workload:
         reference: how another process finds this workload again: a name, or "file.py:function".
         data_note: which data this is, for every record.
         higher_is_better: direction of a metric given as a callable.
+        classes_dim: where outputs have scores of classes: 1 for [batch, classes, ...], as PyTorch's own losses want it, −1
+            for [batch, ..., classes]; None: told from the shapes of outputs and targets, where only one fits.
 
     Raises:
         BadInput: a split is empty or of a wrong type, or a name is unknown.
@@ -69,6 +71,7 @@ class Workload:
     reference: str | None = None
     data_note: Mapping[str, Any] = field(default_factory=dict)
     higher_is_better: bool = True
+    classes_dim: int | None = None
 
     def __post_init__(self) -> None:
         put = object.__setattr__  # frozen: the given forms are made uniform once, here
@@ -83,8 +86,10 @@ class Workload:
             raise BadInput("there is no training data and the model is not marked as trained", "give train= or trained=True")
         if self.baseline is None:
             put(self, "baseline", Recipe(name="baseline") if self.trained else DEFAULT_TRAINING)
-        put(self, "metric", _metric(self.metric, self.higher_is_better))
-        put(self, "loss", _loss(self.loss))
+        if self.classes_dim not in (None, 1, -1):
+            raise BadInput(f"classes_dim is {self.classes_dim!r}", "give 1 for [n, classes, ...] or -1 for [n, ..., classes]")
+        put(self, "metric", laid_out(_metric(self.metric, self.higher_is_better), self.classes_dim))
+        put(self, "loss", laid_out(_loss(self.loss), self.classes_dim))
 
     def build(self, seed: int = 0) -> nn.Module:
         """A fresh copy of the model; the same seed gives the same weights, in every process. The given module is never touched.
@@ -92,8 +97,13 @@ class Workload:
         Raises:
             BadInput: the function does not return an `nn.Module`.
         """
+        return unwrapped(self.given(seed))
+
+    def given(self, seed: int = 0) -> nn.Module:
+        """As `build`, but for what `torch.compile` or `DataParallel` put around the model or its parts."""
         if isinstance(self.model, nn.Module):
-            return deepcopy(self.model)
+            refuse_script(self.model)
+            return copy_model(self.model)
         with rng.isolated():
             rng.seed_all(seed)
             model = self.model()

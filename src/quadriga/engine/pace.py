@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from quadriga.core import cuda
 from quadriga.core.batch import Batch
+from quadriga.core.copies import copy_model
 from quadriga.core.data import Data
 from quadriga.core.recipe import Recipe
 from quadriga.core.setup import Setup
@@ -78,7 +78,7 @@ def paced(
     Returns:
         one number for each setup; their ratios can be trusted more than their values.
     """
-    copies = [replace(s, model=deepcopy(s.model)) for s in setups]
+    copies = [replace(s, model=copy_model(s.model)) for s in setups]
     runs: list[list[tuple[list[float], int]]] = [[] for _ in copies]
     start = time.monotonic()
     if seconds < math.inf:
@@ -134,7 +134,7 @@ class Paces:
 
     def note(self, setup: Setup, index: int) -> None:
         """A train step stands there: keep its setup as it is now."""
-        own = replace(setup, model=deepcopy(setup.model)) if index >= self.fixed else None
+        own = replace(setup, model=copy_model(setup.model)) if index >= self.fixed else None
         self.arms.append((float(self.recipe.steps[index].fields.get("epochs", 10)), own))
 
     def ratio(self, seconds: float) -> float:

@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 
 from quadriga import runtime
 from quadriga.core.batch import Batch, Tree, evaluating, resize, tensors
+from quadriga.core.copies import copy_model
 from quadriga.core.cuda import settle
 from quadriga.core.products import products_kept
 from quadriga.core.setup import Arm, Context
@@ -56,7 +56,8 @@ def timed(arms: Sequence[Arm], spec: RuntimeSpec, context: Context, folder: Path
 def _call(arm: Arm, spec: RuntimeSpec, context: Context, folder: Path) -> Callable[[], Any]:
     model, inputs = arm
     if spec.name == "eager" and spec.quant is None:
-        run = runtime.prepare(deepcopy(model), spec)  # a table that it keeps from its first call must not be of inference mode
+        own = copy_model(model)  # a table that it keeps from its first call must not be of inference mode
+        run = runtime.prepare(own, spec)
     else:
         with torch.inference_mode(False):
             built = runtime.build(model, spec, _seen(inputs, context), folder, batches=(len(tensors(inputs)[0]),))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from quadriga.core.batch import tensors
+from quadriga.core.copies import copy_model
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method
@@ -249,7 +249,7 @@ def final_runtime(setup: Setup, methods: Iterable[Method | None]) -> RuntimeSpec
     for method in methods:
         if method is None or method.family is not Family.HARDWARE:
             continue
-        model = deepcopy(setup.model) if "model" in method.writes else setup.model
+        model = copy_model(setup.model) if "model" in method.writes else setup.model
         try:
             after = method(replace(setup, model=model, traits=setup.traits | method.needs()))
         except NotApplicable:

@@ -121,11 +121,11 @@ def join(trees: list[Tree]) -> Tree:
 
 def _outputs(run: Callable[[Tree], Tree], data: Data, batch_size: int) -> Iterator[Item]:
     module = run if isinstance(run, nn.Module) else None
-    home = device_of(module) if module else torch.device("cpu")
+    home = device_of(module) if module is not None else torch.device("cpu")
     for batch in data.batches(batch_size):
-        batch = batch.to(home) if module else batch
+        batch = batch.to(home) if module is not None else batch
         start = time.perf_counter()
-        output = call(module, batch.inputs) if module else run(batch.inputs)
+        output = call(module, batch.inputs) if module is not None else run(batch.inputs)
         settle(output)
         yield batch, output, time.perf_counter() - start
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from quadriga.core.batch import Tree, call, resize, tensors, tree_map
 from quadriga.core.batch import to_device as tree_to
+from quadriga.core.copies import copy_model
 from quadriga.core.errors import NotApplicable
 from quadriga.core.slots import ParallelSpec
 from quadriga.parallel.group import join
@@ -50,7 +49,7 @@ class Spread:
         mesh = mesh_of(spec, device)
         self.group = mesh.get_group("replica")
         self.share = Share(dist.get_rank(self.group), dist.get_world_size(self.group))
-        self.model = deepcopy(model).eval().requires_grad_(False)
+        self.model = copy_model(model).eval().requires_grad_(False)
         to_device(self.model, self.device)
         if spec.tensor > 1:
             cut_matrices(self.model, mesh["tensor"], spec, tree_to(example, self.device))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from quadriga.core.batch import Tree
 from quadriga.core.batch import to_device as to_device_tree
+from quadriga.core.copies import copy_model
 from quadriga.core.slots import ParallelSpec
 from quadriga.parallel.collect import Parts, whole
 from quadriga.parallel.group import join
@@ -60,7 +60,7 @@ class Team:
         self.shapes = {name: tuple(t.shape) for name, t in tensors_of(model).items()}
         self.group = self.mesh.get_group("shard" if spec.data == "shard" else "replica")
         self.share = Share(dist.get_rank(self.group), dist.get_world_size(self.group))
-        self.model = with_synced_norms(deepcopy(model), spec, device)
+        self.model = with_synced_norms(copy_model(model), spec, device)
         alone = spec.data == "shard" and spec.tensor == spec.pipeline == 1
         if not alone:  # FSDP moves what it cuts, so that no device holds all
             to_device(self.model, device)

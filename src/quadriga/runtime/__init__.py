@@ -11,7 +11,6 @@ import json
 import pkgutil
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -22,6 +21,7 @@ from torch import nn
 
 from quadriga.core import cuda
 from quadriga.core.batch import Tree, call, evaluating, resize, tensors, to_device, tree_map
+from quadriga.core.copies import copy_model
 from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
 from quadriga.core.files import atomic_write, write_json
 from quadriga.core.half import HALF, halved, in_float, in_half
@@ -195,9 +195,9 @@ def prepare(model: nn.Module, spec: RuntimeSpec) -> Callable[[Tree], Tree]:
     if half is not None:
         model = halved(model, half)
     if gpu is not None:
-        model = deepcopy(model).to(gpu)
+        model = copy_model(model).to(gpu)
     if spec.channels_last:
-        model = deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = copy_model(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     modes = model.eval()
 
     def run(inputs: Tree) -> Any:

@@ -151,6 +151,21 @@ def shapes(model: nn.Module, example: Tree, batch: int) -> list[tuple[tuple[int,
     return [(tuple(t.shape), str(t.dtype)) for t in parts]
 
 
+def check_frozen(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """What takes the place of a frozen parameter is frozen: of all but the last, no more can be learned than before."""
+    for name, make in setups.items():
+        setup = make()
+        *frozen, last = setup.model.parameters()
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            after = method(setup)
+        except NotApplicable:
+            continue
+        learned = sum(p.numel() for p in after.model.parameters() if p.requires_grad)
+        assert learned <= last.numel(), f"{method.name} on {name}: {learned} weights are learned, {last.numel()} were"
+
+
 def check_training_step(method: Method, setups: Mapping[str, MakeSetup]) -> None:
     """After the method, a step of training gives a finite loss and finite weights, and leaves the mode as it was."""
     for name, _, after in applied(method, setups):
@@ -273,6 +288,7 @@ CHECKS: tuple[Check, ...] = (
     check_input_unchanged,
     check_slots,
     check_interface,
+    check_frozen,
     check_training_step,
     check_deterministic,
     check_refusals,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quadriga.core.copies import copy_model
 from quadriga.core.setup import Arm, Setup
 from quadriga.core.slots import OptimizerSlot, RuntimeSpec
 from quadriga.core.workload import Workload
@@ -47,7 +47,7 @@ def trained_setup(build: Callable[..., Workload]) -> Setup:
     """A setup as a method finds it late in a recipe."""
     workload = build(trained=True)
     model = workload.build(0)
-    teacher = deepcopy(model).eval().requires_grad_(False)
+    teacher = copy_model(model).eval().requires_grad_(False)
     batches = [workload.calibration_source.batch(torch.arange(16))]
     known = DECIDED.setdefault(build, {})
 

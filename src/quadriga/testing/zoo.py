@@ -120,4 +120,4 @@ def _workload(
         torch.manual_seed(0)
         model = build()
     metric = "accuracy" if data["val"][1].dim() == 1 else "bits_per_byte"
-    return Workload(model=model, **data, metric=metric, batch_size=12, trained=trained, name=f"zoo_{name}")
+    return Workload(model=model, **data, metric=metric, batch_size=12, trained=trained, name=f"zoo_{name}", classes_dim=-1)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, primary, resize, tensors, tree_map
+from quadriga.core.copies import unwrapped, wrappers
 from quadriga.core.errors import BadInput
 from quadriga.core.workload import Workload
 from quadriga.workloads.labels import labels, unseen
@@ -38,7 +39,7 @@ def check(workload: Workload) -> list[str]:
         for name, batch in samples.items():
             take(name, splits[name], torch.arange(min(2, len(splits[name]))))
             finite(name, batch)
-        model = _build(workload)
+        model = _build(workload, notes)
         output, batch = _outputs(model, workload, notes)
         for name, part in samples.items():
             labels(name, part, primary(output), workload, notes)
@@ -62,9 +63,12 @@ def _sizes(workload: Workload) -> list[str]:
     return notes
 
 
-def _build(workload: Workload) -> nn.Module:
+def _build(workload: Workload, notes: list[str]) -> nn.Module:
     try:
-        model = workload.build()
+        given = workload.given()
+        if names := wrappers(given):
+            notes.append(f"the model is wrapped by {' and '.join(names)}: what it wraps is measured and changed, as it is")
+        model = unwrapped(given)
     except BadInput:
         raise
     except Exception as error:

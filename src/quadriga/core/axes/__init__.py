@@ -12,6 +12,9 @@ from quadriga.core.axes.graph import AxisGraph
 from quadriga.core.axes.groups import Group, Member, select
 from quadriga.core.axes.interface import Reference, check_interface
 from quadriga.core.axes.opened import opened
-from quadriga.core.axes.patch import Patch, replace_module
+from quadriga.core.axes.patch import Patch, keep_frozen, replace_module
 
-__all__ = ["AxisGraph", "Group", "Member", "Patch", "Reference", "check_interface", "opened", "replace_module", "select"]
+__all__ = [
+    "AxisGraph", "Group", "Member", "Patch", "Reference",
+    "check_interface", "keep_frozen", "opened", "replace_module", "select",
+]  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import _WeightNorm
 
 from quadriga.core.axes.patch import Patch
+from quadriga.core.copies import copy_model
 
 
 class OpenAttention(nn.Module):
@@ -138,8 +138,9 @@ def _weight_normed(module: nn.Module) -> bool:
 
 def _without_norm(module: nn.Module) -> nn.Module:
     """The plain layer. The class of a parametrized one is its own, and a copy shares it: torch's removal would break both."""
-    plain = deepcopy(module)
-    weight = nn.Parameter(module.weight.detach().clone())  # type: ignore[operator]
+    plain = copy_model(module)
+    learned = any(p.requires_grad for p in module.parametrizations.parameters())  # type: ignore[union-attr]
+    weight = nn.Parameter(module.weight.detach().clone(), learned)  # type: ignore[operator]
     del plain._modules["parametrizations"]
     plain.__class__ = type(module).__mro__[1]
     plain.register_parameter("weight", weight)

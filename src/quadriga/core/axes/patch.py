@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -65,8 +65,9 @@ class Patch:
         self._undo.append(lambda: setattr(module, "__class__", old))
 
     def module(self, model: nn.Module, path: str, new: nn.Module) -> None:
-        """Put another module at a path."""
+        """Put another module at a path; what takes the place of frozen parameters is frozen."""
         old = model.get_submodule(path)
+        keep_frozen(old, new, {id(p) for p in model.parameters()})
         replace_module(model, path, new)
         self._undo.append(lambda: replace_module(model, path, old))
 
@@ -85,6 +86,27 @@ def _set(tensor: Tensor, value: Tensor) -> None:
     if tensor.requires_grad and tensor.shape != value.shape:
         tensor.data = value.new_empty(0, dtype=torch.float32 if value.dtype != torch.float32 else torch.float64)
     tensor.data = value
+
+
+def keep_frozen(old: nn.Module, new: nn.Module, known: Collection[int] = ()) -> None:
+    """Freeze the parameters of a new module as those of the old one are: all, or those of one name, such as its biases.
+
+    Args:
+        old: whose place is taken.
+        new: is changed.
+        known: ids of parameters that are the model's own already, which stay as they are.
+
+    Example:
+        >>> new = nn.Sequential(nn.Linear(2, 1, bias=False), nn.Linear(1, 2))
+        >>> keep_frozen(nn.Linear(2, 2).requires_grad_(False), new)
+        >>> any(p.requires_grad for p in new.parameters())
+        False
+    """
+    own = {name: p.requires_grad for name, p in old.named_parameters(recurse=False)}
+    frozen = bool(list(old.parameters())) and not any(p.requires_grad for p in old.parameters())
+    for name, p in new.named_parameters():
+        if id(p) not in known and (frozen or not own.get(name.rpartition(".")[2], True)):
+            p.requires_grad_(False)
 
 
 def replace_module(model: nn.Module, path: str, new: nn.Module) -> None:

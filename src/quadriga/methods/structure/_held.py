@@ -9,22 +9,27 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch
+from quadriga.core.computed import computes_weight
 from quadriga.core.slots import Hook
 
 Keep = Callable[[Tensor], Tensor]  # a weight after a step → the weight in its form
 
 
 def weights(model: nn.Module, only: str = "*", embeddings: bool = True) -> Iterator[tuple[str, nn.Parameter]]:
-    """Matrices, kernels and tables, each once, by the name of its first use; biases, norms and parametrized layers are left.
+    """Matrices, kernels and tables, each once, by the name of its first use; biases and norms are left.
+
+    So are layers that compute their weight, by weight_norm or a mask: their parameters are not what is multiplied.
 
     Args:
         only: layers: globs of names, comma-separated.
         embeddings: whether tables that indices look rows up in are given too.
     """
+    results = {name for name, module in model.named_modules() if computes_weight(module)}
     tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding | nn.EmbeddingBag)}
     for name, p in model.named_parameters():
         layer = name.rpartition(".")[0]
-        if p.dim() < 2 or not p.is_floating_point() or (id(p) in tables and not embeddings) or ".parametrizations." in name:
+        table = id(p) in tables and not embeddings
+        if p.dim() < 2 or not p.is_floating_point() or table or layer in results or ".parametrizations." in name:
             continue
         if any(fnmatchcase(layer, glob.strip()) for glob in only.split(",")):
             yield name, p

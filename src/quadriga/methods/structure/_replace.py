@@ -7,20 +7,14 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from torch import nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from quadriga.core.axes import Patch, Reference, check_interface
+from quadriga.core.computed import computed, computes_weight
 from quadriga.core.errors import NotApplicable
 from quadriga.core.setup import Setup
 
 Layer = nn.Linear | nn.Conv1d | nn.Conv2d
 Make = Callable[[str, Layer], nn.Module]
-
-
-def computed(model: nn.Module) -> str:
-    """The end of a refusal, where a layer's weight is computed by a parametrization: ", and conv1 is parametrized"."""
-    names = [name for name, module in model.named_modules() if is_parametrized(module)]
-    return f", and {names[0]} is parametrized" if names else ""
 
 
 def plain_layers(model: nn.Module, only: str = "*") -> Iterator[tuple[str, Layer]]:
@@ -31,6 +25,8 @@ def plain_layers(model: nn.Module, only: str = "*") -> Iterator[tuple[str, Layer
         uses[id(tensor)] = uses.get(id(tensor), 0) + 1
     for name, module in names:
         if not name or type(module) not in (nn.Linear, nn.Conv1d, nn.Conv2d) or getattr(module, "groups", 1) != 1:
+            continue
+        if computes_weight(module):  # what lies in `weight` may be older than what it is computed from
             continue
         if all(uses[id(p)] == 1 for p in module.parameters()) and any(fnmatchcase(name, p.strip()) for p in only.split(",")):
             yield name, module

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from copy import deepcopy
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, device_of, evaluating, primary, tensors, to_device
+from quadriga.core.copies import copy_model
 from quadriga.core.data import Data
 from quadriga.core.errors import NotApplicable
 from quadriga.core.setup import Setup
@@ -46,7 +46,7 @@ def content(model: nn.Module) -> str:
 
     Example:
         >>> one, two = nn.Linear(2, 2), nn.Linear(2, 2)
-        >>> content(one) == content(deepcopy(one)) != content(two)
+        >>> content(one) == content(copy_model(one)) != content(two)
         True
     """
     digest = hashlib.sha256(type(model).__qualname__.encode())
@@ -68,7 +68,7 @@ def teacher_of(setup: Setup, source: Source) -> Teacher:
         NotApplicable: its answers have another shape than the network's.
     """
     if source == "present":
-        return Teacher(deepcopy(setup.model).eval().requires_grad_(False))
+        return Teacher(copy_model(setup.model).eval().requires_grad_(False))
     assert setup.context.teacher is not None, "TEACHER was promised"
     teacher = Teacher(setup.context.teacher)
     mine, theirs = (primary(trial(model, setup.context.example)) for model in (setup.model, teacher.model))

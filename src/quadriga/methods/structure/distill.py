@@ -98,14 +98,16 @@ class Distill(Method):
         if self.cache and setup.training.transforms:
             raise NotApplicable("the inputs are augmented, so the teacher's answers to them cannot be kept", LEAVE)
         inner, teacher = setup.training.loss, teacher_of(setup, self.teacher)  # wrapped, not replaced
-        cache = Cache(teacher, self.name) if self.cache else None
+        cache, dim = Cache(teacher, self.name) if self.cache else None, setup.context.classes_dim
+        assert dim is not None, "LOGITS was promised"
 
         def loss(output: Tree, batch: Batch) -> Tensor:  # returns [batch]
             plain = inner(output, batch)
             if self.alpha == 0:
                 return plain
             wanted = primary(teacher(batch.inputs)) if cache is None else cache(batch)
-            soft = soft_divergence(primary(output), wanted, self.temperature)
+            scores = [t.movedim(dim, -1) for t in (primary(output), wanted)]
+            soft = soft_divergence(scores[0], scores[1], self.temperature)
             return (1 - self.alpha) * plain + self.alpha * per_example(soft, batch.target)
 
         hooks = setup.training.make_hooks if cache is None else (*setup.training.make_hooks, cache.hook)

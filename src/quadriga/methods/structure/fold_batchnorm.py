@@ -47,7 +47,8 @@ def fold(layer: nn.Linear | _ConvNd, norm: _BatchNorm, patch: Patch) -> None:
     if layer.bias is not None:
         patch.data(layer.bias, (layer.bias.data.double() * scale + shift).to(layer.bias.dtype))
     else:
-        patch.parameter(layer, "bias", nn.Parameter(shift.to(layer.weight.dtype)))
+        learned = (norm.bias if norm.affine else layer.weight).requires_grad
+        patch.parameter(layer, "bias", nn.Parameter(shift.to(layer.weight.dtype), learned))
 
 
 def foldable(traced: Traced) -> Iterator[tuple[str, str]]:

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from quadriga.core.axes import AxisGraph, Group
 from quadriga.core.axes.importance import best
+from quadriga.core.computed import computed
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._gradual import check_gradual
-from quadriga.methods.structure._replace import computed
 from quadriga.methods.structure._units import prune, why_not
 
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, fx, nn
 
-from quadriga.core.axes import AxisGraph, Patch
+from quadriga.core.axes import AxisGraph, Patch, keep_frozen
 from quadriga.core.axes.chain import linear_chain
 from quadriga.core.axes.walk import op_name
 from quadriga.core.batch import Batch, call, device_of, evaluating
@@ -193,4 +193,5 @@ def stub_of(inside: int, head: nn.Module) -> nn.Linear:
 
 
 def _like(old: nn.Module, new: nn.Linear) -> nn.Linear:
+    keep_frozen(old, new)
     return new.train(old.training)

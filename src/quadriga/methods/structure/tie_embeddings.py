@@ -44,8 +44,8 @@ def pairs(model: nn.Module) -> Iterator[tuple[str, nn.Embedding, str, nn.Linear]
     counts: dict[int, int] = {}
     for _, p in model.named_parameters(remove_duplicate=False):
         counts[id(p)] = counts.get(id(p), 0) + 1
-    tables = {n: m for n, m in named.items() if isinstance(m, nn.Embedding) and counts[id(m.weight)] == 1}
-    heads = {n: m for n, m in named.items() if type(m) is nn.Linear and counts[id(m.weight)] == 1}
+    tables = {n: m for n, m in named.items() if isinstance(m, nn.Embedding) and counts.get(id(m.weight)) == 1}
+    heads = {n: m for n, m in named.items() if type(m) is nn.Linear and counts.get(id(m.weight)) == 1}
     for name, table in tables.items():
         yield from ((name, table, n, head) for n, head in reversed(heads.items()) if head.weight.shape == table.weight.shape)
 
@@ -78,6 +78,9 @@ class TieEmbeddings(Method):
         for name, table, path, head in found:
             if table.weight.dtype != head.weight.dtype:
                 reasons.append(f"{name} and {path} have other types")
+                continue
+            if table.weight.requires_grad != head.weight.requires_grad:
+                reasons.append(f"one of {name} and {path} is frozen, the other is not")
                 continue
             patch = Patch()
             try:

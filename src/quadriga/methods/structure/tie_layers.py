@@ -97,6 +97,8 @@ def tie(model: nn.Module, run: Sequence[Block], rank: int, patch: Patch) -> None
         if first.dim() < 2:
             continue
         slots = [_slot(block.module, name) for block in run]
+        if len({module._parameters[key].requires_grad for module, key in slots}) > 1:  # type: ignore[union-attr]
+            raise NotApplicable(f"{run[0].name} to {run[-1].name} are frozen in part", "freeze all of them, or none")
         values = [module._parameters[key].data.clone() for module, key in slots]  # type: ignore[union-attr]
         mean = torch.stack([v.double() for v in values]).mean(0).to(first.dtype)
         patch.data(first, mean)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar
 
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 from quadriga.core.axes import AxisGraph, Group, opened
 from quadriga.core.axes.importance import best
 from quadriga.core.batch import resize
+from quadriga.core.computed import computed
+from quadriga.core.copies import copy_model
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._latency_pieces import pieces
 from quadriga.methods.structure._latency_solve import Choice, Round, approach, solve
 from quadriga.methods.structure._latency_table import Array, Meter, Time, candidates, measure
-from quadriga.methods.structure._replace import computed
 from quadriga.methods.structure._scores import Importance, score_of
 
 log = logging.getLogger(__name__)
@@ -236,10 +236,10 @@ class _Search:
         """A copy of the network with these widths; the network itself is cut for a moment only."""
         choices = {g: best(self.scores[g], w) for g, w in self._widths(choice).items() if w < g.size}
         if not choices:
-            return deepcopy(self.graph.model)
+            return copy_model(self.graph.model)
         patch, _ = self.graph.cut_each(choices)
         try:
-            return deepcopy(self.graph.model)
+            return copy_model(self.graph.model)
         finally:
             patch.undo()
 

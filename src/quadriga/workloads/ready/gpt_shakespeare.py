@@ -77,6 +77,7 @@ def workload(size: str = "0.8M", examples: int | None = None) -> Workload:
         raise BadInput(f'gpt_shakespeare has no size "{size}"', did_you_mean(size, SIZES))
     data = shakespeare(context=CONTEXT, examples=examples)
     return Workload(
+        classes_dim=-1,
         model=partial(GPT, *SIZES[size]),
         train=data.train,
         val=data.val,
