@@ -85,15 +85,10 @@ class Desk:
             return {"status": Status.CRASHED, "reason": str(error), "bad_input": [error.problem, error.remedy]}
         except MemoryError as error:
             return {"status": Status.OUT_OF_MEMORY, "reason": f"out of memory: {error}"}
-        except RuntimeError as error:
+        except Exception as error:  # a trial's crash is a result; the search goes on
             if group.together():  # another rank died, or will have to: all start again
                 raise
-            memory = "not enough memory" in str(error) or "out of memory" in str(error)
-            return {"status": Status.OUT_OF_MEMORY if memory else Status.CRASHED, "reason": _brief(error)}
-        except Exception as error:  # a trial's crash is a result; the search goes on
-            if group.together():
-                raise
-            return {"status": Status.CRASHED, "reason": _brief(error)}
+            return _ended(error)
         finally:
             while self._scrap:
                 shutil.rmtree(self._scrap.pop(), ignore_errors=True)
@@ -150,8 +145,10 @@ class Desk:
         self._reference = lambda inputs: call(model, inputs)
         spec = RuntimeSpec("onnxruntime", threads=1)
         folder = self.folder / "built" / f"reference-{os.getpid()}"
-        with suppress(NotApplicable):
-            self._reference = runtime.build(model, spec, Setup.of(self.workload, self.seed).context, folder).run()
+        with suppress(Exception):  # whatever stands behind it, the candidates for that runtime say so themselves
+            run = runtime.build(model, spec, Setup.of(self.workload, self.seed).context, folder).run()
+            run(self.workload.inputs(self.workload.batch_size))
+            self._reference = run
         return self._reference
 
     def _eager_variant(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -304,11 +301,13 @@ class Desk:
         setup = walked.setup
         if setup.runtime.exact and not isinstance(run, _Live):
             largest = max(args["batches"])
-            found = equal(lambda x: call(setup.model, x), run, self.workload.inputs(largest), batches=(1, 2, largest))
+            inputs, compute = (
+                self.workload.inputs(largest),
+                runtime.open_built(self.folder / "built" / args["name"]).entry["computes"],
+            )
+            found = equal(lambda x: call(setup.model, x), run, inputs, compute=compute, batches=(1, 2, largest))
             if not found.holds:
-                raise NotApplicable(
-                    f"the exported model differs from the trained one: {found.failures[0]}", "use another runtime"
-                )
+                raise NotApplicable(f"the exported model differs from the trained one: {found.failures[0]}", runtime.PYTORCH)
         values = {"bytes": float(size), "parameters": float(parameters(setup.model)), **self._training_cost(walked)}
         info = {"checkpoint": _name(walked), "live": isinstance(run, _Live), "decisions": list(walked.decisions)}
         told = {"bytes": size, "baseline_bytes": args.get("baseline_bytes"), "bits": setup.runtime.bits}
@@ -370,6 +369,15 @@ class _Live:
 
     def __call__(self, inputs: Tree) -> Tree:
         return self.run(inputs)
+
+
+def _ended(error: Exception) -> dict[str, Any]:
+    """How a task ended that raised: without memory; refused, where a runtime cannot take the model; crashed, which is ours."""
+    if isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error)):
+        return {"status": Status.OUT_OF_MEMORY, "reason": _brief(error)}
+    if refused := runtime.refusal(error):
+        return {"status": Status.REFUSED, "reason": refused.reason, "remedy": refused.remedy, "step": None}
+    return {"status": Status.CRASHED, "reason": _brief(error)}
 
 
 def _name(walked: Walked) -> str | None:

@@ -1,0 +1,235 @@
+"""Models as people bring them: every form through `check`, `train` in four runtimes and a short `run`, held against PyTorch.
+
+    python benchmarks/user_models.py                        # go on where the last call stopped (out/user_models/): hours
+    python benchmarks/user_models.py --no-run               # without the studies of 60 seconds: half an hour
+    python benchmarks/user_models.py --only packed,stft     # some forms; prints, and writes no page
+
+Each form is a function of `networks/user_forms_*.py`, in a fresh process with a time limit. An artifact is loaded by its own
+load.py in a process without Quadriga, and its outputs at batch 1, 3 and 64 are compared with those of the user's own module
+with the checkpoint's weights; the quality that was stated is compared with what ten lines of PyTorch score. A cell is ✓ where
+all of this holds, – where it was refused in a sentence, ✗ where an output or a quality is wrong, ! where a trace is ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from user_models_forms import forms
+
+ROOT = Path(__file__).parents[1]
+PLACE = Path("out/user_models")
+RESULTS, PAGE = ROOT / "benchmarks/results/user_models.json", ROOT / "docs/user_models.md"
+RUNTIMES = ("eager", "onnxruntime", "openvino", "inductor")
+CELLS = ("check", *RUNTIMES, "run")
+MARKS = {"works": "✓", "refused": "–", "wrong": "✗", "crashed": "!", "": ""}
+LIMIT, BUDGET = 400, "60s"  # seconds of a form's process; of its study
+Cell = dict[str, Any]
+
+
+def attempted(action: Any) -> Cell:
+    """What an action of Quadriga's came to: done, refused in a sentence, or a trace of ours."""
+    from quadriga.core.errors import BadInput, Diverged, NotApplicable
+
+    try:
+        return {"verdict": "works", **(action() or {})}
+    except (BadInput, NotApplicable) as error:
+        text = str(error)
+        return {"verdict": "crashed" if ": crashed" in text else "refused", "says": text}
+    except Diverged as error:
+        return {"verdict": "refused", "says": str(error)}
+    except Exception as error:
+        import traceback
+
+        traceback.print_exc()
+        return {"verdict": "crashed", "says": f"{type(error).__name__}: {error}"[:400]}
+
+
+def child(name: str, file: str, folder: Path) -> dict[str, Cell]:
+    """`check`, and `train` in each runtime, in this process."""
+    import torch
+
+    from quadriga import study, workloads
+    from quadriga.core.recipe import Recipe, step
+    from quadriga.workloads.check import check
+
+    torch.set_num_threads(1)
+    reference = f"{file}:{name}"
+
+    def train(runtime: str) -> Cell:
+        torch.compiler.reset()
+        recipe = Recipe((step("train", baseline=True), *([] if runtime == "eager" else [step(runtime)])), runtime)
+        result = study.train(workloads.load(reference), recipe=recipe, out=folder / runtime)
+        if result.get("artifact"):
+            return {"quality": result["quality"]}
+        return {"verdict": "refused", "says": result.get("note") or result.get("error", {}).get("message", "no artifact")}
+
+    found = {"check": attempted(lambda: {"notes": check(workloads.load(reference))})}
+    return {**found, **{runtime: attempted(lambda r=runtime: train(r)) for runtime in RUNTIMES}}
+
+
+def process(words: list[str], limit: float, threads: int = 1) -> subprocess.CompletedProcess[str]:
+    """A fresh process with so many threads; one that passes its limit is ended with the processes that it started."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    started = subprocess.Popen(
+        [sys.executable, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = started.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(started.pid, 9)
+        out, err = started.communicate()
+        err += f"\nno end after {limit:g} s"
+    return subprocess.CompletedProcess(words, started.returncode, out, err)
+
+
+def last_json(text: str) -> Any:
+    """The last line that is a JSON object; None without one."""
+    lines = [line for line in text.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else None
+
+
+def studied(name: str, file: Path, folder: Path) -> Cell:
+    """A short `run`, by the command line."""
+    reference = f"{file}:{name}"
+    words = ["-m", "quadriga", "run", reference, "--budget", BUDGET, "--out", str(folder / "run"), "--json"]
+    done = process(words, LIMIT, threads=2)
+    result = last_json(done.stdout)
+    if result is None or "an error inside" in done.stderr:
+        return {"verdict": "crashed", "says": "\n".join(done.stderr.strip().splitlines()[-3:])[:400]}
+    if error := result.get("error"):
+        return {"verdict": "refused", "says": "; ".join(filter(None, [error["message"], error.get("remedy", "")]))}
+    told = {"status": result["status"], "seconds": round(result["seconds"])}
+    if result["artifact"] is None:
+        why = (result.get("nearest_miss") or {}).get("why") or "; ".join(result.get("notes", [])) or result["status"]
+        return {"verdict": "refused", "says": why, **told}
+    return {"verdict": "works", **told}
+
+
+def held(cell: Cell, found: Cell) -> Cell:
+    """A cell that seemed to work, after the comparison."""
+    if "raised" in found:
+        return {**cell, "verdict": "wrong", "says": f"the artifact or its reference raised {found['raised']}"}
+    apart, allowed = found.get("difference", 0.0), found.get("allowed", 0.0)
+    if not apart <= allowed:
+        return {**cell, **found, "verdict": "wrong", "says": f"{apart:.2g} apart, allowed {allowed:g}; {found['where']}"}
+    said, scored = found.get("quality"), found.get("scored")
+    if said is not None and abs(said - scored) > max(0.02 * abs(said), 1e-3):
+        return {**cell, **found, "verdict": "wrong", "says": f"quality {said:.4g} is stated, and {scored:.4g} is scored"}
+    return {**cell, **found}
+
+
+def tried(name: str, one: Any, run: bool) -> dict[str, Any]:
+    """All cells of a form."""
+    folder, began = PLACE / name, time.monotonic()
+    shutil.rmtree(folder, ignore_errors=True)
+    done = process([__file__, "--child", name, "--file", str(one.file), "--place", str(folder)], LIMIT)
+    cells = last_json(done.stdout)
+    if cells is None:
+        said = "\n".join(done.stderr.strip().splitlines()[-3:])[:400]
+        cells = {cell: {"verdict": "crashed", "says": said} for cell in CELLS[:-1]}
+    if run:
+        cells["run"] = studied(name, one.file, folder)
+    ready = [c for c in CELLS[1:] if cells.get(c, {}).get("verdict") == "works"]
+    if ready:
+        compare = str(Path(__file__).with_name("user_models_compare.py"))
+        found = process([compare, name, *(str(folder / c) for c in ready)], LIMIT)
+        told = last_json(found.stdout) or {c: {"raised": found.stderr.strip()[-400:]} for c in ready}
+        cells |= {c: held(cells[c], told[c]) for c in ready}
+    shutil.rmtree(folder, ignore_errors=True)
+    return {"about": one.about, "out": one.out, "seconds": round(time.monotonic() - began), "cells": cells}
+
+
+def page(known: dict[str, Any]) -> Iterator[str]:
+    """Markdown."""
+    cells = [c for row in known.values() for c in row["cells"].values()]
+    counts = Counter(c["verdict"] for c in cells)
+    yield "# Models as people bring them\n"
+    yield "Made by `make bench-user-models` (`python benchmarks/user_models.py`). " + " ".join(
+        (__doc__ or "").split("\n\n")[2].split("\n")
+    )
+    told = ", ".join(f"{counts[v]} {v}" for v in ("works", "refused", "wrong", "crashed"))
+    yield f"\n**{len(known)} forms, {len(cells)} cells: {told}.** Forms by their worst cell: {worst(known)}.\n"
+    yield "| form | | " + " | ".join(CELLS) + " |"
+    yield "|---" * (len(CELLS) + 2) + "|"
+    for name, row in known.items():
+        marks = [MARKS[row["cells"].get(c, {}).get("verdict", "")] for c in CELLS]
+        yield f"| `{name}` | {row['about']} | " + " | ".join(marks) + " |"
+    yield "\n## What was said where a form does not work\n"
+    for name, row in known.items():
+        yield from sentences(name, row)
+
+
+def worst(known: dict[str, Any]) -> str:
+    """How many forms work everywhere, are refused somewhere, and so on."""
+    order = ("crashed", "wrong", "refused", "works")
+    found = Counter(next(v for v in order if any(c["verdict"] == v for c in row["cells"].values())) for row in known.values())
+    names = {"works": "work everywhere", "refused": "are refused somewhere", "wrong": "are wrong", "crashed": "crash"}
+    return ", ".join(f"{found[v]} {names[v]}" for v in reversed(order))
+
+
+def sentences(name: str, row: dict[str, Any]) -> Iterator[str]:
+    """Each sentence once, with the cells that said it."""
+    said: dict[tuple[str, str], list[str]] = {}
+    for cell, found in row["cells"].items():
+        if found["verdict"] != "works":
+            said.setdefault((found["verdict"], " ".join(found.get("says", "").split())), []).append(cell)
+    way = f" The way out works: `{row['out']}`." if row["out"] else ""
+    for number, ((verdict, text), where) in enumerate(said.items()):
+        yield f"- `{name}`, {', '.join(where)}: **{verdict}**. {text}{way if number == len(said) - 1 else ''}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="forms, comma-separated; prints, and writes no page")
+    parser.add_argument("--no-run", action="store_true", help="leave the studies out")
+    parser.add_argument("--fresh", action="store_true", help="forget what is known")
+    for hidden in ("--child", "--file", "--place"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        print(json.dumps(child(given.child, given.file, Path(given.place))))
+        return 0
+    known, every = gone_through(given, forms()), forms()
+    if given.only:
+        print("\n".join(page(known)))
+    else:
+        write(known, every)
+    counts = Counter(c["verdict"] for row in known.values() for c in row["cells"].values())
+    print(json.dumps({"forms": len(known), **counts}))
+    return 1 if counts["wrong"] or counts["crashed"] else 0
+
+
+def gone_through(given: argparse.Namespace, every: dict[str, Any]) -> dict[str, Any]:
+    """Every form that is asked for, from the state or anew."""
+    state = PLACE / "state.json"
+    known = json.loads(state.read_text()) if state.exists() and not given.fresh else {}
+    names = given.only.split(",") if given.only else list(every)
+    for number, name in enumerate(names, 1):
+        if given.only or name not in known or not (given.no_run or "run" in known[name]["cells"]):
+            known[name] = tried(name, every[name], not given.no_run)
+            PLACE.mkdir(parents=True, exist_ok=True)
+            state.write_text(json.dumps(known, indent=1))
+        marks = " ".join(f"{c}:{found['verdict']}" for c, found in known[name]["cells"].items())
+        print(f"[{number}/{len(names)}] {name} ({known[name]['seconds']} s) {marks}", file=sys.stderr, flush=True)
+    return {name: known[name] for name in names}
+
+
+def write(known: dict[str, Any], every: dict[str, Any]) -> None:
+    """Results and page."""
+    RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGE.write_text("\n".join(page(known)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
