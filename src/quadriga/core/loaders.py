@@ -114,7 +114,7 @@ def _drawn(sampler: Any, count: int, what: str, seed: int) -> list[int]:
     """One epoch of a sampler. The caller's generators, and its own, stay as they are."""
     own = getattr(sampler, "generator", None)
     own = own if isinstance(own, Generator) else None
-    state = own and own.get_state()
+    state = None if own is None else own.get_state()
     try:
         with rng.isolated():
             rng.seed_all(seed)
