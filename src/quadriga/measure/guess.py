@@ -92,11 +92,11 @@ def _dealt_out(run: Callable[[Tree], Tree], data: Data, metric: Metric, rows: to
 
 
 def _value(metric: Metric, output: Tree, batch: Batch) -> float:
-    return score(lambda _: output, _Once(batch), metric).value
+    return score(lambda _: output, _Once(batch), metric, len(batch)).value
 
 
-class _Once(Data):
-    """A split of one batch that was read before."""
+class _Once(Data, fresh=True):
+    """A split that was read before, to be scored in one call."""
 
     def __init__(self, batch: Batch) -> None:
         self.kept = batch
@@ -105,12 +105,8 @@ class _Once(Data):
         return len(self.kept)
 
     def batch(self, index: torch.Tensor) -> Batch:
-        """All of it, whatever is asked for."""
+        """All of it, which is what is asked for."""
         return self.kept
-
-    def batches(self, size: int) -> Any:
-        """The one batch."""
-        yield self.kept
 
 
 def _standard_error(metric: Metric, scores: Scores) -> float:
