@@ -71,9 +71,8 @@ def chosen(loader: Loader, name: str) -> tuple[Dataset[Any], list[str]]:
     Raises:
         BadInput: no fixed set of examples, each once.
     """
-    dataset, sampler = loader.dataset, loader.batch_sampler
-    if type(sampler) is BatchSampler:
-        sampler = sampler.sampler
+    dataset, batches = loader.dataset, loader.batch_sampler
+    sampler: Any = batches.sampler if type(batches) is BatchSampler else batches
     count, kind = len(dataset), type(sampler).__name__  # type: ignore[arg-type]
     _refuse_known(sampler, kind, name)
     if type(sampler) is RandomSampler and len(sampler.data_source) == count:
@@ -114,13 +113,14 @@ def _fixed(sampler: Any, count: int, what: str) -> list[int]:
 def _drawn(sampler: Any, count: int, what: str, seed: int) -> list[int]:
     """One epoch of a sampler. The caller's generators, and its own, stay as they are."""
     own = getattr(sampler, "generator", None)
-    state = own.get_state() if isinstance(own, Generator) else None
+    own = own if isinstance(own, Generator) else None
+    state = None if own is None else own.get_state()
     try:
         with rng.isolated():
             rng.seed_all(seed)
             return _once(_flat(sampler), count, what)
     finally:
-        if state is not None:
+        if own is not None and state is not None:
             own.set_state(state)
 
 

@@ -36,7 +36,7 @@ class Kept(Sequence[Batch]):
     """
 
     def __init__(self, batches: Iterable[Batch]) -> None:
-        self._batches = batches._batches if isinstance(batches, Kept) else tuple(batches)
+        self._batches: tuple[Batch, ...] = batches._batches if isinstance(batches, Kept) else tuple(batches)
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -51,15 +51,13 @@ class Kept(Sequence[Batch]):
 
 
 class Lent:
-    """A field of a frozen dataclass that is read as a copy."""
+    """A field of a dataclass that is read as a copy."""
 
-    def __set_name__(self, owner: type, name: str) -> None:
+    def __init__(self, name: str) -> None:
         self.name = name
 
     def __get__(self, instance: Any, owner: type) -> Tree:
-        if instance is None:
-            raise AttributeError(self.name)  # so that the field has no default
-        return copied(vars(instance)[self.name])
+        return self if instance is None else copied(vars(instance)[self.name])
 
     def __set__(self, instance: Any, value: Tree) -> None:
         vars(instance)[self.name] = value
@@ -93,7 +91,7 @@ class Context:
             pickled. None where nothing can, and what a worker needs has to be sent.
     """
 
-    example: Tree = Lent()
+    example: Tree
     calibration: Sequence[Batch]
     metric: Metric
     seed: int = 0
@@ -114,6 +112,9 @@ class Context:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "calibration", Kept(self.calibration))
+
+
+setattr(Context, "example", Lent("example"))  # noqa: B010 (a field of the class body would take it for a default)
 
 
 @dataclass(frozen=True)

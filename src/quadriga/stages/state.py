@@ -248,8 +248,14 @@ class Study:
         return len(self._orders)
 
     def collect(self, timeout: float) -> Trial | None:
-        """Wait for one order and acknowledge its trial; None when none ended in time."""
+        """Wait for one order and acknowledge its trial; None when none ended in time.
+
+        Raises:
+            BadInput: the answer is one that every process would give, such as that it made another workload.
+        """
         found = self.engine.wait(timeout)
+        if found is not None and found[1].get("fatal"):
+            raise BadInput(*found[1]["bad_input"])
         if found is None or found[0] not in self._orders:
             self._still()
             return None
