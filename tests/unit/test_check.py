@@ -229,11 +229,6 @@ def test_keyword_inputs_that_forward_does_not_take():
     expect_refused("cannot be called with inputs", "unexpected keyword argument 'pixels'", **data)
 
 
-def test_randomness_in_eval_mode_is_noted():
-    notes = check(made(model=Model(lambda y: y + torch.randn_like(y))))
-    assert notes == ["the model gives different outputs for equal inputs, in eval mode"]
-
-
 # loss
 
 

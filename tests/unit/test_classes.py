@@ -137,7 +137,7 @@ def test_segmentation_by_name():
     x = torch.randn(150, 3, 10, 12, generator=G)
     y = x.argmax(1)
     workload = Workload(
-        model=Segmenter(nn.Conv2d(3, 5, 3, padding=1)),
+        model=nn.Sequential(nn.Conv2d(3, 5, 3, padding=1)),
         train=(x[:50], y[:50]),
         val=(x[50:100], y[50:100]),
         test=(x[100:], y[100:]),

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +16,7 @@ from quadriga.core.copies import unwrapped, wrappers
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
 from quadriga.core.workload import Workload
+from quadriga.workloads.behaviour import only_read, refuse_writer, seeded, unwritten, well_behaved
 from quadriga.workloads.labels import labels, unseen
 from quadriga.workloads.overlap import apart
 from quadriga.workloads.place import told
@@ -35,7 +39,7 @@ def check(workload: Workload) -> list[str]:
         BadInput: what cannot work, with the value, the reason and the remedy.
     """
     splits = {n: d for n in ("train", "val", "test") if (d := getattr(workload, n)) is not None}
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+    with seeded(0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         notes = _sizes(workload)
         samples = {name: sample(name, data) for name, data in splits.items()}
@@ -99,9 +103,8 @@ def _outputs(model: nn.Module, workload: Workload, notes: list[str]) -> tuple[Tr
     batch = take("val", workload.val, torch.arange(count) * len(workload.val) // count)  # spread, for data sorted by class
     for size in (2, 1, workload.batch_size):
         _forward(model, resize(batch.inputs, size), size)
-    output, again = _forward(model, batch.inputs, count), _forward(model, batch.inputs, count)
-    if any(not torch.equal(a, b) for a, b in zip(tensors(output), tensors(again), strict=True)):
-        notes.append("the model gives different outputs for equal inputs, in eval mode")
+    output = _forward(model, batch.inputs, count)
+    well_behaved(model, batch.inputs, notes)
     return output, batch
 
 
@@ -118,9 +121,8 @@ def _forward(model: nn.Module, inputs: Tree, size: int) -> Tree:
             f"the model cannot be called with inputs {shapes}: {told(error)}", "match inputs and forward()"
         ) from error
     except Exception as error:
-        raise BadInput(
-            f"the model fails on inputs {shapes}: {told(error)}", "match the model and the shape of the data"
-        ) from error
+        problem = f"the model fails on inputs {shapes}: {told(error)}"
+        raise BadInput(problem, _advice(model, inputs, error)) from error
     if first.dim() == 0 or len(first) != size:
         raise BadInput(f"the model returned {list(first.shape)} for {size} examples", "its output needs one row per example")
     if first.is_floating_point() and not bool(torch.isfinite(first).all()):
@@ -129,6 +131,12 @@ def _forward(model: nn.Module, inputs: Tree, size: int) -> Tree:
             f"the model's output has {bad} of {first.numel()} values NaN or infinite", "check its weights and the inputs' scale"
         )
     return output
+
+
+def _advice(model: nn.Module, inputs: Tree, error: Exception) -> str:
+    if "more than 1 value per channel when training" in str(error):
+        return "let norms use running statistics in eval mode: track_running_stats=True, and no train() in a forward"
+    return "match the model and the shape of the data"
 
 
 def _loss(model: nn.Module, workload: Workload) -> None:
@@ -140,7 +148,11 @@ def _loss(model: nn.Module, workload: Workload) -> None:
     try:
         with torch.set_grad_enabled(training), warnings.catch_warnings():
             warnings.filterwarnings("error", message="Using a target size")
-            loss = workload.loss(call(model, batch.inputs), batch)
+            with unwritten(batch.inputs) as written:
+                output = call(model, batch.inputs)
+            if written:
+                refuse_writer(model, resize(batch.inputs, 2), " in training mode")
+            loss = only_read("the loss", partial(_loss_of, workload, batch), output=output, target=batch.target)
     except BadInput:
         raise
     except UserWarning as error:
@@ -164,6 +176,10 @@ def _loss(model: nn.Module, workload: Workload) -> None:
     if training and not loss.requires_grad:
         raise BadInput("the loss does not depend on the parameters", "remove detach(), no_grad() or argmax from model and loss")
     _broadcast(model, workload, name, batch)
+
+
+def _loss_of(workload: Workload, batch: Batch, output: Tree, target: Tree) -> Any:
+    return workload.loss(output, replace(batch, target=target))
 
 
 def _broadcast(model: nn.Module, workload: Workload, name: str, batch: Batch) -> None:

@@ -29,6 +29,22 @@ def place(error: BaseException) -> str:
     return ""
 
 
+def here() -> str:
+    """`file.py:12`, the innermost line of the user's code that is running now, below Quadriga's own call of it; "" if none."""
+    frames = list(reversed(traceback.extract_stack()))
+    start = next((k for k, f in enumerate(frames) if not _is_ours(f.filename)), len(frames))
+    for frame in frames[start:]:
+        if _is_users(frame.filename):
+            return f"{frame.filename}:{frame.lineno}"
+        if _is_ours(frame.filename):
+            return ""
+    return ""
+
+
+def _is_ours(filename: str) -> bool:
+    return not filename.startswith("<") and Path(filename).resolve().is_relative_to(_OURS) and not _is_users(filename)
+
+
 def told(error: BaseException) -> str:
     """The place, the kind and the first line of an error, for a sentence about it."""
     lines = str(error).strip().splitlines()

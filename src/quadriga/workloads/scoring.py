@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import numbers
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from quadriga.core.batch import Batch, Tree
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
 from quadriga.core.workload import Workload
+from quadriga.workloads.behaviour import only_read
 from quadriga.workloads.place import told
 
 
@@ -27,13 +30,7 @@ def metric_works(workload: Workload, output: Tree, batch: Batch) -> None:
 def _score(metric: Metric, output: Tree, batch: Batch) -> NDArray[np.float64]:
     what = f"the metric {metric.name}"
     try:
-        result: Any
-        if metric.examples is not None:
-            values, weights = metric.examples(output, batch)
-            result = values if len(values) == len(weights) else f"{len(values)} values and {len(weights)} weights"
-        else:
-            assert metric.whole is not None
-            result = metric.whole(output, batch.target)
+        result = only_read(what, partial(_result, metric, batch), output=output, target=batch.target)
     except BadInput:
         raise
     except Exception as error:
@@ -50,6 +47,14 @@ def _score(metric: Metric, output: Tree, batch: Batch) -> NDArray[np.float64]:
             f"{what} returned {values.ravel()[~np.isfinite(values.ravel())][0]}", "check divisions by zero and its inputs"
         )
     return values
+
+
+def _result(metric: Metric, batch: Batch, output: Tree, target: Tree) -> Any:
+    if metric.examples is None:
+        assert metric.whole is not None
+        return metric.whole(output, target)
+    values, weights = metric.examples(output, replace(batch, target=target))
+    return values if len(values) == len(weights) else f"{len(values)} values and {len(weights)} weights"
 
 
 def _numbers(result: Any, what: str) -> NDArray[np.float64]:
