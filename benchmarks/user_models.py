@@ -71,7 +71,8 @@ def child(name: str, file: str, folder: Path) -> dict[str, Cell]:
         result = study.train(workloads.load(reference), recipe=recipe, out=folder / runtime)
         if result.get("artifact"):
             return {"quality": result["quality"]}
-        return {"verdict": "refused", "says": result.get("note") or result.get("error", {}).get("message", "no artifact")}
+        error = result.get("error") or {"message": result.get("note") or "no artifact"}
+        return {"verdict": "refused", "says": "; ".join(filter(None, [error["message"], error.get("remedy")]))}
 
     found = {"check": attempted(lambda: {"notes": check(workloads.load(reference))})}
     return {**found, **{runtime: attempted(lambda r=runtime: train(r)) for runtime in RUNTIMES}}
@@ -167,7 +168,7 @@ def page(known: dict[str, Any]) -> Iterator[str]:
         yield f"| `{name}` | {row['about']} | " + " | ".join(marks) + " |"
     yield "\n## What was said where a form does not work\n"
     for name, row in known.items():
-        yield from sentences(name, row)
+        yield from sentences(name, row, known.get(row["out"]))
 
 
 def worst(known: dict[str, Any]) -> str:
@@ -178,15 +179,17 @@ def worst(known: dict[str, Any]) -> str:
     return ", ".join(f"{found[v]} {names[v]}" for v in reversed(order))
 
 
-def sentences(name: str, row: dict[str, Any]) -> Iterator[str]:
-    """Each sentence once, with the cells that said it."""
+def sentences(name: str, row: dict[str, Any], way: dict[str, Any] | None) -> Iterator[str]:
+    """Each sentence once, with the cells that said it; then how the form fares that goes the way out."""
     said: dict[tuple[str, str], list[str]] = {}
     for cell, found in row["cells"].items():
         if found["verdict"] != "works":
             said.setdefault((found["verdict"], " ".join(found.get("says", "").split())), []).append(cell)
-    way = f" The way out works: `{row['out']}`." if row["out"] else ""
-    for number, ((verdict, text), where) in enumerate(said.items()):
-        yield f"- `{name}`, {', '.join(where)}: **{verdict}**. {text}{way if number == len(said) - 1 else ''}"
+    for (verdict, text), where in said.items():
+        yield f"- `{name}`, {', '.join(where)}: **{verdict}**. {text}"
+    if way:
+        good = [c for c, found in way["cells"].items() if found["verdict"] == "works"]
+        yield f"  - The way out, tried: `{row['out']}` ({way['about']}) works in {', '.join(good)}."
 
 
 def main() -> int:
