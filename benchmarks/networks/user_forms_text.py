@@ -91,8 +91,8 @@ def lstm_states() -> Plain:
 
 
 def counting(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sequences that count upwards by one or two, to be continued."""
-    steps = torch.randint(1, 3, (count, LENGTH + 1), generator=generator)
+    """Sequences that count upwards by one to four, to be continued."""
+    steps = torch.randint(1, 5, (count, LENGTH + 1), generator=generator)
     line = (torch.randint(40, (count, 1), generator=generator) + steps.cumsum(1)) % 40
     return line[:, :-1].contiguous(), line[:, 1:].contiguous()
 
