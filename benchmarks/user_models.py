@@ -1,7 +1,7 @@
 """Models as people bring them: every form through `check`, `train` in four runtimes and a short `run`, held against PyTorch.
 
     python benchmarks/user_models.py                        # go on where the last call stopped (out/user_models/): hours
-    python benchmarks/user_models.py --no-run               # without the studies of 60 seconds: half an hour
+    python benchmarks/user_models.py --cells check,eager    # some cells; the rest later
     python benchmarks/user_models.py --only packed,stft     # some forms; prints, and writes no page
 
 Each form is a function of `networks/user_forms_*.py`, in a fresh process with a time limit. An artifact is loaded by its own
@@ -54,8 +54,8 @@ def attempted(action: Any) -> Cell:
         return {"verdict": "crashed", "says": f"{type(error).__name__}: {error}"[:400]}
 
 
-def child(name: str, file: str, folder: Path) -> dict[str, Cell]:
-    """`check`, and `train` in each runtime, in this process."""
+def child(name: str, file: str, folder: Path, wanted: list[str]) -> dict[str, Cell]:
+    """`check`, and `train` in each runtime that is wanted, in this process."""
     import torch
 
     from quadriga import study, workloads
@@ -71,10 +71,12 @@ def child(name: str, file: str, folder: Path) -> dict[str, Cell]:
         result = study.train(workloads.load(reference), recipe=recipe, out=folder / runtime)
         if result.get("artifact"):
             return {"quality": result["quality"]}
-        return {"verdict": "refused", "says": result.get("note") or result.get("error", {}).get("message", "no artifact")}
+        error = result.get("error") or {"message": result.get("note") or "no artifact"}
+        return {"verdict": "refused", "says": "; ".join(filter(None, [error["message"], error.get("remedy")]))}
 
-    found = {"check": attempted(lambda: {"notes": check(workloads.load(reference))})}
-    return {**found, **{runtime: attempted(lambda r=runtime: train(r)) for runtime in RUNTIMES}}
+    actions = {"check": lambda: {"notes": check(workloads.load(reference))}}
+    actions |= {runtime: lambda r=runtime: train(r) for runtime in RUNTIMES}
+    return {cell: attempted(actions[cell]) for cell in wanted if cell in actions}
 
 
 def process(words: list[str], limit: float, threads: int = 1) -> subprocess.CompletedProcess[str]:
@@ -129,25 +131,26 @@ def held(cell: Cell, found: Cell) -> Cell:
     return {**cell, **found}
 
 
-def tried(name: str, one: Any, run: bool) -> dict[str, Any]:
-    """All cells of a form."""
-    folder, began = PLACE / name, time.monotonic()
+def tried(name: str, one: Any, wanted: list[str]) -> dict[str, Cell]:
+    """The cells of a form that are wanted."""
+    folder = PLACE / name
     shutil.rmtree(folder, ignore_errors=True)
-    done = process([__file__, "--child", name, "--file", str(one.file), "--place", str(folder)], LIMIT)
-    cells = last_json(done.stdout)
-    if cells is None:
+    cells: dict[str, Cell] = {}
+    if inside := [cell for cell in wanted if cell != "run"]:
+        words = ["--child", name, "--file", str(one.file), "--place", str(folder), "--cells", ",".join(inside)]
+        done = process([__file__, *words], LIMIT)
         said = "\n".join(done.stderr.strip().splitlines()[-3:])[:400]
-        cells = {cell: {"verdict": "crashed", "says": said} for cell in CELLS[:-1]}
-    if run:
+        cells = last_json(done.stdout) or {cell: {"verdict": "crashed", "says": said} for cell in inside}
+    if "run" in wanted:
         cells["run"] = studied(name, one.file, folder)
-    ready = [c for c in CELLS[1:] if cells.get(c, {}).get("verdict") == "works"]
+    ready = [cell for cell, found in cells.items() if cell != "check" and found["verdict"] == "works"]
     if ready:
         compare = str(Path(__file__).with_name("user_models_compare.py"))
-        found = process([compare, name, *(str(folder / c) for c in ready)], LIMIT)
-        told = last_json(found.stdout) or {c: {"raised": found.stderr.strip()[-400:]} for c in ready}
-        cells |= {c: held(cells[c], told[c]) for c in ready}
+        found = process([compare, name, *(str(folder / cell) for cell in ready)], LIMIT)
+        told = last_json(found.stdout) or {cell: {"raised": found.stderr.strip()[-400:]} for cell in ready}
+        cells |= {cell: held(cells[cell], told[cell]) for cell in ready}
     shutil.rmtree(folder, ignore_errors=True)
-    return {"about": one.about, "out": one.out, "seconds": round(time.monotonic() - began), "cells": cells}
+    return cells
 
 
 def page(known: dict[str, Any]) -> Iterator[str]:
@@ -167,7 +170,7 @@ def page(known: dict[str, Any]) -> Iterator[str]:
         yield f"| `{name}` | {row['about']} | " + " | ".join(marks) + " |"
     yield "\n## What was said where a form does not work\n"
     for name, row in known.items():
-        yield from sentences(name, row)
+        yield from sentences(name, row, known.get(row["out"]))
 
 
 def worst(known: dict[str, Any]) -> str:
@@ -178,57 +181,58 @@ def worst(known: dict[str, Any]) -> str:
     return ", ".join(f"{found[v]} {names[v]}" for v in reversed(order))
 
 
-def sentences(name: str, row: dict[str, Any]) -> Iterator[str]:
-    """Each sentence once, with the cells that said it."""
+def sentences(name: str, row: dict[str, Any], way: dict[str, Any] | None) -> Iterator[str]:
+    """Each sentence once, with the cells that said it; then how the form fares that goes the way out."""
     said: dict[tuple[str, str], list[str]] = {}
     for cell, found in row["cells"].items():
         if found["verdict"] != "works":
             said.setdefault((found["verdict"], " ".join(found.get("says", "").split())), []).append(cell)
-    way = f" The way out works: `{row['out']}`." if row["out"] else ""
-    for number, ((verdict, text), where) in enumerate(said.items()):
-        yield f"- `{name}`, {', '.join(where)}: **{verdict}**. {text}{way if number == len(said) - 1 else ''}"
+    for (verdict, text), where in said.items():
+        yield f"- `{name}`, {', '.join(where)}: **{verdict}**. {text}"
+    if way:
+        good = [c for c, found in way["cells"].items() if found["verdict"] == "works"]
+        yield f"  - The way out, tried: `{row['out']}` ({way['about']}) works in {', '.join(good)}."
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="forms, comma-separated; prints, and writes no page")
-    parser.add_argument("--no-run", action="store_true", help="leave the studies out")
-    parser.add_argument("--fresh", action="store_true", help="forget what is known")
+    parser.add_argument("--cells", help=f"of {', '.join(CELLS)}; comma-separated", default=",".join(CELLS))
+    parser.add_argument("--again", action="store_true", help="also what is known already")
     for hidden in ("--child", "--file", "--place"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     given = parser.parse_args()
+    wanted = given.cells.split(",")
     if given.child:
-        print(json.dumps(child(given.child, given.file, Path(given.place))))
+        print(json.dumps(child(given.child, given.file, Path(given.place), wanted)))
         return 0
-    known, every = gone_through(given, forms()), forms()
+    every = forms()
+    known = gone_through(given.only.split(",") if given.only else list(every), wanted, every, given.again)
     if given.only:
         print("\n".join(page(known)))
     else:
-        write(known, every)
+        RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        PAGE.write_text("\n".join(page(known)) + "\n", encoding="utf-8")
     counts = Counter(c["verdict"] for row in known.values() for c in row["cells"].values())
     print(json.dumps({"forms": len(known), **counts}))
     return 1 if counts["wrong"] or counts["crashed"] else 0
 
 
-def gone_through(given: argparse.Namespace, every: dict[str, Any]) -> dict[str, Any]:
-    """Every form that is asked for, from the state or anew."""
+def gone_through(names: list[str], wanted: list[str], every: dict[str, Any], again: bool) -> dict[str, Any]:
+    """The rows of these forms, from the state or anew."""
     state = PLACE / "state.json"
-    known = json.loads(state.read_text()) if state.exists() and not given.fresh else {}
-    names = given.only.split(",") if given.only else list(every)
+    known = json.loads(state.read_text()) if state.exists() else {}
     for number, name in enumerate(names, 1):
-        if given.only or name not in known or not (given.no_run or "run" in known[name]["cells"]):
-            known[name] = tried(name, every[name], not given.no_run)
+        cells = known.get(name, {}).get("cells", {})
+        if missing := [cell for cell in wanted if again or cell not in cells]:
+            began = time.monotonic()
+            cells |= tried(name, every[name], missing)
+            known[name] = {"about": every[name].about, "out": every[name].out, "cells": cells}
             PLACE.mkdir(parents=True, exist_ok=True)
             state.write_text(json.dumps(known, indent=1))
-        marks = " ".join(f"{c}:{found['verdict']}" for c, found in known[name]["cells"].items())
-        print(f"[{number}/{len(names)}] {name} ({known[name]['seconds']} s) {marks}", file=sys.stderr, flush=True)
+            marks = " ".join(f"{cell}:{cells[cell]['verdict']}" for cell in missing)
+            print(f"[{number}/{len(names)}] {name} ({time.monotonic() - began:.0f} s) {marks}", file=sys.stderr, flush=True)
     return {name: known[name] for name in names}
-
-
-def write(known: dict[str, Any], every: dict[str, Any]) -> None:
-    """Results and page."""
-    RESULTS.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    PAGE.write_text("\n".join(page(known)) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

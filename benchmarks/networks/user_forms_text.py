@@ -91,8 +91,9 @@ def lstm_states() -> Plain:
 
 
 def counting(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Sequences that count upwards, to be continued."""
-    line = (torch.randint(40, (count, 1), generator=generator) + torch.arange(LENGTH + 1)) % 40
+    """Sequences that count upwards by one to four, to be continued."""
+    steps = torch.randint(1, 5, (count, LENGTH + 1), generator=generator)
+    line = (torch.randint(40, (count, 1), generator=generator) + steps.cumsum(1)) % 40
     return line[:, :-1].contiguous(), line[:, 1:].contiguous()
 
 
@@ -123,8 +124,7 @@ def llama() -> Plain:
     return _language(lambda: LlamaForCausalLM(LlamaConfig(**size, intermediate_size=32, vocab_size=40)))
 
 
-@form("T5 of `transformers` with its labels")
-def t5() -> Plain:
+def _t5() -> Plain:
     from transformers import T5Config, T5ForConditionalGeneration
 
     size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 40}
@@ -133,9 +133,14 @@ def t5() -> Plain:
     return {"model": model, **data, "metric": "bits_per_byte", "score": bits}
 
 
+@form("T5 of `transformers` with its labels", out="t5_inputs")
+def t5() -> Plain:
+    return _t5()
+
+
 @form("T5 with its decoder's inputs written out")
 def t5_inputs() -> Plain:
-    data = t5()
+    data = _t5()
     for name in ("train", "val", "test"):
         x, y = data[name]["input_ids"], data[name]["labels"]
         data[name] = ({"input_ids": x, "decoder_input_ids": torch.cat([torch.zeros_like(y[:, :1]), y[:, :-1]], 1)}, y)

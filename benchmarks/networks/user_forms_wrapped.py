@@ -228,7 +228,7 @@ def quantized_already() -> Plain:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         small = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, torch.qint8)
-    return {"model": small, **data, "trained": True}
+    return {"model": small, "val": data["val"], "test": data["test"], "trained": True}
 
 
 @form("in training mode when given")

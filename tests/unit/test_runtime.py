@@ -207,6 +207,15 @@ def test_a_dict_may_be_given_as_keywords_and_a_wrong_one_is_named(tmp_path):
         run({"ids": inputs["input_ids"]})
 
 
+def test_a_tuple_may_be_given_as_arguments_as_the_model_is_called(tmp_path):
+    make, draw = MODELS["tuple"]
+    model, inputs = make().eval(), draw()
+    run = runtime.build(model, RuntimeSpec("eager"), context(inputs), tmp_path).run()
+    torch.testing.assert_close(run(*inputs), run(inputs))
+    with torch.no_grad():
+        torch.testing.assert_close(run(*inputs), model(*inputs))
+
+
 def test_lengths_that_vary_between_batches_are_dynamic(tmp_path):
     model = Tied().eval()
     short, long = (Batch(torch.randint(0, 300, (4, n)), None, torch.arange(4)) for n in (5, 9))

@@ -23,13 +23,19 @@ OTHERS = "use eager, onnxruntime or openvino"
 FRAME = re.compile(r"^(Exception from |Check '|While validating|FrontEnd API|Model wasn't|Summary:|-- |\[CPU\]$)")
 # What stands in the way of an export: its words, or the functions of PyTorch that were active; and a way out that was tried.
 WAYS = (
-    (r"pack_padded_sequence|forward_packed|PackedSequence", "packed sequences, whose lengths torch.export cannot trace",
-     "give the padded batch to the recurrent layer and take each sequence's state at its length with torch.gather"),
-    (r"data-dependent|Could not (guard|extract)|GuardOnDataDependent", "a data-dependent branch or size, which the values of the inputs decide",
-     "choose with torch.where in place of if, and keep sizes that come from shapes"),
+    (
+        r"pack_padded_sequence|forward_packed|PackedSequence",
+        "packed sequences, whose lengths torch.export cannot trace",
+        "give the padded batch to the recurrent layer and take each sequence's state at its length with torch.gather",
+    ),
+    (
+        r"data-dependent|Could not (guard|extract)|GuardOnDataDependent",
+        "a data-dependent branch or size, which the values of the inputs decide",
+        "choose with torch.where in place of if, and keep sizes that come from shapes",
+    ),
     (r"batch size is fixed", "", "write the batch as x.shape[0], or use flatten(1)"),
-    (r"sparse", "sparse tensors cannot be exported", "store the matrix dense, or multiply by index_add over its entries"),
-)  # fmt: skip
+    (r"sparse", "a sparse tensor, which torch.export cannot take", "keep the matrix dense (.to_dense())"),
+)
 GENERAL = "rewrite that line in tensor operations until torch.export.export(model, inputs, strict=False) accepts it"
 
 
