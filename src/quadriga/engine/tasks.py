@@ -181,9 +181,12 @@ class Desk:
         return {"values": {}}
 
     def _train(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Train, realise, and measure quality on val through the very runtime that the recipe names."""
+        """Train, realise, and measure quality on val through the very runtime that the recipe names.
+
+        With "keep" what was realised stays in built/train-HASH, so that it can become the artifact.
+        """
         walked = self._walk(recipe, args)
-        run, size = self._executable(walked, f"train-{args['hash']}", keep=False)
+        run, size = self._executable(walked, f"train-{args['hash']}", keep=bool(args.get("keep")))
         parts = self._scored_parts(run, "val", f"{args['hash']}.npz", walked.setup.runtime.alone is not None)
         scores = min(parts, key=lambda part: self.workload.metric.gain(part["quality"], 0.0))
         model = walked.setup.model

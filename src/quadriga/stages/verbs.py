@@ -69,9 +69,10 @@ def train(
             return {}
         track = None
     with tracking(open_tracker(track, folder / "track", recipe.hash) if track else None) as tracked:
-        trained = done(desk.do("train", {"recipe": recipe.plain(), "hash": recipe.hash}), "the recipe")
+        trained = done(desk.do("train", {"recipe": recipe.plain(), "hash": recipe.hash, "keep": True}), "the recipe")
         tracked.log(0, {name: trained["values"][name] for name in ("quality", "bytes", "parameters")})
-    written = desk.do("artifact", _order(workload, recipe, trained))
+    written = desk.do("artifact", _order(desk, recipe, trained))
+    shutil.rmtree(folder / "built", ignore_errors=True)
     result = _facts(workload, recipe, trained, tracked.note)
     if written["status"] == Status.COMPLETE:
         found = _announced(workload, folder, recipe, trained, lambda text: say({"stage": "artifact", "text": text}))
@@ -85,10 +86,12 @@ def train(
     return result
 
 
-def _order(workload: Workload, recipe: Recipe, trained: Mapping[str, Any]) -> dict[str, Any]:
-    """What the desk has to know to write the artifact."""
+def _order(desk: Desk, recipe: Recipe, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """What the desk has to know to write the artifact: of the very files that were measured, where there are some."""
     evidence = {"quality_on_val": trained["values"]["quality"], "verified": False}
-    return {"recipe": recipe.plain(), "batches": (1, workload.batch_size), "evidence": evidence}
+    order = {"recipe": recipe.plain(), "batches": (1, desk.workload.batch_size), "evidence": evidence}
+    kept = Path("built") / f"train-{recipe.hash}"
+    return {**order, "folder": str(kept)} if (desk.folder / kept / "runtime.json").is_file() else order
 
 
 def _facts(workload: Workload, recipe: Recipe, trained: Mapping[str, Any], tracked: str) -> dict[str, Any]:
