@@ -12,6 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +81,9 @@ class Local:
                         worker.kill()
 
     def resources(self) -> Resources:
-        """This machine."""
-        return self._resources
+        """This machine; its `startup` is what the workers took, once they are there."""
+        known = [w.startup for w in self._workers if w.startup is not None]
+        return replace(self._resources, startup=max(known)) if known else self._resources
 
     def renew(self) -> None:
         """Fresh processes, and nothing to do."""
@@ -133,6 +135,7 @@ class _Worker:
     def __init__(self, spec: str, loading: float) -> None:
         self._spec, self._loading = spec, loading
         self.number: int | None = None  # of the order that it is at
+        self.startup: float | None = None  # seconds that its process took until the workload was in memory
         self._start()
 
     def _start(self) -> None:
@@ -174,7 +177,10 @@ class _Worker:
 
     def _loaded(self) -> bool:
         assert self._process.stdout is not None
-        return bool(self._process.stdout.readline())
+        line = self._process.stdout.readline()
+        if line:
+            self.startup = float(json.loads(line)["ready"])
+        return bool(line)
 
     def _slow(self) -> dict[str, Any]:
         """The next try would take as long."""

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 from quadriga.core.errors import BadInput
@@ -24,6 +25,7 @@ def main(spec: dict[str, Any]) -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what user code prints must not mix with the replies
 
+    import psutil
     import torch
 
     from quadriga.engine.admission import admitted, fatal
@@ -39,7 +41,7 @@ def main(spec: dict[str, Any]) -> None:
     except BadInput as error:
         answer = fatal(error)
     gc.freeze()  # what lives as long as the process is not looked through after every task: 80 ms of each
-    send({"ready": True})
+    send({"ready": time.time() - psutil.Process().create_time()})
     for line in sys.stdin:
         order = json.loads(line)
         if desk is not None:
