@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines matrix bench-gpu kills clean
+.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines bench-user-models matrix bench-gpu kills clean
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -95,6 +95,9 @@ bench-faults: .venv/.run-stamp  ## kill one of two processes that train, twenty 
 bench-engines: .venv/.dev-stamp  ## what it costs to hand out trials: the local engine, Ray's, and Ray Tune (8 minutes)
 	@$(PIP) "ray[tune]"
 	$(BIN)/python benchmarks/engines.py
+
+bench-user-models: .venv/.dev-stamp  ## models as people bring them, through check, train in four runtimes and a short run (3 hours)
+	$(BIN)/python benchmarks/user_models.py
 
 matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (half an hour)
 	$(BIN)/python benchmarks/matrix.py --jobs 2

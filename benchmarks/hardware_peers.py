@@ -11,7 +11,7 @@ import subprocess
 import sys
 import traceback
 import venv
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -193,14 +193,16 @@ PEERS = {
 }
 
 
-def make(workload: Workload, folder: Path, base: Mapping[str, Any] | None) -> dict[str, dict[str, Any]]:
+def make(
+    workload: Workload, folder: Path, base: Mapping[str, Any] | None, names: Sequence[str] = tuple(PEERS)
+) -> dict[str, dict[str, Any]]:
     """Name → fields of a row: made once, scored on test."""
     assert base is not None
     model = workload.build(0)
     if base["checkpoint"]:
         load_model(Path(base["checkpoint"]), model)
     peer = Peer(workload, model.eval(), folder / "peers")
-    return {f"peer: {name}": _made(peer, name, function) for name, function in PEERS.items()}
+    return {f"peer: {name}": _made(peer, name, PEERS[name]) for name in names}
 
 
 def _made(peer: Peer, name: str, function: Callable[[Peer], dict[str, Any]]) -> dict[str, Any]:

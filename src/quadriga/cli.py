@@ -98,7 +98,7 @@ def run(
         emit(result)
     else:
         _summary(result, floor, out)
-    return STATUS[result["status"]]
+    return STATUS[result["status"]] or int(result["artifact"] is None)
 
 
 @app.command

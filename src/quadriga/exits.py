@@ -20,7 +20,7 @@ from quadriga.parallel.launch import tell
 from quadriga.report.schema import empty_result
 
 BAD_INPUT, INTERRUPTED = 2, 130
-STATUS = {"verified": 0, "infeasible": 1, "failed": 1, "interrupted": INTERRUPTED}
+STATUS = {"verified": 0, "infeasible": 1, "unmeasured": 1, "failed": 1, "interrupted": INTERRUPTED}
 
 
 def guarded(app: Callable[..., Any], given: list[str]) -> int:

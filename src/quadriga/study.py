@@ -17,15 +17,15 @@ from quadriga.engine.opening import Where
 from quadriga.stages.ablate import Ablation, Ablator
 from quadriga.stages.baseline import check_floor, measure_baseline
 from quadriga.stages.compare import compare
-from quadriga.stages.conclude import Conclusion, Judge
+from quadriga.stages.conclude import Conclusion, Judge, verification_seconds
 from quadriga.stages.explore import Explorer, load_portfolio
-from quadriga.stages.handover import clear, keep_winner
+from quadriga.stages.handover import Kept, clear, keep
 from quadriga.stages.heat import heat, share
 from quadriga.stages.opening import open_study
 from quadriga.stages.profile import order_profile
 from quadriga.stages.rates import learning_rates
 from quadriga.stages.records import records, result
-from quadriga.stages.state import Options, Progress, Study
+from quadriga.stages.state import NothingToFind, Options, Progress, Study
 from quadriga.stages.verbs import profile, train
 from quadriga.workloads import load
 
@@ -106,8 +106,11 @@ def optimize(workload: Workload | str, *, budget: str | float = "10m", quiet: bo
 def _stations(study: Study) -> dict[str, Any]:
     """All stations in order; each takes up what its trials say was done before."""
     study.portfolio = [study.space.complete(study.space.adapt(r)) for r in load_portfolio(study.options.minimize)]
-    measure_baseline(study)
     smallest = check_floor(study)
+    try:
+        measure_baseline(study)
+    except NothingToFind as end:
+        return _finish(study, None, Conclusion([], None, None, {}), smallest, end)
     order_profile(study)
     verify, ablate = _reserves(study)
     explorer = Explorer(study, verify + ablate + share(study))
@@ -126,7 +129,11 @@ def _reserves(study: Study) -> tuple[Seconds, Seconds]:
     """Seconds kept for verification and for ablation, which is short where nothing is trained anew."""
     total = study.options.budget
     few = study.short or study.options.hardware_alone
-    return max(0.25 * total, min(30.0, 0.45 * total)), (0.12 if few else 0.25) * total
+    price = verification_seconds(study)
+    if price > 0.45 * total:
+        study.notes.append(f"a verification takes about {price:.0f} s here, much of the budget of {total:.0f} s")
+        study.say("plan", f"{study.notes[-1]}; it may be overdrawn")
+    return min(0.45 * total, max(0.25 * total, price)), (0.12 if few else 0.25) * total
 
 
 def _frozen(study: Study, explorer: Explorer, reserve: Seconds) -> list[tuple[Recipe, Ablation | None]]:
@@ -152,13 +159,13 @@ def _frozen(study: Study, explorer: Explorer, reserve: Seconds) -> list[tuple[Re
     return frozen
 
 
-def _finish(study: Study, explorer: Explorer, conclusion: Conclusion, smallest: float) -> dict[str, Any]:
+def _finish(
+    study: Study, explorer: Explorer | None, conclusion: Conclusion, smallest: float, end: NothingToFind | None = None
+) -> dict[str, Any]:
     """Artifact, result, records and report; the store learns last that the study is done."""
-    status = "verified" if conclusion.winner else "infeasible"
     with study.budget.phase("report"):
-        evidence = result(study, status, conclusion, None)
-        artifact = keep_winner(study, conclusion, evidence)
-    outcome = result(study, status, conclusion, artifact.name if artifact else None)
+        kept = _handed_over(study, conclusion)
+    outcome = result(study, conclusion, kept, end)
     everything = records(study, outcome, explorer, conclusion, smallest)
     write_json(study.folder / "records.json", everything)
     report.write(everything, study.folder)
@@ -166,3 +173,13 @@ def _finish(study: Study, explorer: Explorer, conclusion: Conclusion, smallest: 
     study.store.put("result", outcome)
     clear(study)
     return outcome
+
+
+def _handed_over(study: Study, conclusion: Conclusion) -> Kept:
+    """The winner's artifact; where what was written does not hold, there is no winner, and the baseline is handed back."""
+    kept = keep(study, conclusion, result(study, conclusion))
+    lost = conclusion.winner is not None and kept.folder is None
+    if lost and (kept.written or study.options.minimize != "train_cost"):  # there the recipe is the winner, without a file too
+        conclusion.disown(kept.why_not)
+        kept = keep(study, conclusion, result(study, conclusion))
+    return kept

@@ -126,9 +126,19 @@ def test_the_recorded_command_says_the_same_again(fake):
     assert fake.calls[0] == {**fake.calls[1], "progress": fake.calls[0]["progress"]}
 
 
-@pytest.mark.parametrize(("status", "code"), [("verified", 0), ("infeasible", 1), ("failed", 1), ("interrupted", 130)])
-def test_status_decides_the_exit_status(fake, capsys, status, code):
-    result = {**empty_result(status, "w"), "report": "report.html", "seconds": float("nan")}
+@pytest.mark.parametrize(
+    ("status", "artifact", "code"),
+    [
+        ("verified", "artifact", 0),
+        ("verified", None, 1),
+        ("infeasible", "artifact", 1),
+        ("unmeasured", "artifact", 1),
+        ("failed", None, 1),
+        ("interrupted", None, 130),
+    ],
+)
+def test_status_decides_the_exit_status(fake, capsys, status, artifact, code):
+    result = {**empty_result(status, "w"), "artifact": artifact, "report": "report.html", "seconds": float("nan")}
     fake.study.run = lambda workload, **_: result
     assert call("run", "w", "--json") == code
     assert last_json(capsys) == {**result, "seconds": None}

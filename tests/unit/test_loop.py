@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from quadriga.core import rng
 from quadriga.core.batch import Batch
 from quadriga.core.data import Data, TensorData
 from quadriga.core.errors import BadInput, Diverged
@@ -16,7 +17,6 @@ from quadriga.core.setup import Setup
 from quadriga.core.slots import Factors, Hook, OptimizerSlot, RuntimeSpec
 from quadriga.core.workload import Workload
 from quadriga.testing import TINY, fingerprint, tiny_cnn, tiny_mlp
-from quadriga.train import rng
 from quadriga.train.data import Sampler, count_steps
 from quadriga.train.gradients import mean_gradients
 from quadriga.train.loop import fit

@@ -169,9 +169,47 @@ def test_what_is_no_record_is_refused(bad, tmp_path):
 
 def test_verdict_tells_the_claim_with_its_bounds(records):
     verdict = document(complete(records)).verdict
-    for part in ("1.46× as fast as the best lossless export", "[1.42, 1.50]", "10,000 unseen", "at least +0.06 pt", "-0.5pt"):
+    speeds = "1.46× at batch 1 [1.42, 1.50] and 1.62× at batch 64 [1.54, 1.70] as fast as the best lossless export"
+    for part in (speeds, "10,000 unseen", "at least +0.06 pt", "-0.5pt"):
         assert part in verdict
     assert html.escape(verdict, quote=False) == verdict
+
+
+def test_a_ratio_that_was_not_measured_well_enough_is_quoted_nowhere(records, tmp_path):
+    """`at least 4.74× as fast [4.74, 87775.15]` once stood as the result of a busy machine."""
+    wild = {"value": 643.0, "low": 4.74, "high": 87775.15, "verdict": "unmeasured"}
+    records["result"]["winner"]["latency_ratio"]["lossless_export"]["1"] = wild
+    for opponent in records["opponents"]:
+        if opponent["name"] == "lossless_export":
+            opponent["latency"]["1"] = wild
+    made = document(complete(records))
+    told = (
+        "1.62× at batch 64 [1.54, 1.70] as fast as the best lossless export, not measured well enough against the best lossless"
+    )
+    assert told in made.verdict
+    assert made.figures[0][0] == "not measured well enough"
+    figure = next(b for s in made.sections for b in s.blocks if isinstance(b, Figure) and b.name == "forest")
+    assert "643" not in made.verdict + figure.svg
+    assert "87,775" not in figure.svg
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"tried": {"costed": 40, "trained": 0, "scored": 0}}, "Undecided: 40 candidates were costed and the quality of none"),
+        (
+            {"tried": {"costed": 40, "trained": 3, "scored": 3}},
+            "Infeasible: nothing beat the baseline above the floor of -0.5pt",
+        ),
+        ({"reason": "no runtime can execute it", "remedy": "return tensors"}, "no runtime can execute it; return tensors"),
+        ({"status": "unmeasured", "nearest_miss": {"why": "others kept 63 % busy"}}, "Not measured: others kept 63 % busy"),
+        ({"artifact": "artifact"}, "The unchanged baseline is handed back."),
+        ({"no_artifact": "it holds a script object"}, "There is no artifact: it holds a script object."),
+    ],
+)
+def test_a_study_without_a_winner_says_why(records, changes, words):
+    records["result"] = {**empty_result("infeasible", "lenet_fashion"), **changes}
+    assert words in document(complete(records)).verdict
 
 
 def test_the_profile_adds_up_and_says_what_there_is_to_gain(records):

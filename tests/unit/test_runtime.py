@@ -207,6 +207,15 @@ def test_a_dict_may_be_given_as_keywords_and_a_wrong_one_is_named(tmp_path):
         run({"ids": inputs["input_ids"]})
 
 
+def test_a_tuple_may_be_given_as_arguments_as_the_model_is_called(tmp_path):
+    make, draw = MODELS["tuple"]
+    model, inputs = make().eval(), draw()
+    run = runtime.build(model, RuntimeSpec("eager"), context(inputs), tmp_path).run()
+    torch.testing.assert_close(run(*inputs), run(inputs))
+    with torch.no_grad():
+        torch.testing.assert_close(run(*inputs), model(*inputs))
+
+
 def test_lengths_that_vary_between_batches_are_dynamic(tmp_path):
     model = Tied().eval()
     short, long = (Batch(torch.randint(0, 300, (4, n)), None, torch.arange(4)) for n in (5, 9))
@@ -246,7 +255,7 @@ class Strange(nn.Module):
         (Branches(), r"cannot be exported.*data-dependent.*test_runtime\.py:\d+"),
         (Fixed(), "cannot be exported.*batch"),
         (Counts(), "changes its buffer calls when it runs"),
-        (Strange(), "returns a set, which cannot be stored"),
+        (Strange(), r"returns output \(set\), no tensor"),
     ],
 )
 def test_a_model_that_cannot_be_exported_is_refused_with_the_reason(model, words, tmp_path):

@@ -218,3 +218,23 @@ def test_every_order_knows_the_teacher(tmp_path):
         study.submit("artifact", "artifact", Recipe(), args={"folder": "f"})
     assert [o.args["teacher"] for o in orders] == [None, str(tmp_path / "checkpoints" / "abc")]
     assert orders[1].args["folder"] == "f"
+
+
+def test_a_long_wait_says_what_is_under_way(tmp_path):
+    """No phase of more than five seconds is silent; what is finished is not told of."""
+    said, now = [], [0.0]
+    target = SimpleNamespace(target={}, workers=2)
+    engine = SimpleNamespace(submit=lambda order: None, resources=lambda: target, cancel=lambda: None)
+    engine.wait = lambda timeout: now.__setitem__(0, now[0] + timeout)
+    with Store(tmp_path) as store:
+        study = Study(tiny_mlp(), Options(FLOOR), tmp_path, store, engine, None, lambda event: said.append(event["text"]))
+        study.budget = Budget(600.0, store, lambda: now[0])
+        study.say("search", "3 costed")
+        study.submit("search", "train", Recipe((), "half as wide"))
+        for _ in range(11):
+            study.collect(1.0)
+        assert said == ["3 costed", *["3 costed · training and scoring half as wide"] * 2]
+        study.forget()
+        for _ in range(11):
+            study.collect(1.0)
+    assert len(said) == 3

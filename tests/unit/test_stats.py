@@ -90,10 +90,16 @@ def test_verdicts_follow_the_interval():
     assert ratio(exact, exact).verdict == "equivalent"
     assert ratio([[2.0, 2.0]] * 4, exact).verdict == "faster"
     assert ratio(exact, [[2.0, 2.0]] * 4).verdict == "slower"
-    assert ratio([[2.0]], [[1.0]]).verdict == "undecided"  # one restart proves nothing
+    assert ratio([[2.0]], [[1.0]]).verdict == "unmeasured"  # one restart proves nothing
     assert ratio([[2.0]], [[1.0]]).plain()["high"] is None
     wide = ratio([[1.0], [2.0], [0.5], [1.0]], exact[:1] * 0 + [[1.0]] * 4)
-    assert wide.verdict == "undecided" and wide.low < 1 / EQUIVALENT
+    assert wide.verdict == "unmeasured"
+    assert wide.low < 1 / EQUIVALENT
+    unclear = ratio([[1.0], [1.1], [0.95], [1.02]], [[1.0]] * 4)
+    assert unclear.verdict == "undecided"
+    far_above_but_wide = ratio([[4.0], [30.0], [6.0], [90.0]], [[1.0]] * 4, level=0.8)
+    assert far_above_but_wide.low > 1
+    assert far_above_but_wide.verdict == "unmeasured", "4.7 to 87,775 times as fast is no result"
 
 
 def test_one_spike_in_a_restart_hardly_moves_it():

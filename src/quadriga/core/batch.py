@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -199,6 +201,41 @@ def tensors(tree: Tree) -> list[Tensor]:
     found: list[Tensor] = []
     tree_map(found.append, tree)
     return found
+
+
+def copied(tree: Tree) -> Tree:
+    """The same tree in memory of its own: whoever writes into it changes nothing else. Containers keep their types.
+
+    Example:
+        >>> given = {"x": [torch.zeros(2)]}
+        >>> copied(given)["x"][0].add_(1).tolist(), given["x"][0].tolist()
+        ([1.0, 1.0], [0.0, 0.0])
+    """
+    if isinstance(tree, Tensor):
+        return tree.clone()
+    if isinstance(tree, Batch):
+        return replace(tree, **{name: copied(getattr(tree, name)) for name in ("inputs", "target", "index", "weight")})
+    if isinstance(tree, Mapping):
+        return _like(tree, {k: copied(v) for k, v in tree.items()})
+    if isinstance(tree, tuple | list):
+        made = [copied(v) for v in tree]
+        return type(tree)(*made) if hasattr(tree, "_fields") else type(tree)(made)
+    if is_dataclass(tree) and not isinstance(tree, type):
+        other: Any = copy(tree)
+        for field in fields(tree):
+            object.__setattr__(other, field.name, copied(getattr(tree, field.name)))
+        return other
+    return copy(tree) if hasattr(tree, "__array__") else tree
+
+
+def _like(given: Mapping[str, Any], parts: dict[str, Any]) -> Tree:
+    """A mapping with other values; of those whose copy has a table of its own, the type is kept."""
+    if type(given) is dict or not isinstance(given, dict | UserDict):
+        return parts
+    other = copy(given)
+    for name, part in parts.items():
+        other[name] = part
+    return other
 
 
 def resize(inputs: Tree, batch: int) -> Tree:

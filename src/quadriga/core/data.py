@@ -2,22 +2,44 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from quadriga.core.batch import Batch, Tree, tensors, tree_map
+from quadriga.core import loaders, rng
+from quadriga.core.batch import Batch, Tree, copied, tensors, tree_map
 from quadriga.core.errors import BadInput
 
 
 class Data(ABC):
-    """One split. `resident` says that slicing costs nothing, so no loader is needed."""
+    """One split. Whatever reads it, to train, score, calibrate, time or export, goes by its `batch`.
+
+    What `batch` gives is the reader's own: nothing that a model, loss or metric writes into it reaches the split. A class that
+    makes fresh tensors says so, as in `class Mine(Data, fresh=True)`; those of others are copied.
+
+    Attributes:
+        resident: slicing costs nothing, so no loader is needed.
+        notes: what of the user's loader is not kept, for people.
+    """
 
     resident: bool = True
+    notes: tuple[str, ...] = ()
+
+    def __init_subclass__(cls, *, fresh: bool = False, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        for name in ("batches", "fixed"):
+            if name in vars(cls):
+                raise BadInput(
+                    f"{cls.__name__} has {name}() of its own, which training does not read", "override batch() instead"
+                )
+        if "batch" in vars(cls) and not fresh and not getattr(cls.batch, "__isabstractmethod__", False):
+            setattr(cls, "batch", _copying(cls.batch))  # noqa: B010 (mypy takes a method for fixed)
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -26,13 +48,61 @@ class Data(ABC):
     def batch(self, index: Tensor) -> Batch:
         """The examples at `index` [n] int64."""
 
+    @property
+    def plain(self) -> bool:
+        """Whether batches are rows of tensors, `inputs` and `target`, as they are."""
+        return False
+
+    def fixed(self, index: Tensor) -> Batch:
+        """As `batch`; what examples draw at random depends on the first one's place alone, and is the same in every process."""
+        if self.plain:
+            return self.batch(index)
+        with rng.isolated():
+            rng.seed_all(rng.derive("fixed", int(index[0])))
+            return self.batch(index)
+
     def batches(self, size: int) -> Iterator[Batch]:
-        """All examples in order, `size` at a time; the last may be smaller."""
+        """All examples in order, `size` at a time, as `fixed`; the last may be smaller."""
         for start in range(0, len(self), size):
-            yield self.batch(torch.arange(start, min(start + size, len(self))))
+            yield self.fixed(torch.arange(start, min(start + size, len(self))))
+
+    def part(self, index: Tensor) -> Data:
+        """The examples at `index` as a split of their own."""
+        return Part(self, index)
 
 
-class TensorData(Data):
+def _copying(batch: Callable[[Any, Tensor], Batch]) -> Callable[[Any, Tensor], Batch]:
+    @functools.wraps(batch)
+    def fresh(self: Any, index: Tensor) -> Batch:
+        return copied(batch(self, index))
+
+    return fresh
+
+
+class Part(Data, fresh=True):
+    """Some examples of another split, read as that one reads them.
+
+    Args:
+        source: the split.
+        index: [n] int64, the places in it.
+
+    Example:
+        >>> Part(TensorData(torch.arange(5.0)), torch.tensor([4, 2])).batch(torch.tensor([1])).inputs
+        tensor([2.])
+    """
+
+    def __init__(self, source: Data, index: Tensor) -> None:
+        self.source, self.index, self.resident = source, index.cpu().clone(), source.resident
+        self.workers, self.timeout = getattr(source, "workers", 0), getattr(source, "timeout", 300.0)
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def batch(self, index: Tensor) -> Batch:
+        return replace(self.source.batch(self.index[index.cpu()]), index=index)
+
+
+class TensorData(Data, fresh=True):
     """Examples held in memory as tensors.
 
     Args:
@@ -55,26 +125,26 @@ class TensorData(Data):
     def __len__(self) -> int:
         return self.length
 
+    @property
+    def plain(self) -> bool:
+        """Whether no subclass has a way of its own to make a batch, or another length."""
+        mine = type(self)
+        return mine.batch is TensorData.batch and mine.__len__ is TensorData.__len__
+
     def batch(self, index: Tensor) -> Batch:
-        return self._rows(index, index)
-
-    def batches(self, size: int) -> Iterator[Batch]:
-        """All examples in order, `size` at a time, as views; the last may be smaller."""
-        for start in range(0, len(self), size):
-            yield self._rows(slice(start, start + size), torch.arange(start, min(start + size, len(self))))
-
-    def _rows(self, rows: Any, index: Tensor) -> Batch:
         if isinstance(self.inputs, Tensor) and isinstance(self.target, Tensor):  # the usual case, in each step
-            return Batch(self.inputs[rows], self.target[rows], index)
-        return Batch(tree_map(lambda t: t[rows], self.inputs), tree_map(lambda t: t[rows], self.target), index)
+            return Batch(self.inputs[index], self.target[index], index)
+        return Batch(tree_map(lambda t: t[index], self.inputs), tree_map(lambda t: t[index], self.target), index)
 
-    def part(self, index: Tensor) -> TensorData:
-        """The examples at `index` as a split of their own."""
+    def part(self, index: Tensor) -> Data:
+        """The examples at `index` as a split of their own, in memory where it is the rows that `batch` gives."""
+        if type(self) is not TensorData:
+            return super().part(index)
         batch = self.batch(index)
         return TensorData(batch.inputs, batch.target)
 
 
-class DatasetData(Data):
+class DatasetData(Data, fresh=True):
     """A map-style `Dataset`, read example by example and collated; `separate` splits a collated item.
 
     Args:
@@ -83,27 +153,32 @@ class DatasetData(Data):
         separate: collated item → (inputs, target); by default a pair, or a dict with "labels" or "label".
         workers: processes that read training examples ahead; 0: the loop reads them itself.
         timeout: seconds that a batch may take a worker.
+        begin: called with its number in each of these processes, as a loader's `worker_init_fn`.
+        method: how these processes are started; by default the safest that works.
+        batch_size: of the user's loader, for a note where training has another.
+        notes: what of a loader is not kept.
     """
 
     resident = False
 
     def __init__(
-        self,
-        dataset: Dataset[Any],
-        collate: Callable[[list[Any]], Any] = default_collate,
-        separate: Callable[[Any], tuple[Tree, Tree]] | None = None,
-        workers: int = 0,
-        timeout: float = 300.0,
-    ) -> None:
+        self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] = default_collate,
+        separate: Callable[[Any], tuple[Tree, Tree]] | None = None, workers: int = 0, timeout: float = 300.0,
+        begin: Callable[[int], None] | None = None, method: str | None = None, batch_size: int | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         self.dataset, self.collate, self.separate = dataset, collate, separate or split_item
-        self.workers, self.timeout = workers, timeout
+        self.workers, self.timeout, self.begin, self.method = workers, timeout, begin, method
+        self.batch_size, self.notes = batch_size, tuple(notes)
 
     def __len__(self) -> int:
         return len(self.dataset)  # type: ignore[arg-type]
 
     def batch(self, index: Tensor) -> Batch:
         inputs, target = self.separate(self.collate([self._item(i) for i in index.tolist()]))
-        return Batch(inputs, target, index)
+        batch = Batch(inputs, target, index)
+        stacks = self.collate is default_collate and self.separate is split_item
+        return batch if stacks else copied(batch)  # a collate of the user's may hand out what the data set keeps
 
     def _item(self, i: int) -> Any:
         try:
@@ -135,11 +210,10 @@ def split_item(item: Any) -> tuple[Tree, Tree]:
 def as_data(source: Any, name: str = "data") -> Data:
     """Make a split of what a user has: a `Data`, tensors `(inputs, target)`, a `DataLoader` or a `Dataset`.
 
-    A loader keeps its collate function, its workers and their timeout; order, batch size and the seeds of workers are the
-    loop's, so that runs can be resumed.
+    Of a loader, `loaders.settings` says what is kept; order and batch size are the loop's, so that runs can be resumed.
 
     Raises:
-        BadInput: empty, without a length, or of another type.
+        BadInput: empty, without a length, of another type, or a loader whose examples are not a fixed set.
     """
     if isinstance(source, Data):
         data = source
@@ -147,9 +221,7 @@ def as_data(source: Any, name: str = "data") -> Data:
         dataset = source.dataset if isinstance(source, DataLoader) else source
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"):
             raise BadInput(f"{name} is an iterable data set without a length", "give a map-style data set or tensors")
-        data = DatasetData(dataset)
-        if isinstance(source, DataLoader):
-            data = DatasetData(dataset, source.collate_fn, workers=source.num_workers, timeout=source.timeout or 300.0)
+        data = DatasetData(**loaders.settings(source, name)) if isinstance(source, DataLoader) else DatasetData(dataset)
     elif isinstance(source, tuple | list) and len(source) == 2:
         data = TensorData(source[0], source[1])
     elif isinstance(source, Mapping):

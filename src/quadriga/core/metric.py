@@ -32,6 +32,8 @@ class Metric:
             A user's callable may also return [n] values, which are then compared in pairs.
         scale: 100 turns fractions into points.
         predict: output → [batch] discrete predictions, for the rate of disagreement; None where there are none.
+        guess: targets → (the unscaled value of the best answer that is the same for every input, that answer in words);
+            None where it is not known.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Metric:
     whole: Callable[[Any, Any], float] | None = None
     scale: float = 1.0
     predict: Callable[[Tree], Tensor] | None = None
+    guess: Callable[[Tree], tuple[float, str]] | None = None
 
     def gain(self, value: float, reference: float) -> float:
         """The difference with the sign turned so that positive is better."""
@@ -178,10 +181,26 @@ class Bits:
         return (losses * valid).double().flatten(1).sum(1) / count.clamp_min(1) / math.log(2), count
 
 
-accuracy = Metric("accuracy", "pt", True, Correct(), scale=100.0, predict=predicted)
-bits_per_byte = Metric("bits_per_byte", "bits/byte", False, Bits(), predict=None)
+def _majority(target: Tree) -> tuple[float, str]:
+    classes, counts = target[target != -100].unique(return_counts=True)
+    return int(counts.max()) / int(counts.sum()), f"always class {classes[counts.argmax()].item()}"
+
+
+def _unigram(target: Tree) -> tuple[float, str]:
+    share = target[target != -100].unique(return_counts=True)[1].double()
+    share = share / share.sum()
+    return float(-(share * share.log2()).sum()), "how often each target occurs"
+
+
+def _mean(target: Tree) -> tuple[float, str]:
+    values = target.double()
+    return float((values - values.mean(0)).square().mean()), "the targets' mean"
+
+
+accuracy = Metric("accuracy", "pt", True, Correct(), scale=100.0, predict=predicted, guess=_majority)
+bits_per_byte = Metric("bits_per_byte", "bits/byte", False, Bits(), predict=None, guess=_unigram)
 mean_squared_error = Metric(
-    "mean_squared_error", "", False, lambda o, b: (e := squared_error(o, b).double(), torch.ones_like(e))
+    "mean_squared_error", "", False, lambda o, b: (e := squared_error(o, b).double(), torch.ones_like(e)), guess=_mean
 )
 
 METRICS = {m.name: m for m in (accuracy, bits_per_byte, mean_squared_error)}

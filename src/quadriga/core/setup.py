@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Tree, call, evaluating, primary
+from quadriga.core.batch import Batch, Tree, call, copied, evaluating, primary
 from quadriga.core.classes import class_dim
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
@@ -26,9 +26,46 @@ def undecided(key: str, compute: Callable[[], Any]) -> Any:
     return compute()
 
 
+class Kept(Sequence[Batch]):
+    """Batches that are given out again and again, each time as a copy: whoever writes into one changes none of the others.
+
+    Example:
+        >>> kept = Kept([Batch(torch.zeros(2), None, torch.arange(2))])
+        >>> kept[0].inputs.add_(1).tolist(), kept[0].inputs.tolist()
+        ([1.0, 1.0], [0.0, 0.0])
+    """
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches: tuple[Batch, ...] = batches._batches if isinstance(batches, Kept) else tuple(batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @overload
+    def __getitem__(self, place: int) -> Batch: ...
+    @overload
+    def __getitem__(self, place: slice) -> Kept: ...
+    def __getitem__(self, place: int | slice) -> Batch | Kept:
+        found = self._batches[place]
+        return copied(found) if isinstance(found, Batch) else Kept(found)
+
+
+class Lent:
+    """A field of a dataclass that is read as a copy."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: type) -> Tree:
+        return self if instance is None else copied(vars(instance)[self.name])
+
+    def __set__(self, instance: Any, value: Tree) -> None:
+        vars(instance)[self.name] = value
+
+
 @dataclass(frozen=True)
 class Context:
-    """What a method may look at.
+    """What a method may look at. Tensors of `example` and `calibration` are copies each time, which a model may write into.
 
     Args:
         example: two examples' inputs.
@@ -55,7 +92,7 @@ class Context:
     """
 
     example: Tree
-    calibration: tuple[Batch, ...]
+    calibration: Sequence[Batch]
     metric: Metric
     seed: int = 0
     teacher: nn.Module | None = None
@@ -72,6 +109,12 @@ class Context:
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     decide: Callable[[str, Callable[[], Any]], Any] = undecided
     again: Callable[[], tuple[Setup, Data]] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "calibration", Kept(self.calibration))
+
+
+setattr(Context, "example", Lent("example"))  # noqa: B010 (a field of the class body would take it for a default)
 
 
 @dataclass(frozen=True)
@@ -104,7 +147,7 @@ class Setup:
         model = workload.build(seed) if model is None else model
         source = workload.calibration_source
         count = min(len(source), 512)
-        calibration = tuple(source.batch(i) for i in torch.arange(count).split(workload.batch_size))
+        calibration = Kept(source.fixed(i) for i in torch.arange(count).split(workload.batch_size))
         classes = class_count(model, workload)
         assert isinstance(workload.metric, Metric), "a workload replaces names when it is made"
         facts = {

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from quadriga.core.batch import Tree, resize, tensors
+from quadriga.core import rng
+from quadriga.core.batch import Tree, copied, resize, tensors
 from quadriga.core.copies import copy_model, refuse_script, unwrapped, without_cache
 from quadriga.core.data import Data, as_data
 from quadriga.core.errors import BadInput, did_you_mean
@@ -91,7 +92,7 @@ class Workload:
         put(self, "loss", laid_out(_loss(self.loss), self.classes_dim))
 
     def build(self, seed: int = 0) -> nn.Module:
-        """A fresh copy of the model; the same seed gives the same weights. The given module is never touched.
+        """A fresh copy of the model; the same seed gives the same weights, in every process. The given module is never touched.
 
         Raises:
             BadInput: the function does not return an `nn.Module`.
@@ -103,21 +104,26 @@ class Workload:
         if isinstance(self.model, nn.Module):
             refuse_script(self.model)
             return copy_model(self.model)
-        torch.manual_seed(seed)
-        model = self.model()
+        with rng.isolated():
+            rng.seed_all(seed)
+            model = self.model()
         if not isinstance(model, nn.Module):
             raise BadInput(f"the model function returned {type(model).__name__}", "it has to return an nn.Module")
         return model
 
-    @cached_property
+    @property
     def example(self) -> Tree:
-        """Two examples' inputs, for tracing and export."""
+        """Two examples' inputs, for tracing and export; the caller may write into them."""
+        return copied(self._example)
+
+    @cached_property
+    def _example(self) -> Tree:
         return self.inputs(2)
 
     def inputs(self, batch: int) -> Tree:
         """`batch` examples' inputs from val, repeated if there are fewer."""
         with torch.inference_mode(False):  # tensors of inference mode, kept by a caller, could not be learned from
-            return resize(self.val.batch(torch.arange(min(batch, len(self.val)))).inputs, batch)
+            return resize(self.val.fixed(torch.arange(min(batch, len(self.val)))).inputs, batch)
 
     @property
     def calibration_source(self) -> Data:

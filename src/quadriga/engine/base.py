@@ -34,12 +34,14 @@ class Resources:
         target: facts of the one machine on which latency is measured, as `measure.machine.facts`.
         here: whether that is the driver's machine.
         machines: for every machine, its name in the engine and how many workers it has.
+        startup: seconds from the start of a process to its having PyTorch and the workload in memory.
     """
 
     workers: int
     target: Mapping[str, Any]
     here: bool = True
     machines: Mapping[str, int] = field(default_factory=dict)
+    startup: float = 5.0
 
 
 class Engine(Protocol):

@@ -9,14 +9,22 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections import deque
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from quadriga.core.errors import BadInput
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
+from quadriga.engine.admission import fatal
 from quadriga.engine.base import SINGLE, Order, Resources
 from quadriga.measure.machine import facts
+
+LATE, DIED = "late", "died"  # how a process fails
+LOADING = 900.0  # seconds; whole data sets may have to be read over a network
 
 
 class Local:
@@ -27,13 +35,14 @@ class Local:
         folder: the study's folder.
         seed: of every trial.
         size: number of workers; each computes with one thread.
+        key: of the driver's workload, which a worker compares with its own; "" to compare with nothing.
+        loading: seconds in which a worker has to have the workload. The limits of orders begin when it has.
     """
 
-    def __init__(self, reference: str, folder: Path, seed: int, size: int) -> None:
+    def __init__(self, reference: str, folder: Path, seed: int, size: int, *, key: str = "", loading: float = LOADING) -> None:
         self._resources = Resources(size, facts(), machines={"here": size})
-        self._spec = json.dumps(
-            {"parent": os.getpid(), "workload": reference, "folder": str(folder), "seed": seed, "threads": 1}
-        )
+        given = {"workload": reference, "folder": str(folder), "seed": seed, "key": key}
+        self._spec, self._loading = json.dumps({"parent": os.getpid(), **given, "threads": 1}), loading
         self._start()
 
     def _start(self) -> None:
@@ -41,7 +50,7 @@ class Local:
         self._given_up: set[int] = set()
         self._changed = threading.Condition()
         self._results: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
-        self._workers = [_Worker(self._spec) for _ in range(self._resources.workers)]
+        self._workers = [_Worker(self._spec, self._loading) for _ in range(self._resources.workers)]
         self._stopping = False
         self._threads = [threading.Thread(target=self._serve, args=(w,), daemon=True) for w in self._workers]
         for thread in self._threads:
@@ -72,8 +81,9 @@ class Local:
                         worker.kill()
 
     def resources(self) -> Resources:
-        """This machine."""
-        return self._resources
+        """This machine; its `startup` is what the workers took, once they are there."""
+        known = [w.startup for w in self._workers if w.startup is not None]
+        return replace(self._resources, startup=max(known)) if known else self._resources
 
     def renew(self) -> None:
         """Fresh processes, and nothing to do."""
@@ -115,11 +125,17 @@ class Local:
 
 
 class _Worker:
-    """One process, started ahead of its first task and again after it died."""
+    """One process, started ahead of its first task and again after it died.
 
-    def __init__(self, spec: str) -> None:
-        self._spec = spec
+    Args:
+        spec: what it is told.
+        loading: seconds until it has to have the workload.
+    """
+
+    def __init__(self, spec: str, loading: float) -> None:
+        self._spec, self._loading = spec, loading
         self.number: int | None = None  # of the order that it is at
+        self.startup: float | None = None  # seconds that its process took until the workload was in memory
         self._start()
 
     def _start(self) -> None:
@@ -129,44 +145,75 @@ class _Worker:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
             env={**os.environ, **SINGLE}, text=True, bufsize=1,
         )  # fmt: skip
+        self._ready, self._began = False, time.monotonic()
 
     def do(self, order: Order) -> dict[str, Any]:
         if self._process.poll() is not None:
             self.close()
             self._start()
+        if not self._ready:
+            left = self._began + self._loading - time.monotonic()
+            if late := self._within(left, self._loaded):
+                return self._obituary("it loaded the workload") if late is DIED else self._slow()
+            self._ready = True
+        answers: list[dict[str, Any]] = []
+        late = self._within(order.limit, lambda: self._exchange(order, answers))
+        if answers:
+            return answers[0]
+        if late is DIED:
+            return self._obituary()
+        self._process.wait()
+        return {"status": Status.TIMED_OUT, "reason": f"it ran longer than its limit of {order.limit:.0f} s"}
+
+    def _within(self, seconds: float, action: Callable[[], bool]) -> str:
+        """Do something with the process, which is killed when the time is over; says how it failed, if it did."""
         late = threading.Event()
-        timer = threading.Timer(order.limit, lambda: (late.set(), self._process.kill()))
+        timer = threading.Timer(max(seconds, 0.0), lambda: (late.set(), self._process.kill()))
         timer.start()
         try:
-            return self._exchange(order) or self._obituary(late.is_set(), order.limit)
+            return "" if action() else LATE if late.is_set() else DIED
         finally:
             timer.cancel()
 
-    def _exchange(self, order: Order) -> dict[str, Any] | None:
+    def _loaded(self) -> bool:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if line:
+            self.startup = float(json.loads(line)["ready"])
+        return bool(line)
+
+    def _slow(self) -> dict[str, Any]:
+        """The next try would take as long."""
+        self._process.wait()
+        problem = f"loading the workload took longer than {self._loading:.0f} s in a worker"
+        return fatal(
+            BadInput(problem, "keep what is prepared in a file, or read examples when they are asked for, by a Dataset")
+        )
+
+    def _exchange(self, order: Order, answers: list[dict[str, Any]]) -> bool:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None and stdout is not None
         try:
             stdin.write(json.dumps({"number": order.number, "task": order.task, "args": order.args}) + "\n")
             stdin.flush()
         except OSError:
-            return None
+            return False
         for line in stdout:
             message = json.loads(line)
             if "result" in message and message["number"] == order.number:
-                result: dict[str, Any] = message["result"]
-                return result
-        return None
+                answers.append(message["result"])
+                return True
+        return False
 
-    def _obituary(self, late: bool, limit: float) -> dict[str, Any]:
+    def _obituary(self, doing: str = "") -> dict[str, Any]:
         code = self._process.wait()
-        if late:
-            return {"status": Status.TIMED_OUT, "reason": f"it ran longer than its limit of {limit:.0f} s"}
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip().splitlines()
         tail = f": {said[-1][:300]}" if said else ""
+        when = f" while {doing}" if doing else ""
         if code == -9:
-            return {"status": Status.OUT_OF_MEMORY, "reason": "the worker was killed, most likely for its memory"}
-        return {"status": Status.CRASHED, "reason": f"the worker ended with {code}{tail}"}
+            return {"status": Status.OUT_OF_MEMORY, "reason": f"the worker was killed{when}, most likely for its memory"}
+        return {"status": Status.CRASHED, "reason": f"the worker ended with {code}{when}{tail}"}
 
     def kill(self) -> None:
         self._process.kill()
@@ -196,8 +243,8 @@ class Inline:
 
     def wait(self, timeout: float) -> tuple[int, dict[str, Any]] | None:
         """Run the oldest order to its end; the caller's threads, precision and random generators stay as they were."""
+        from quadriga.core import rng
         from quadriga.core.slots import RuntimeSpec
-        from quadriga.train import rng
         from quadriga.train.step import settings
 
         if not self._orders:

@@ -10,6 +10,7 @@ from quadriga.core.errors import BadInput, did_you_mean
 from quadriga.core.workload import Workload
 from quadriga.engine.base import Engine
 from quadriga.engine.local import Inline, Local, cores
+from quadriga.workloads.identity import write
 
 ENGINES = ("local", "ray")
 
@@ -72,7 +73,7 @@ def open_engine(workload: Workload, folder: Path, seed: int, where: Where | None
         return _on_ray(workload, folder, seed, where, alike)
     if workload.reference is None:
         return Inline(workload, folder, seed)
-    return Local(workload.reference, folder, seed, min(cores(), where.live or cores()))
+    return Local(workload.reference, folder, seed, min(cores(), where.live or cores()), key=write(workload, folder))
 
 
 def _on_ray(workload: Workload, folder: Path, seed: int, where: Where, alike: bool) -> Engine:
@@ -84,7 +85,7 @@ def _on_ray(workload: Workload, folder: Path, seed: int, where: Where, alike: bo
     if alike and where.ranks > 1:
         raise BadInput("what a training costs is counted in one process", "leave --ranks out, or minimize something else")
     shared = {"target": where.target, "gpus": where.gpus, "ranks": where.ranks}
-    given = {**shared, "live": where.live or LIVE, "alike": alike}
+    given = {**shared, "live": where.live or LIVE, "alike": alike, "key": write(workload, folder)}
     cluster = Cluster(where.address)
     try:
         return Ray(cluster, workload.reference, folder, seed, **given)

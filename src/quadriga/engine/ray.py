@@ -64,6 +64,7 @@ class Ray:
         gpus: of each worker.
         ranks: workers that train a trial together.
         alike: use machines like the target alone, since what trainings cost is compared.
+        key: of the driver's workload, which a worker compares with its own; "" to compare with nothing.
         clock: seconds.
 
     Raises:
@@ -72,10 +73,10 @@ class Ray:
 
     def __init__(
         self, cluster: Cluster, reference: str, folder: Path, seed: int, *, target: str | None = None, live: int = LIVE,
-        gpus: float = 0.0, ranks: int = 1, alike: bool = False, clock: Callable[[], float] = time.monotonic,
+        gpus: float = 0.0, ranks: int = 1, alike: bool = False, key: str = "", clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.cluster, self.gpus, self.ranks, self.clock = cluster, gpus, ranks, clock
-        self.spec = {"workload": reference, "folder": str(folder.resolve()), "seed": seed}
+        self.spec = {"workload": reference, "folder": str(folder.resolve()), "seed": seed, "key": key}
         self.machines = Machines(cluster, folder.resolve(), target, alike, clock)
         self.target = self.machines.target
         self.live = min(live, sum(m.cpus for m in self.machines.usable()))

@@ -18,34 +18,33 @@ class Worker:
     """A process that does the orders of one study, one after the other; or one rank of those who do an order together.
 
     Args:
-        spec: plain data: workload, folder, seed.
+        spec: plain data: workload, folder, seed, key.
         environment: variables for this process.
     """
 
     def __init__(self, spec: Mapping[str, Any], environment: Mapping[str, str]) -> None:
         os.environ.update(environment)
-        self.spec, self.desk = spec, None
+        self.spec, self.desk, self.refused = spec, None, dict[str, Any]()
 
     def ready(self) -> int:
-        """PyTorch is there; the process's number."""
+        """PyTorch and the workload are there, so that an order's time begins with its work; the process's number."""
         import torch
 
+        from quadriga.engine.admission import admitted, fatal
+
         torch.set_num_threads(1)
+        try:
+            self.desk = admitted(self.spec)
+        except BadInput as error:
+            self.refused = fatal(error)
+        gc.freeze()  # as in `engine.worker`
         return os.getpid()
 
     def do(self, task: str, args: Mapping[str, Any], rank: Mapping[str, str]) -> dict[str, Any]:
         """Carry out a task, as `Desk.do`; `rank` is the environment by which the ranks of an order find one another."""
         os.environ.update(rank)
-        from quadriga.core.trial import Status
-        from quadriga.engine.tasks import Desk
-        from quadriga.workloads import load
-
         if self.desk is None:
-            try:
-                self.desk = Desk(load(self.spec["workload"]), Path(self.spec["folder"]), self.spec["seed"])
-            except BadInput as error:
-                return {"status": str(Status.CRASHED), "reason": str(error), "bad_input": [error.problem, error.remedy]}
-            gc.freeze()  # as in `engine.worker`
+            return json.loads(json.dumps(self.refused))
         if rank:
             from quadriga.engine import together
 

@@ -31,6 +31,7 @@ from quadriga.engine.walk import Walked, walk
 from quadriga.measure.arm import load_folder
 from quadriga.measure.ceilings import Ceilings, ceilings
 from quadriga.measure.flops import flops as forward_flops
+from quadriga.measure.guess import guess
 from quadriga.measure.latency import paired
 from quadriga.measure.machine import fingerprint
 from quadriga.measure.quality import Scores, score
@@ -84,15 +85,10 @@ class Desk:
             return {"status": Status.CRASHED, "reason": str(error), "bad_input": [error.problem, error.remedy]}
         except MemoryError as error:
             return {"status": Status.OUT_OF_MEMORY, "reason": f"out of memory: {error}"}
-        except RuntimeError as error:
+        except Exception as error:  # a trial's crash is a result; the search goes on
             if group.together():  # another rank died, or will have to: all start again
                 raise
-            memory = "not enough memory" in str(error) or "out of memory" in str(error)
-            return {"status": Status.OUT_OF_MEMORY if memory else Status.CRASHED, "reason": _brief(error)}
-        except Exception as error:  # a trial's crash is a result; the search goes on
-            if group.together():
-                raise
-            return {"status": Status.CRASHED, "reason": _brief(error)}
+            return _ended(error)
         finally:
             while self._scrap:
                 shutil.rmtree(self._scrap.pop(), ignore_errors=True)
@@ -149,8 +145,10 @@ class Desk:
         self._reference = lambda inputs: call(model, inputs)
         spec = RuntimeSpec("onnxruntime", threads=1)
         folder = self.folder / "built" / f"reference-{os.getpid()}"
-        with suppress(NotApplicable):
-            self._reference = runtime.build(model, spec, Setup.of(self.workload, self.seed).context, folder).run()
+        with suppress(Exception):  # whatever stands behind it, the candidates for that runtime say so themselves
+            run = runtime.build(model, spec, Setup.of(self.workload, self.seed).context, folder).run()
+            run(self.workload.inputs(self.workload.batch_size))
+            self._reference = run
         return self._reference
 
     def _eager_variant(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -183,18 +181,30 @@ class Desk:
         return {"values": {}}
 
     def _train(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
-        """Train, realise, and measure quality on val through the very runtime that the recipe names."""
+        """Train, realise, and measure quality on val through the very runtime that the recipe names.
+
+        With "keep" what was realised stays in built/train-HASH, so that it can become the artifact.
+        """
         walked = self._walk(recipe, args)
-        run, size = self._executable(walked, f"train-{args['hash']}", keep=False)
+        run, size = self._executable(walked, f"train-{args['hash']}", keep=bool(args.get("keep")))
         parts = self._scored_parts(run, "val", f"{args['hash']}.npz", walked.setup.runtime.alone is not None)
         scores = min(parts, key=lambda part: self.workload.metric.gain(part["quality"], 0.0))
         model = walked.setup.model
         sizes = {"bytes": float(size), "parameters": float(parameters(model))}
         values = {"quality": scores["quality"], **sizes, **self._training_cost(walked)}
         kept = {"checkpoint": _name(walked), "decisions": list(walked.decisions), "notes": list(walked.notes)}
+        if args.get("guess"):
+            kept["guess"] = self._guess(run, scores["path"])
         if walked.staleness:
             kept["staleness"] = list(walked.staleness)
         return {"values": values, "info": {"scores": scores["path"], **kept}}
+
+    def _guess(self, run: Run, scores: str) -> dict[str, Any] | None:
+        """What guessing reaches on val, and whether the model is better, whose scores are in a file."""
+        metric = self.workload.metric
+        assert isinstance(metric, Metric), "a workload replaces names when it is made"
+        found = guess(run, self.workload.val, metric, Scores.load(self.folder / scores))
+        return found and found.plain()
 
     def _training_cost(self, walked: Walked) -> dict[str, float]:
         """Samples, seconds, and FLOPs: forward and backward of the finished network are three forward passes a sample."""
@@ -275,6 +285,13 @@ class Desk:
         whole = outcome.seconds / outcome.samples * epochs * len(self.workload.train)
         return {"values": {"seconds": whole, "step": outcome.seconds / outcome.steps}}
 
+    def _export(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Export the untrained model for the runtime that asks least of it; refused, there is none that could run it."""
+        setup, folder = self._probe(recipe).setup, self.folder / "built" / f"export-{args['hash']}"
+        self._scrap.append(folder)
+        runtime.build(setup.model.eval(), RuntimeSpec(), setup.context, folder, (1, self.workload.batch_size))
+        return {"values": {}}
+
     def _build(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Realise an untrained recipe in a folder that stays, for timing."""
         self._executable(self._probe(recipe), args["name"], keep=True)
@@ -287,11 +304,13 @@ class Desk:
         setup = walked.setup
         if setup.runtime.exact and not isinstance(run, _Live):
             largest = max(args["batches"])
-            found = equal(lambda x: call(setup.model, x), run, self.workload.inputs(largest), batches=(1, 2, largest))
+            inputs, compute = (
+                self.workload.inputs(largest),
+                runtime.open_built(self.folder / "built" / args["name"]).entry["computes"],
+            )
+            found = equal(lambda x: call(setup.model, x), run, inputs, compute=compute, batches=(1, 2, largest))
             if not found.holds:
-                raise NotApplicable(
-                    f"the exported model differs from the trained one: {found.failures[0]}", "use another runtime"
-                )
+                raise NotApplicable(f"the exported model differs from the trained one: {found.failures[0]}", runtime.PYTORCH)
         values = {"bytes": float(size), "parameters": float(parameters(setup.model)), **self._training_cost(walked)}
         info = {"checkpoint": _name(walked), "live": isinstance(run, _Live), "decisions": list(walked.decisions)}
         told = {"bytes": size, "baseline_bytes": args.get("baseline_bytes"), "bits": setup.runtime.bits}
@@ -316,7 +335,8 @@ class Desk:
         walked = self._walk(recipe, args)
         setup = walked.setup
         built = runtime.open_built(self.folder / args["folder"], setup.runtime) if args.get("folder") else None
-        probes = self.workload.calibration_source.batch(torch.arange(min(64, len(self.workload.calibration_source)))).inputs
+        source = self.workload.calibration_source
+        probes = source.fixed(torch.arange(min(64, len(source)))).inputs
         folder = artifact.write(
             self.folder / "artifact", setup.model.eval(), setup.runtime, setup.context, recipe=recipe, built=built,
             evidence=args["evidence"], probes_inputs=probes, batches=args["batches"], card=args.get("card"),
@@ -352,6 +372,15 @@ class _Live:
 
     def __call__(self, inputs: Tree) -> Tree:
         return self.run(inputs)
+
+
+def _ended(error: Exception) -> dict[str, Any]:
+    """How a task ended that raised: without memory; refused, where a runtime cannot take the model; crashed, which is ours."""
+    if isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error)):
+        return {"status": Status.OUT_OF_MEMORY, "reason": _brief(error)}
+    if refused := runtime.refusal(error):
+        return {"status": Status.REFUSED, "reason": refused.reason, "remedy": refused.remedy, "step": None}
+    return {"status": Status.CRASHED, "reason": _brief(error)}
 
 
 def _name(walked: Walked) -> str | None:

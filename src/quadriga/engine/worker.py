@@ -1,6 +1,7 @@
 """A worker process: reads tasks as JSON lines, answers as JSON lines, dies with its driver.
 
-Started as `python -m quadriga.engine.worker SPEC`, where SPEC is JSON with parent, workload, folder, seed and threads.
+Started as `python -m quadriga.engine.worker SPEC`, where SPEC is JSON with parent, workload, folder, seed, key and threads. Its
+first line says that the workload is loaded, and is the driver's; time limits of tasks begin then.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import json
 import os
 import signal
 import sys
-from pathlib import Path
+import time
 from typing import Any
 
+from quadriga.core.errors import BadInput
 from quadriga.core.parent import die_with_parent
 
 
@@ -23,24 +25,29 @@ def main(spec: dict[str, Any]) -> None:
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what user code prints must not mix with the replies
 
+    import psutil
     import torch
 
-    from quadriga.engine.tasks import Desk
-    from quadriga.workloads import load
+    from quadriga.engine.admission import admitted, fatal
 
     torch.set_num_threads(spec["threads"])
 
     def send(message: dict[str, Any]) -> None:
         replies.write(json.dumps(message) + "\n")
 
-    desk = None
+    desk, answer = None, dict[str, Any]()
+    try:
+        desk = admitted(spec)
+    except BadInput as error:
+        answer = fatal(error)
+    gc.freeze()  # what lives as long as the process is not looked through after every task: 80 ms of each
+    send({"ready": time.time() - psutil.Process().create_time()})
     for line in sys.stdin:
         order = json.loads(line)
-        if desk is None:
-            desk = Desk(load(spec["workload"]), Path(spec["folder"]), spec["seed"])
-            gc.freeze()  # what lives as long as the process is not looked through after every task: 80 ms of each
-        desk.progress = lambda event, number=order["number"]: send({"number": number, "progress": event})
-        send({"number": order["number"], "result": desk.do(order["task"], order["args"])})
+        if desk is not None:
+            desk.progress = lambda event, number=order["number"]: send({"number": number, "progress": event})
+            answer = desk.do(order["task"], order["args"])
+        send({"number": order["number"], "result": answer})
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ class Server:
             return block(self.run, self.inputs[command["batch"]], command["calls"])
         device = peak_allocated()
         growth = max(0, peak_resident() - self.base) + device
-        return {"startup": self.startup, "peak": peak_resident(), "growth": growth, "device": device}
+        cpu = time.process_time()
+        return {"startup": self.startup, "peak": peak_resident(), "growth": growth, "device": device, "cpu": cpu}
 
 
 def serve(source: TextIO, sink: TextIO) -> int:

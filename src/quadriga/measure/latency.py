@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.core.batch import Tree
+from quadriga.measure.machine import Busy, busy, others
 from quadriga.measure.process import Arm, ArmFailed, Process
 from quadriga.measure.timings import Blocks, Timings
 from quadriga.measure.tree import save_tree
 
 Launch = Callable[[str, Mapping[str, Any], Path], Arm]
-LEAST_RESTARTS = 4  # below, a 99 % interval over restarts says nothing
+LEAST_RESTARTS = 4  # with fewer, a 99 % interval over restarts is seldom narrow enough to be a result
+OVERDRAWN = 3  # restarts that are made even if the budget is spent: with two no interval is
 
 
 def write_inputs(inputs: Mapping[int, Tree], folder: Path) -> dict[str, str]:
@@ -47,6 +49,8 @@ def paired(
     clock: Callable[[], float] = time.monotonic,
     seed: int = 0,
     timeout: float = 300.0,
+    look: Callable[[], Busy] = busy,
+    told: Callable[[str], None] = lambda text: None,
 ) -> Timings:
     """Time arms against each other so that they do not disturb each other.
 
@@ -63,23 +67,25 @@ def paired(
         block_seconds: a block has as many calls as last this long, counted once per arm and batch after warm-up.
         folder: for the inputs and the arms' standard error.
         launch: (name, spec, folder) → Arm; tests inject simulated ones.
-        budget: seconds; no restart is begun that would overrun it, once four are done, or two when it is spent already.
+        budget: seconds; no restart is begun that would overrun it, once four are done, or three when it is spent already.
         clock: in seconds, for the budget.
         seed: of the order.
         timeout: seconds that an arm may take to answer; then it is killed.
+        look: what the machine's cores have done so far; it tells what others did meanwhile.
+        told: called with a line for people before each restart.
 
     Returns:
         Timings; an arm that crashed or hung has an entry in `errors`, and the others went on.
     """
     files = write_inputs(inputs, folder)
     specs = {name: arm_spec(arm, files) for name, arm in arms.items()}
-    session = _Session(Timings.empty(list(inputs), list(arms), restarts), launch, folder, blocks, block_seconds, timeout)
+    session = _Session(Timings.empty(list(inputs), list(arms), restarts), launch, folder, blocks, block_seconds, timeout, look)
     order, start, longest = random.Random(seed), clock(), 0.0
     for number in range(restarts):
         began, alive = clock(), [name for name in specs if name not in session.timings.errors]
-        late = budget is not None and number >= LEAST_RESTARTS and began - start + longest > budget
-        if late or not alive:
+        if not alive or (budget is not None and _over(number, began - start, longest, budget)):
             break
+        told(f"restart {number + 1} of {restarts}")
         order.shuffle(alive)
         session.restart({name: specs[name] for name in alive})
         longest = max(longest, clock() - began)
@@ -87,7 +93,7 @@ def paired(
 
 
 def _over(done: int, spent: float, longest: float, budget: float) -> bool:
-    return (done >= LEAST_RESTARTS and spent + longest > budget) or (done >= 2 and spent > budget)
+    return (done >= LEAST_RESTARTS and spent + longest > budget) or (done >= OVERDRAWN and spent > budget)
 
 
 @dataclass
@@ -100,20 +106,24 @@ class _Session:
     blocks: int
     block_seconds: float
     timeout: float
+    look: Callable[[], Busy]
     calls: dict[tuple[str, int], int] = field(default_factory=dict)
     arms: dict[str, Arm] = field(default_factory=dict)
 
     def restart(self, specs: Mapping[str, Mapping[str, Any]]) -> None:
         """Start all arms, time all blocks, keep the times of the arms that came through, end all arms."""
-        self.arms = {}
+        self.arms, before, own = {}, self.look(), time.process_time()
         try:
             for name, spec in specs.items():  # all load at the same time
                 self.arms[name] = self.launch(name, spec, self.folder)
             times = self._time()
+            used = 0.0
             for name in list(self.arms):
                 if facts := self._ask(name, {"do": "end"}):
                     self.timings.add(name, times[name], facts)
+                    used += float(facts.get("cpu", 0.0))
             self.timings.restarts += 1
+            self.timings.others.append(others(before, self.look(), used + time.process_time() - own))
         finally:
             for arm in self.arms.values():
                 arm.close()

@@ -8,7 +8,7 @@ import os
 import platform
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -57,6 +57,36 @@ def load() -> float | None:
         return os.getloadavg()[0] / (os.cpu_count() or 1)
     except OSError:
         return None
+
+
+class Busy(NamedTuple):
+    """What all cores have done since the machine started, in seconds of one core: at work for anyone, and in all."""
+
+    work: float
+    total: float
+
+
+def busy() -> Busy:
+    """What the cores have done so far; time that a virtual machine's host took away counts as work for others."""
+    times = psutil.cpu_times()
+    rest = times.idle + getattr(times, "iowait", 0.0)
+    guest = getattr(times, "guest", 0.0) + getattr(times, "guest_nice", 0.0)  # already in user and nice
+    return Busy(sum(times) - rest - guest, sum(times) - guest)
+
+
+def others(before: Busy, after: Busy, own: float) -> float:
+    """The share of all cores' time that others took between two looks.
+
+    Args:
+        before, after: of `busy`.
+        own: seconds of processor time that are not theirs.
+
+    Example:
+        >>> others(Busy(100.0, 400.0), Busy(112.0, 420.0), own=8.0)
+        0.2
+    """
+    passed = after.total - before.total
+    return min(1.0, max(0.0, (after.work - before.work - own) / passed)) if passed > 0 else 0.0
 
 
 def _processor() -> str:

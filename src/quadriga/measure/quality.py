@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Fields, Tree, call, device_of, evaluating, storable, tree_map
+from quadriga.core.batch import Batch, Fields, Tree, call, copied, device_of, evaluating, storable, tree_map
 from quadriga.core.cuda import settle
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
@@ -73,7 +73,7 @@ def _score_whole(metric: Metric, items: Iterator[Item]) -> Scores:
             predictions.append(p.cpu().numpy().astype(np.int64))
         total += seconds
     output, target = join(outputs), join(targets)
-    value = metric.scale * whole_value(metric, output, target)
+    value = metric.scale * whole_value(metric, copied(output), copied(target))  # both are kept, and resampled
     return Scores(
         None, None, np.concatenate(predictions) if len(predictions) == len(outputs) else None, value, total, output, target
     )
@@ -161,7 +161,7 @@ def _per_example(metric: Metric, output: Tree, batch: Batch) -> bool:
     """Whether a user's callable returns [n] values; what it raises on one batch may be right on the whole set."""
     assert metric.whole is not None
     try:
-        result = metric.whole(output, batch.target)
+        result = metric.whole(copied(output), copied(batch.target))  # it is called on both again
     except Exception:
         return False
     return isinstance(result, Tensor | np.ndarray | list | tuple) and np.ndim(result) == 1 and len(result) == len(batch)

@@ -16,6 +16,8 @@ from quadriga.measure.proportions import certificate, divided, smallest_floor, t
 
 __all__ = [
     "EQUIVALENT",
+    "UNMEASURED",
+    "WIDE",
     "Bound",
     "Ratio",
     "bootstrap_lower",
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 EQUIVALENT = 1.03  # two arms are equivalent when the whole interval lies within 1/1.03 … 1.03
+WIDE = 2.0  # an interval whose ends are further apart, as a ratio, says how busy the machine was, not how fast an arm is
+UNMEASURED = "unmeasured"
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Ratio:
         value: opponent's time / winner's time; above 1 the winner is faster.
         low, high: confidence interval at `level`; 0 and infinity when there are fewer than two restarts.
         level: of the interval, two-sided.
-        verdict: "faster" (low > 1), "slower" (high < 1), else "equivalent" (within ±3 %), else "undecided".
+        verdict: "unmeasured" (the interval's ends are more than a factor of two apart), else "faster" (low > 1), "slower"
+            (high < 1), "equivalent" (within ±3 %) or "undecided".
         restarts: how many independent process restarts it rests on.
     """
 
@@ -133,6 +138,8 @@ def student(values: ArrayLike, level: float) -> tuple[NDArray[np.float64], NDArr
 
 
 def _verdict(low: float, high: float) -> str:
+    if not high <= WIDE * low:
+        return UNMEASURED
     if low > 1:
         return "faster"
     if high < 1:

@@ -28,6 +28,7 @@ class Timings:
         peak: arm → peak resident bytes; the largest restart.
         growth: arm → the part of it above torch and the inputs, and what its tensors took on a GPU.
         device: arm → the most bytes that its tensors took on a GPU; 0 where it used none.
+        others: for each restart the share of all cores' time that went to other processes or other machines.
     """
 
     seconds: dict[int, dict[str, list[Blocks]]]
@@ -38,6 +39,7 @@ class Timings:
     peak: dict[str, int] = field(default_factory=dict)
     growth: dict[str, int] = field(default_factory=dict)
     device: dict[str, int] = field(default_factory=dict)
+    others: list[float] = field(default_factory=list)
 
     @classmethod
     def empty(cls, batches: list[int], arms: list[str], planned: int) -> Timings:
@@ -87,6 +89,11 @@ class Timings:
         low, high = (float(x[0]) for x in student(logs[None], level))
         interval = Interval(math.exp(low), math.exp(high), level) if len(medians) > 1 else None
         return Measurement(f"latency/{batch}", "s", math.exp(float(logs.mean())), interval, tuple(medians))
+
+    @property
+    def disturbed(self) -> float:
+        """The share of the cores that others took, in the mean over restarts; 0 where nothing was timed."""
+        return sum(self.others) / len(self.others) if self.others else 0.0
 
     def plain(self) -> dict[str, Any]:
         """As JSON data."""

@@ -23,7 +23,7 @@ def against(records: Records) -> Section:
                 (
                     text.opponent(item["name"]),
                     str(batch) or text.NONE,
-                    text.ratio(value["value"]) if value else text.NONE,
+                    text.speed(value) if value else text.NONE,
                     text.interval(value),
                     (value or {}).get("verdict") or text.NONE,
                     text.quality(item.get("quality"), unit),

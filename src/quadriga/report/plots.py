@@ -92,8 +92,9 @@ def _baseline(canvas: Canvas, place: float, height: float) -> None:
 def forest(opponents: Rows) -> str:
     """The winner's speed against each opponent and batch: the estimate, its interval, and the 3 % band of equivalence."""
     rows = [(o, batch, r) for o in opponents for batch, r in o["latency"].items() if r.get("value")]
+    drawn = [r for _, _, r in rows if r.get("verdict") != text.UNMEASURED]
     canvas = Canvas(WIDTH, 54 + 26.0 * len(rows) + 10 * len(opponents), "Winner against each opponent, with intervals")
-    edges = [v for _, _, r in rows for v in (r["value"], r.get("low"), r.get("high")) if v]
+    edges = [v for r in drawn for v in (r["value"], r.get("low"), r.get("high")) if v] or [1.0]
     x = ratio_scale(edges, 300, WIDTH - 150)
     bottom = canvas.height - 34
     canvas.add("rect", x=x(1 / 1.03), y=8, width=x(1.03) - x(1 / 1.03), height=bottom - 8, kind="band")
@@ -108,6 +109,9 @@ def forest(opponents: Rows) -> str:
         last = item
         canvas.text(286, y, f"batch {batch}", "tick", "end")
         kind = value.get("verdict") or "undecided"
+        if kind == text.UNMEASURED:
+            canvas.text(WIDTH - 140, y, text.speed(value), "tick")
+            continue
         if value.get("low") is not None and value.get("high") is not None:
             canvas.line(x(value["low"]), y - 4, x(value["high"]), y - 4, f"whisker {kind}")
         canvas.add("circle", kind, cx=x(value["value"]), cy=y - 4, r=5, kind=f"dot {kind}")

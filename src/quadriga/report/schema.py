@@ -23,7 +23,9 @@ class Ratio(TypedDict):
     value: float
     low: NotRequired[float | None]
     high: NotRequired[float | None]
-    verdict: NotRequired[str]  # "faster" | "slower" | "equivalent" | "undecided"
+    verdict: NotRequired[
+        str
+    ]  # "faster" | "slower" | "equivalent" | "undecided" | "unmeasured": no result, the machine was busy
 
 
 class Quality(TypedDict):
@@ -58,16 +60,22 @@ class Winner(TypedDict):
 class Result(TypedDict):
     """result.json, and the last line of `quadriga run --json`."""
 
-    status: Literal["verified", "infeasible", "failed", "interrupted"]
+    status: Literal["verified", "infeasible", "unmeasured", "failed", "interrupted"]  # unmeasured: the machine was too busy
     workload: str
     seconds: float
-    baseline: dict[str, Any] | None  # quality, latency {batch: s}, peak_memory (beyond torch), bytes, parameters, train_*
+    baseline: (
+        dict[str, Any] | None
+    )  # quality, guess, latency {batch: s}, peak_memory (beyond torch), bytes, parameters, train_*
     winner: Winner | None
     ablation: list[dict[str, Any]]
     artifact: str | None
     report: str | None
     nearest_miss: NotRequired[dict[str, Any] | None]  # {"recipe", "why", …} when infeasible
     error: NotRequired[dict[str, str]]  # {"message", "remedy"} when failed
+    tried: NotRequired[dict[str, int]]  # "costed", "trained", "scored": candidates whose quality was measured
+    reason: NotRequired[str]  # why the study ended early, with "remedy"
+    remedy: NotRequired[str]
+    no_artifact: NotRequired[str]  # why there is none
 
 
 class Point(TypedDict):
@@ -162,6 +170,7 @@ class Records(TypedDict):
     environment: dict[str, Any]
     seeds: list[int]
     splits_opened: list[dict[str, Any]]  # split, when, by
+    timing: dict[str, Any]  # of the verification: restarts, planned, others (share of the cores that others took, a restart)
 
 
 def empty_result(status: str, workload: str = "") -> dict[str, Any]:
@@ -184,7 +193,7 @@ def empty_result(status: str, workload: str = "") -> dict[str, Any]:
 
 
 _TABLES = ("trials", "pareto", "ablation", "opponents", "refused", "not_allowed", "notes", "seeds", "splits_opened")
-_FACTS = ("workload", "baseline", "floor", "budget", "profile", "environment")
+_FACTS = ("workload", "baseline", "floor", "budget", "profile", "environment", "timing")
 
 
 def complete(records: Mapping[str, Any]) -> dict[str, Any]:

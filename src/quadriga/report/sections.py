@@ -200,6 +200,9 @@ def data(records: Records) -> Section:
 def machine(records: Records) -> Section:
     """What it ran on, and notes."""
     blocks: list[Block] = [facts(records["environment"])] if records["environment"] else []
+    if others := records["timing"].get("others"):
+        share = text.percent(sum(others) / len(others))
+        blocks.append(Text(f"While the verification was timed, other processes took {share} of the machine's cores."))
     if records["notes"]:
         blocks.append(Bullets(tuple(map(str, records["notes"]))))
     return Section("environment", "Environment and notes", tuple(blocks))

@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 NONE = "–"
+UNMEASURED = "unmeasured"  # the verdict of an interval that is too wide for a result
 OPPONENTS = {
     "eager": "eager PyTorch",
     "tuned_eager": "tuned eager",
@@ -37,6 +38,16 @@ def number(value: Any, digits: int = 3) -> str:
 def ratio(value: Any) -> str:
     """A factor: `2.13×`."""
     return NONE if value is None else f"{value:.2f}×" if value < 100 else f"{value:,.0f}×"
+
+
+def speed(value: Mapping[str, Any]) -> str:
+    """A ratio of timings, or that there is none.
+
+    Example:
+        >>> speed({"value": 1314.0, "verdict": "unmeasured"}), speed({"value": 1.5, "verdict": "faster"})
+        ('not measured well enough', '1.50×')
+    """
+    return "not measured well enough" if value.get("verdict") == UNMEASURED else ratio(value["value"])
 
 
 def interval(value: Mapping[str, Any] | None) -> str:

@@ -8,16 +8,15 @@ from typing import Any
 from quadriga.report import text
 
 Records = Mapping[str, Any]
-NOISY = 2.0  # an interval whose ends are further apart, as a ratio, has no middle worth quoting
 
 
 def sentence(records: Records) -> str:
     """What came out, for a person who reads nothing else."""
     result = records["result"]
     if result["status"] == "verified" and result["winner"]:
-        return _verified(result["winner"], str(records["floor"].get("text", "")))
-    if result["status"] == "infeasible":
-        return _infeasible(records)
+        return _verified(result["winner"], str(records["floor"].get("text", ""))) + _handed_over(result)
+    if result["status"] in ("infeasible", "unmeasured"):
+        return _nothing(records)
     if result["status"] == "interrupted":
         return "The study was interrupted; the same command goes on where it stopped."
     error = result.get("error") or {}
@@ -29,11 +28,11 @@ def _verified(best: Mapping[str, Any], floor: str) -> str:
     quality = best["quality"]
     unit = quality["unit"]
     speeds = [_faster(best, name) for name in ("lossless_export", "eager")]
-    told = "is " + (" and ".join(s for s in speeds if s) or "of the same speed")
+    told = "is " + ("; ".join(s for s in speeds if s) or "of the same speed")
     if speed := best.get("train_speed"):  # what was asked for comes first, and alone
-        told = f"trains in {_speed(speed)} less processor time (interval {text.interval(speed)})"
+        told = f"trains in {text.speed(speed)} less processor time (interval {text.interval(speed)})"
     return (
-        f"Verified: the optimized model {told}, takes {text.ratio(best['bytes_ratio'])} the bytes, and its "
+        f"Verified: the optimized model {told}; it takes {text.ratio(best['bytes_ratio'])} the bytes, and its "
         f"{quality['metric']} on {text.number(quality['n'])} unseen examples is {text.quality(quality['value'], unit)} against "
         f"{text.quality(quality['baseline'], unit)} (difference {text.signed(quality['difference'], unit)}, "
         f"at least {text.signed(quality['low'], unit)}{f'; the floor is {floor}' * bool(floor)})."
@@ -41,32 +40,49 @@ def _verified(best: Mapping[str, Any], floor: str) -> str:
 
 
 def _faster(best: Mapping[str, Any], name: str) -> str:
+    """How fast it is against one opponent, at every batch size that was timed."""
     timings = best["latency_ratio"].get(name) or {}
-    for batch, value in timings.items():
-        bounds = f", interval {text.interval(value)}" if value.get("low") is not None else ""
-        return f"{_speed(value)} as fast as {text.as_fast_as(name)} (batch {batch}{bounds})"
-    return ""
+    known = {batch: value for batch, value in timings.items() if value.get("verdict") != text.UNMEASURED}
+    told = [f"{text.ratio(v['value'])} at batch {batch}{_bounds(v)}" for batch, v in known.items()]
+    missing = [batch for batch in timings if batch not in known]
+    parts = [f"{' and '.join(told)} as fast as {text.as_fast_as(name)}"] if told else []
+    parts += [f"not measured well enough against {text.as_fast_as(name)} at batch {' and '.join(missing)}"] if missing else []
+    return ", ".join(parts)
 
 
-def _speed(value: Mapping[str, Any]) -> str:
-    """The ratio; where the machine was too noisy for one, its bounds.
-
-    Example:
-        >>> _speed({"value": 1314.0, "low": 231.0, "high": 7487.0}), _speed({"value": 1.5, "low": 1.4, "high": 1.6})
-        ('at least 231×', '1.50×')
-    """
-    low, high = value.get("low"), value.get("high")
-    if low is None or high is None or high <= NOISY * low:
-        return text.ratio(value["value"])
-    return f"at least {text.ratio(low)}" if low > 1 else f"between {text.ratio(low)} and {text.ratio(high)}"
+def _bounds(value: Mapping[str, Any]) -> str:
+    return f" {text.interval(value)}" if value.get("low") is not None else ""
 
 
-def _infeasible(records: Records) -> str:
+def _nothing(records: Records) -> str:
+    """Why there is no winner: nothing can run, nothing was measured well enough, nothing was scored, or nothing was better."""
+    result = records["result"]
+    miss = result.get("nearest_miss") or {}
+    tried = result.get("tried") or {}
+    after = f" The nearest miss: {miss['why']}." if miss.get("why") else ""
+    if result["status"] == "unmeasured":
+        return f"Not measured: {miss.get('why') or result.get('reason')}. {_handed_back(result)}"
+    if result.get("reason"):
+        remedy = f"; {result['remedy']}" if result.get("remedy") else ""
+        return f"Infeasible: {result['reason']}{remedy}. {_handed_back(result)}"
+    if tried and not tried.get("scored"):
+        told = f"{tried.get('costed', 0)} candidates were costed and the quality of none was measured"
+        return f"Undecided: {told} within the budget; give a larger --budget. {_handed_back(result)}"
     floor = records["floor"].get("text")
     above = f" above the floor of {floor}" if floor else ""
-    miss = records["result"].get("nearest_miss") or {}
-    why = f" The nearest miss: {miss['why']}." if miss.get("why") else ""
-    return f"Infeasible: nothing beat the baseline{above}, so the unchanged baseline is handed back.{why}"
+    return f"Infeasible: nothing beat the baseline{above}. {_handed_back(result)}{after}"
+
+
+def _handed_back(result: Mapping[str, Any]) -> str:
+    return "The unchanged baseline is handed back." if result.get("artifact") else f"There is no artifact{_because(result)}."
+
+
+def _handed_over(result: Mapping[str, Any]) -> str:
+    return "" if result.get("artifact") else f" There is no artifact{_because(result)}."
+
+
+def _because(result: Mapping[str, Any]) -> str:
+    return f": {result['no_artifact']}" if result.get("no_artifact") else ""
 
 
 def _training(cost: Mapping[str, Any]) -> str:
@@ -77,7 +93,7 @@ def _training(cost: Mapping[str, Any]) -> str:
 def _training_figure(best: Mapping[str, Any]) -> tuple[str, str, str]:
     detail = _training(best.get("train_cost") or {})
     if speed := best.get("train_speed"):  # it was the objective: timed in turn, with an interval
-        return text.ratio(speed["value"]), "less processor time of training", f"{text.interval(speed)}; {detail}"
+        return text.speed(speed), "less processor time of training", f"{text.interval(speed)}; {detail}"
     return text.ratio(best["train_cost_ratio"]), "the training time", detail
 
 
@@ -90,7 +106,7 @@ def key_figures(records: Records) -> tuple[tuple[str, str, str], ...]:
     for name in ("lossless_export", "eager"):
         for batch, value in (best["latency_ratio"].get(name) or {}).items():
             detail = text.interval(value) if value.get("low") is not None else ""
-            figures.append((_speed(value), f"as fast as {text.as_fast_as(name)}, batch {batch}", detail))
+            figures.append((text.speed(value), f"as fast as {text.as_fast_as(name)}, batch {batch}", detail))
     quality = best["quality"]
     bound = f"at least {text.signed(quality['low'], quality['unit'])}, n = {text.number(quality['n'])}"
     figures.append((text.signed(quality["difference"], quality["unit"]), quality["metric"], bound))

@@ -28,9 +28,11 @@ from quadriga.core.half import HALF, halved, in_float, in_half
 from quadriga.core.setup import Context
 from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime import _beside, standalone
+from quadriga.runtime._floats import TOLERANCE, computes, stored_tolerance
+from quadriga.runtime._refuse import PYTORCH, not_exported, refusal, refusing, said
 from quadriga.runtime._types import Built, Probe
 
-__all__ = ["Built", "Probe", "build", "open_built", "prepare", "probe"]
+__all__ = ["PYTORCH", "Built", "Probe", "build", "open_built", "prepare", "probe", "refusal"]
 
 
 @cache
@@ -93,11 +95,17 @@ def _written(
     """Export the model and write one runtime's files; what was exported, and what runtime.json is to say."""
     from quadriga.runtime._capture import capture
 
-    taken = capture(model, context, spec.weights if spec.by_torch else "fp32")
+    try:
+        taken = capture(model, context, spec.weights if spec.by_torch else "fp32")
+    except NotApplicable as refused:
+        raise not_exported(refused, model) from refused.__cause__
+    computed = computes(taken)
+    with refusing(spec.name):
+        written = _modules()[spec.name].write(taken, spec, folder, sizes)
     entry = {
         "format": standalone.FORMAT, "runtime": spec.name, "threads": spec.threads, "batches": sizes,
         "inputs": taken.inputs, "names": taken.names, "outputs": taken.outputs, "rank": taken.rank, "quantized": [],
-        **_modules()[spec.name].write(taken, spec, folder, sizes),
+        **written, "computes": computed, "tolerance": max(written["tolerance"], stored_tolerance(computed)),
     }  # fmt: skip
     return taken, entry
 
@@ -143,17 +151,44 @@ def _check(model: nn.Module, built: Built, taken: Any) -> None:
         part = entry.get("alone", entry) if batch == 1 else entry
         if part.get("compiles"):
             continue
-        run, name = run or built.run(), part["runtime"]
+        name = part["runtime"]
         inputs = standalone.rebuild(taken.inputs, list(resize(taken.sample, batch)))
         with evaluating(model), torch.no_grad():
             expected = tensors(call(model, inputs))
         try:
+            run = run or built.run()
             found = standalone.flatten(taken.outputs, run(inputs))
         except Exception as error:  # each runtime raises its own types
-            raise NotApplicable(f"{name} fails at batch {batch}: {error}", "use another runtime") from error
-        worst = max(standalone.difference(e, f) for e, f in zip(expected, found, strict=True))
-        if not worst <= (1e-3 if built.spec.exact else float("inf")) or worst == float("inf"):
-            raise NotApplicable(f"{name} computes other outputs at batch {batch}: {worst:.2g} apart", "use another runtime")
+            remedy = "" if name == "eager" else PYTORCH
+            raise NotApplicable(f"{name} fails at batch {batch}: {said(error)}", remedy) from error
+        worst = _apart(expected, found)
+        if not worst <= (TOLERANCE[entry["computes"]] if built.spec.exact else float("inf")) or worst == float("inf"):
+            raise _differs(model, taken, inputs, expected, f"{name} computes other outputs at batch {batch}: {worst:.2g} apart")
+
+
+def _apart(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
+    return max(standalone.difference(e, f) for e, f in zip(expected, found, strict=True))
+
+
+def _differs(model: nn.Module, taken: Any, inputs: Tree, expected: list[torch.Tensor], problem: str) -> NotApplicable:
+    """Who is to blame where outputs differ: the model, which gives others each time; the export; or this runtime alone."""
+    with evaluating(model), torch.no_grad():
+        again = tensors(call(model, inputs))
+        try:
+            exported = list(taken.program.module(check_guards=False)(*tensors(inputs)))
+        except Exception as error:  # an exported program may hold to sizes that it was traced with
+            return NotApplicable(f"{problem}, and the export fails: {said(error)}", "write the forward for any batch size")
+    if _apart(expected, again) > 0:
+        return NotApplicable(
+            f"{problem}, and the model itself gives other outputs for equal inputs in eval mode",
+            "draw random numbers in training mode only (if self.training)",
+        )
+    if _apart(expected, exported) > TOLERANCE["float32"]:
+        return NotApplicable(
+            f"{problem}, and so does what torch.export made of the model, which every runtime needs",
+            "look for Python values in the forward that depend on the inputs: the export keeps those of its example",
+        )
+    return NotApplicable(problem, PYTORCH)
 
 
 def open_built(folder: str | Path, spec: RuntimeSpec | None = None) -> Built:

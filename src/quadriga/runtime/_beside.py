@@ -13,7 +13,7 @@ from quadriga.core.errors import NotApplicable
 from quadriga.core.slots import RuntimeSpec
 
 Entry = dict[str, Any]
-SHARED = ("format", "inputs", "names", "outputs", "rank", "needs", "tolerance")  # said once for both parts
+SHARED = ("format", "inputs", "names", "outputs", "rank", "needs", "tolerance", "computes")  # said once for both parts
 
 
 def same_process(more: RuntimeSpec, one: RuntimeSpec) -> None:

@@ -93,11 +93,12 @@ def capture(model: nn.Module, context: Context, weights: str = "fp32") -> Captur
     model = model if dtype is None else halved(model, dtype)
     flat = _Flat(model, inputs, dtype)
     with evaluating(model), torch.no_grad(), quiet():
-        output = storable(_output(flat, model, leaves))
+        left: list[str] = []
+        output = storable(_output(flat, model, leaves), left)
         outputs = describe(output)
         found = tensors(output)
         if not found:
-            raise NotApplicable("the model returns no tensor")
+            raise NotApplicable(f"the model returns {', '.join(left) or 'nothing'}, no tensor", "return tensors")
         shapes = _dynamic(leaves, context.calibration)
         try:
             program = torch.export.export(flat, leaves, dynamic_shapes=(shapes,), strict=False)

@@ -17,7 +17,7 @@ from quadriga.core.slots import QuantSpec
 from quadriga.runtime import _int4
 from quadriga.runtime._calibrate import overrides, ranges
 from quadriga.runtime._capture import Capture
-from quadriga.runtime._program import MINIMUM
+from quadriga.runtime._floats import SMALLEST, matrix_types, nothing_to_round
 
 PRODUCTS = {"Conv", "ConvTranspose", "Gemm", "MatMul"}
 HOLDERS = PRODUCTS | {"Gather", "LSTM", "GRU", "RNN", "Transpose"}
@@ -34,7 +34,7 @@ def quantize(proto: Any, quant: QuantSpec, taken: Capture, *, dynamic_operators:
         dynamic_operators: realise "dynamic" with ONNX operators; else as int8 weights.
 
     Raises:
-        NotApplicable: nothing to quantize, or no calibration batches.
+        NotApplicable: nothing to quantize, also since weights are no float32, or no calibration batches.
     """
     for number, node in enumerate(proto.graph.node):
         node.name = f"n{number}"
@@ -45,13 +45,26 @@ def quantize(proto: Any, quant: QuantSpec, taken: Capture, *, dynamic_operators:
     if quant.activations == "static":
         if not found & PRODUCTS:
             raise NotApplicable("static int8 needs a convolution or a linear layer", 'use activations = "dynamic" or "weights"')
-        return _static(proto, quant, taken, keep)
+        return _rounded(_static(proto, quant, taken, keep))
     if quant.activations == "dynamic" and dynamic_operators:
         proto = _dynamic(proto, quant, keep)
     if quant.weights == 4:
         fold_transposes(proto)
         _int4.store(proto, quant, keep)
-    return weights_only(proto, quant, keep)
+    return _rounded(weights_only(proto, quant, keep))
+
+
+def _rounded(proto: Any) -> Any:
+    """The model, if a weight of it was rounded; what is too small or no float32 is left as it is by all tools.
+
+    Raises:
+        NotApplicable: none was.
+    """
+    from onnx import TensorProto
+
+    if not any(t.data_type in (TensorProto.INT8, TensorProto.UINT8, TensorProto.INT4) for t in proto.graph.initializer):
+        raise nothing_to_round(matrix_types(proto), "int8")
+    return proto
 
 
 def scope(node: Any) -> list[str]:
@@ -187,7 +200,7 @@ def weights_only(proto: Any, quant: QuantSpec, keep: list[str]) -> Any:
     plans = {}
     for tensor in proto.graph.initializer:
         users = [node for node in proto.graph.node if tensor.name in node.input]
-        small = len(tensor.dims) < 2 or int(np.prod(tensor.dims)) < MINIMUM
+        small = len(tensor.dims) < 2 or int(np.prod(tensor.dims)) < SMALLEST
         if tensor.data_type != TensorProto.FLOAT or small or not users or any(node.op_type not in HOLDERS for node in users):
             continue
         if not any(node.name in keep for node in users):
@@ -211,7 +224,12 @@ def int8_tables(proto: Any, keep: list[str]) -> Any:
     for tensor in list(proto.graph.initializer):
         users = [node for node in proto.graph.node if tensor.name in node.input]
         gathers = all(n.op_type == "Gather" and n.input[0] == tensor.name and n.name not in keep for n in users)
-        if not gathers or tensor.data_type != TensorProto.FLOAT or len(tensor.dims) != 2 or int(np.prod(tensor.dims)) < MINIMUM:
+        if (
+            not gathers
+            or tensor.data_type != TensorProto.FLOAT
+            or len(tensor.dims) != 2
+            or int(np.prod(tensor.dims)) < SMALLEST
+        ):
             continue
         q, scale = _int8(numpy_helper.to_array(tensor), 0)
         names = [f"{tensor.name}.q", f"{tensor.name}.scale"]

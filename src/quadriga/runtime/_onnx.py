@@ -13,7 +13,9 @@ from quadriga.core.files import atomic_write
 from quadriga.core.half import HALF
 from quadriga.core.quiet import quiet
 from quadriga.core.slots import RuntimeSpec
+from quadriga.runtime._bags import opened
 from quadriga.runtime._capture import Capture, reason
+from quadriga.runtime._floats import matrix_types, nothing_to_round, without_bfloat16
 
 LIMIT = 2_000_000_000  # bytes of one protobuf message
 
@@ -28,8 +30,10 @@ def write_onnx(taken: Capture, spec: RuntimeSpec, path: Path, *, dynamic_operato
         dynamic_operators: realise "dynamic" with ONNX operators; else as int8 weights, for a runtime that does the rest.
 
     Raises:
-        NotApplicable: an operation has no ONNX form, nothing can be quantized, or the file would pass 2 GB.
+        NotApplicable: an operation has no ONNX form, an input or output is bfloat16, there is nothing to quantize or to
+            halve, or the file would pass 2 GB.
     """
+    without_bfloat16(taken)
     proto = export(taken)
     if spec.quant is not None:
         from quadriga.runtime._int8 import quantize
@@ -51,7 +55,7 @@ def export(taken: Capture) -> Any:
     """
     with quiet():
         try:
-            made = torch.onnx.export(taken.program, (), dynamo=True, external_data=False, verbose=False, optimize=True)
+            made = torch.onnx.export(opened(taken.program), (), dynamo=True, external_data=False, verbose=False, optimize=True)
         except Exception as error:  # the exporter raises many types
             cause: BaseException = error
             while cause.__cause__ is not None:
@@ -70,7 +74,7 @@ def store_half(proto: Any, weights: str) -> None:
     """Store float32 weights in "bf16" or "fp16", with a Cast back to float32 behind each; vectors stay, however shaped."""
     from onnx import TensorProto, helper
 
-    kind = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}[weights]
+    kind, count = {"bf16": TensorProto.BFLOAT16, "fp16": TensorProto.FLOAT16}[weights], len(proto.graph.node)
     for tensor in list(proto.graph.initializer):
         if tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) == max(tensor.dims, default=1):
             continue
@@ -80,6 +84,8 @@ def store_half(proto: Any, weights: str) -> None:
         proto.graph.initializer.remove(tensor)
         proto.graph.initializer.append(helper.make_tensor(short, kind, tensor.dims, raw, raw=True))
         proto.graph.node.insert(0, helper.make_node("Cast", [short], [name], to=TensorProto.FLOAT))
+    if len(proto.graph.node) == count:
+        raise nothing_to_round(matrix_types(proto), weights)
 
 
 def _rename(graph: Any, names: dict[str, str]) -> None:

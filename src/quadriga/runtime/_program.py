@@ -17,9 +17,8 @@ from quadriga.core.errors import NotApplicable
 from quadriga.core.files import atomic_write
 from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.runtime._capture import Capture
+from quadriga.runtime._floats import SMALLEST, nothing_to_round
 from quadriga.runtime._int4 import int4, pack
-
-MINIMUM = 256  # elements of a weight that is worth a scale
 
 
 def write_program(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, Any]:
@@ -28,7 +27,7 @@ def write_program(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, 
     Float weights become int8 where the specification says so; what a quantized program holds as int8 already stays.
 
     Raises:
-        NotApplicable: an operation is not data (a script object).
+        NotApplicable: an operation is not data (a script object), or there is nothing to quantize.
     """
     names, tensors = program_weights(taken)
     used = {name: tensors[name] for name in names if name is not None}
@@ -36,6 +35,8 @@ def write_program(taken: Capture, spec: RuntimeSpec, folder: Path) -> dict[str, 
     stored = {name: t for name, t in stored.items() if name in used}
     aliases = {name: other for name, other in aliases.items() if other in used}
     quantized = [n for n, t in stored.items() if spec.quant is not None and quantizable(n, t, spec.quant)]
+    if spec.quant is not None and not (quantized or any(t.dtype == torch.int8 for t in stored.values())):
+        raise nothing_to_round((str(t.dtype).removeprefix("torch.") for t in stored.values() if t.dim() >= 2), "int8")
     linear = linear_weights(taken) if spec.quant is not None and spec.quant.weights == 4 else set()
     four = {name: list(stored[name].shape) for name in quantized if name in linear}
     for name in quantized:
@@ -133,11 +134,11 @@ def unique(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, 
 
 
 def quantizable(name: str, t: Tensor, quant: QuantSpec) -> bool:
-    """Whether a weight becomes int8: a float matrix or more, large enough, its layer not left out."""
+    """Whether a weight becomes int8: a float32 matrix or more, large enough, its layer not left out."""
     return (
-        t.is_floating_point()
+        t.dtype == torch.float32
         and t.dim() >= 2
-        and t.numel() >= MINIMUM
+        and t.numel() >= SMALLEST
         and not any(name == layer or name.startswith(f"{layer}.") for layer in quant.keep_float)
     )
 

@@ -36,7 +36,9 @@ def reexport(taken: Capture, module: fx.GraphModule, most: int | None = None) ->
         try:
             program = torch.export.export(module, example, dynamic_shapes=shapes, strict=False)
         except Exception as error:  # as in `capture`
-            raise NotApplicable(f"the model cannot be exported: {reason(error)}", "use another runtime") from error
+            raise NotApplicable(
+                f"the model cannot be exported: {reason(error)}", "use eager, or inductor without int8 activations"
+            ) from error
     return replace(taken, program=program)
 
 

@@ -18,6 +18,7 @@ from quadriga.core.quiet import quiet
 from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.runtime._capture import Capture, reason
 from quadriga.runtime._reexport import batch_places, reexport
+from quadriga.runtime._refuse import PYTORCH
 from quadriga.runtime._types import Probe, package_probe
 from quadriga.runtime.standalone import difference
 
@@ -80,7 +81,7 @@ def _lowered(taken: Capture) -> bytes:
             edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             return bytes(edge.to_executorch().buffer)
         except Exception as error:  # its passes raise many types
-            raise NotApplicable(f"the model has no ExecuTorch form: {reason(error)}", "use another runtime") from error
+            raise NotApplicable(f"the model has no ExecuTorch form: {reason(error)}", PYTORCH) from error
 
 
 def _slices(value: Tensor, sizes: int | Sequence[int], dim: int = 0) -> list[Tensor]:

@@ -11,6 +11,7 @@ import torch
 from quadriga.core.batch import resize
 from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime._capture import Capture
+from quadriga.runtime._floats import computes, stored_tolerance
 from quadriga.runtime._types import Probe, package_probe
 from quadriga.runtime.standalone import difference, openvino_request
 
@@ -33,7 +34,7 @@ def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -
     entry = {
         "files": ["model.onnx"],
         "session": {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": group},
-        "tolerance": 1e-4 if precision == "f32" and activations == "none" else 0.1,
+        "tolerance": stored_tolerance(computes(taken)) if precision == "f32" and activations == "none" else 0.1,
         "needs": ["torch", "safetensors", f"openvino>={metadata.version('openvino').split('-')[0]}"],
     }
     return {**entry, "batches": _agreeing(folder, entry, taken, batches)}

@@ -10,7 +10,7 @@ from typing import Any
 
 from quadriga.core.recipe import Recipe
 from quadriga.core.trial import Trial
-from quadriga.measure.stats import EQUIVALENT, ratio
+from quadriga.measure.stats import EQUIVALENT, UNMEASURED, ratio
 from quadriga.measure.timings import Timings
 from quadriga.search.allocate import SAFE, Bar, Candidate, Score
 from quadriga.stages.baseline import bar
@@ -141,6 +141,7 @@ class Ablator:
         study = self.study
         if not variants or study.budget.left < self.reserve + 10:
             return {}
+        study.say("ablation", f"building the winner without each of {len(variants)} steps, to time them in turn")
         folders = {"whole": self._build(self.candidate.recipe)}
         folders.update({str(i): self._build(t) for i, t in variants.items() if study.space.illegal(t) is None})
         study.collect_all(self.reserve)
@@ -159,6 +160,7 @@ class Ablator:
     def _round(self, arms: dict[str, dict[str, str]], restarts: int) -> Timings:
         study = self.study
         left = max(5.0, study.budget.left - self.reserve)
+        study.say("ablation", f"timing {len(arms)} arms in turn, each in its own process (at most {left:.0f} s)")
         return timed(study, arms, restarts=restarts, blocks=6, block_seconds=0.02, budget=left)
 
     def _build(self, template: Recipe) -> Path:
@@ -210,7 +212,8 @@ class Ablator:
             return True, f"without it {broken}"
         objective = self.study.options.minimize
         if objective == "latency" and row.latency_ratio and row.latency_ratio["low"] > 1:
-            return True, f"without it {row.latency_ratio['value']:.2f} times as slow"
+            sure = "at least {low:.2f}" if row.latency_ratio["verdict"] == UNMEASURED else "{value:.2f}"
+            return True, f"without it {sure.format(**row.latency_ratio)} times as slow"
         if objective == "latency" and _doubtful(row.latency_ratio):
             return (
                 None,
@@ -259,7 +262,7 @@ class Ablator:
 
 def _doubtful(found: dict[str, Any] | None) -> bool:
     """Whether leaving the step out may cost speed, without being shown to."""
-    return found is not None and found["verdict"] == "undecided" and found["value"] > EQUIVALENT
+    return found is not None and found["verdict"] in ("undecided", UNMEASURED) and found["value"] > EQUIVALENT
 
 
 def _ratios(rounds: list[Timings], arms: list[str], batches: tuple[int, ...]) -> dict[str, dict[str, Any]]:

@@ -12,8 +12,9 @@ from quadriga.core.recipe import Recipe, step
 from quadriga.core.trial import Status, Trial
 from quadriga.measure.stats import smallest_floor
 from quadriga.search.allocate import Bar
-from quadriga.stages.state import FINALISTS, LEVEL, Study
+from quadriga.stages.state import FINALISTS, LEVEL, NothingToFind, Study
 
+LEAST_PACE = 20.0  # seconds that a few training steps may take, however small the budget: some are not timed, which compile
 FIRST = {"onnxruntime", "openvino"}  # built in seconds and nearly always the fastest; what takes longer is probed in between
 
 
@@ -22,23 +23,55 @@ def measure_baseline(study: Study) -> Trial:
 
     Raises:
         BadInput: the budget is smaller than the baseline's time, the baseline fails, or the floor cannot be proved.
+        NothingToFind: no runtime can execute the model, so that there could be no artifact.
     """
     with study.budget.phase("baseline"):
         check_floor(study)
+        if not study.stage("export"):
+            study.submit("export", "export", Recipe(), limit=study.patience(60))
         if not study.stage("baseline"):
             _check_pace(study)
-            study.say("baseline", "training and scoring the unchanged model")
-            study.submit("baseline", "train", study.workload.baseline)
+            study.say("baseline", "training and scoring the unchanged model" + _how_long(study))
+            study.submit("baseline", "train", study.workload.baseline, args={"guess": True})
         _submit_opponents(study)
         probes = _probes(study)
         while not study.stage("baseline") or (study.eager is None and study.under_way("tuned_eager")):
             if probes and study.running <= study.workers:
                 study.submit("cost", "cost", probes.pop(0), limit=study.patience(90))
             study.collect(1.0)
+            _check_export(study)
         _check_baseline(study)
     base = study.baseline
-    study.say("baseline", f"quality {base.values['quality']:.4g} {study.workload.metric.unit} on val")
+    study.say("baseline", f"quality {base.values['quality']:.4g} {study.workload.metric.unit} on val{_guess(study)}")
     return base
+
+
+def _how_long(study: Study) -> str:
+    needed = next((t.values["seconds"] for t in study.stage("pace") if t.ok), 0.0)
+    return f", about {needed:.0f} s" if needed >= 1 else ""
+
+
+def _check_export(study: Study) -> None:
+    """End a study that can hand nothing over: every runtime begins with the same export, and that one was refused."""
+    refused = next((t for t in study.stage("export") if t.status is Status.REFUSED), None)
+    if refused is not None and study.options.minimize != "train_cost":  # there the training is what is handed over
+        study.forget()
+        raise NothingToFind(f"no runtime can execute the model: {refused.reason}", refused.info.get("remedy", ""))
+
+
+def _guess(study: Study) -> str:
+    """What guessing reaches, beside the baseline's quality; a baseline that is no better is told of as loudly as can be."""
+    found, unit = study.baseline.info.get("guess"), study.workload.metric.unit
+    if not found:
+        return ""
+    told = f"guessing reaches {found['value']:.4g} {unit} ({found['how']})".replace("  ", " ")
+    if not found["beaten"]:
+        study.notes.append(
+            f"the baseline is no better than guessing: its {study.workload.metric.name} on val is "
+            f"{study.baseline.values['quality']:.4g} {unit}, and {told}; look at its data, its training and its metric first"
+        )
+        study.say("warning", study.notes[-1])
+    return f"; {told}"
 
 
 def _check_baseline(study: Study) -> None:
@@ -52,16 +85,21 @@ def _check_pace(study: Study) -> None:
     """Refuse a budget that the baseline alone would use up, after timing a few of its steps."""
     if not any(s.is_train for s in study.workload.baseline.steps):
         return
-    study.submit("pace", "pace", study.workload.baseline, limit=max(20.0, study.budget.left / 10))
+    limit = max(LEAST_PACE, study.budget.left / 10)
+    study.say("baseline", f"timing a few training steps (at most {limit:.0f} s)")
+    study.submit("pace", "pace", study.workload.baseline, limit=limit)
     trial = None
     while trial is None and study.running:
-        trial = study.collect(1.0)
+        found = study.collect(1.0)
+        _check_export(study)
+        trial = found if found is not None and found.stage == "pace" else None
     if trial is None or not trial.ok:
         if trial is not None and trial.status is not Status.TIMED_OUT:
             problem, remedy = trial.info.get("bad_input", [trial.reason, trial.info.get("remedy", "")])
             raise BadInput(f"the baseline cannot be trained: {problem}", remedy or "mend the workload and try again")
         raise BadInput(
-            f"a few training steps took a tenth of the budget of {study.options.budget:.0f} s", "give a larger --budget"
+            f"a few training steps took longer than {limit:.0f} s, of a budget of {study.options.budget:.0f} s",
+            "give a larger --budget, or a smaller batch",
         )
     needed = trial.values["seconds"]
     if needed > 0.6 * study.options.budget:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,15 +12,21 @@ from typing import Any
 
 from quadriga.core.recipe import Recipe, Step
 from quadriga.core.trial import Trial
+from quadriga.measure.latency import LEAST_RESTARTS
 from quadriga.measure.quality import Scores
+from quadriga.measure.stats import UNMEASURED, WIDE
 from quadriga.measure.timings import Timings
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import fastest, lossless_trials
 from quadriga.stages.state import LEVEL, TIMING_LEVEL, Study
-from quadriga.stages.timing import quiet, timed
+from quadriga.stages.timing import CALM, quiet, timed, wait_for_calm
 from quadriga.stages.training_cost import time_training
 from quadriga.verify.fake import Worth, told
 from quadriga.verify.quality import compare, without_labels
+
+APART = 2.0  # two timings of one model that differ by more were not made under the same conditions
+REPORT = 3.0  # seconds
+BLOCKS, BLOCK_SECONDS = 8, {False: 0.04, True: 0.02}  # of each restart; the second in a short study
 
 OPPONENTS = {
     "eager": "the unchanged model as its user runs it in PyTorch",
@@ -44,6 +51,7 @@ class Finalist:
         ratios: opponent → batch → ratio.
         training: the baseline's training cost over its own, where that is the objective.
         why_not: what keeps it from being the winner, or "".
+        unmeasured: whether that is only that the machine was too busy to time it.
     """
 
     recipe: Recipe
@@ -54,6 +62,7 @@ class Finalist:
     ratios: dict[str, dict[str, Any]] | None = None
     training: dict[str, Any] | None = None
     why_not: str = ""
+    unmeasured: bool = False
 
 
 @dataclass
@@ -65,6 +74,18 @@ class Conclusion:
     timings: Timings | None
     controls: dict[str, dict[str, Any]]
     baseline_quality: float | None = None
+
+    @property
+    def status(self) -> str:
+        """ "verified", "unmeasured" where the machine was too busy to tell, or "infeasible"."""
+        if self.winner is not None:
+            return "verified"
+        return "unmeasured" if any(f.unmeasured for f in self.finalists) else "infeasible"
+
+    def disown(self, why: str) -> None:
+        """The winner is none, since it could not be handed over."""
+        assert self.winner is not None
+        self.winner.why_not, self.winner = f"it could not be handed over: {why}", None
 
 
 class Judge:
@@ -91,9 +112,11 @@ class Judge:
         if self.study.options.minimize == "train_cost":  # the objective first, latency in the time that is left
             for finalist in finalists:
                 self._time_training(finalist)
-        timings = self._time(arms)
+        timings = self._timed(finalists, arms, scores)
         for number, finalist in enumerate(finalists):
             self._judge_cost(finalist, f"final-{number}", timings)
+        self._note_load(timings)
+        self._note_eager(timings)
         good = [f for f in finalists if not f.why_not]
         best = max(good, key=self._gain) if good else None
         self._note_fakes(best)
@@ -144,6 +167,7 @@ class Judge:
         if len(names) < 2 or self.study.short or self.study.budget.left < 60:
             return arms
         few = {n: arms[n] for n in names}
+        self.study.say("verification", f"timing {len(few)} lossless exports in turn, to find the strongest")
         timings = timed(self.study, few, restarts=2, blocks=4, block_seconds=0.03, seed=1)
         keep = set()
         for batch in self.study.batches:
@@ -217,14 +241,27 @@ class Judge:
                 low, unit = finalist.quality["low"], metric.unit
                 finalist.why_not = f"on test it is proved to lose at most {-low:.3g} {unit}, the floor allows {margin:.3g}"
 
-    def _time(self, arms: dict[str, dict[str, Any]]) -> Timings:
-        study = self.study
+    def _timed(self, finalists: list[Finalist], arms: dict[str, dict[str, Any]], scores: Mapping[str, Scores]) -> Timings:
+        """Timings of all arms; made once more in a quieter moment where an interval is too wide to be a result."""
+        study, kept = self.study, hand_over_seconds(self.study, scores)
         quiet(study)
         arms = self._screen(arms)
+        names = [f"final-{n}" for n, f in enumerate(finalists) if not f.why_not]
+        began = study.budget.left
+        timings = self._time(arms, kept)
+        price = LEAST_RESTARTS * (began - study.budget.left) / max(timings.restarts, 1)
+        if _widest(timings, names) > WIDE and study.budget.left > kept + price:
+            wait_for_calm(study, study.budget.left - kept - price)
+            again = self._time(arms, kept)
+            timings = min(timings, again, key=lambda t: _widest(t, names))
+        return timings
+
+    def _time(self, arms: dict[str, dict[str, Any]], kept: float) -> Timings:
+        study = self.study
         study.say("verification", f"timing {len(arms)} arms in turn, each in its own process")
         return timed(
-            study, arms, restarts=5 if self.study.short else 8, blocks=8, block_seconds=0.02 if self.study.short else 0.04,
-            budget=max(10.0, study.budget.left - 4),
+            study, arms, restarts=5 if study.short else 8, blocks=BLOCKS, block_seconds=BLOCK_SECONDS[study.short],
+            budget=max(10.0, study.budget.left - kept),
         )  # fmt: skip
 
     def _time_training(self, finalist: Finalist) -> None:
@@ -243,12 +280,36 @@ class Judge:
         mine = finalist.trial.values
         if arm in timings.errors:
             finalist.why_not = f"it failed while it was timed: {timings.errors[arm]}"
+        elif objective == "latency" and (why := _unmeasured(finalist.ratios.get("eager", {}), timings)):
+            finalist.why_not, finalist.unmeasured = why, True
         elif objective == "latency" and (why := _not_faster(finalist.ratios.get("eager", {}))):
             finalist.why_not = why
         elif objective in ("bytes", "parameters") and mine[objective] >= base[objective]:
             finalist.why_not = f"it has no fewer {objective} than the unchanged model"
         elif objective == "train_cost" and (finalist.training or {}).get("verdict") != "faster":
             finalist.why_not = "its training is not shown to cost less than the baseline's"
+
+    def _note_load(self, timings: Timings) -> None:
+        """What others did to the machine while the arms were timed."""
+        if timings.disturbed > CALM:
+            self.study.notes.append(
+                f"other processes took {timings.disturbed:.0%} of the machine's cores while the verification was timed"
+            )
+
+    def _note_eager(self, timings: Timings) -> None:
+        """Eager PyTorch as it was timed here, held against the profile of the same model: they cannot be far apart."""
+        profiled = next((t.values for t in self.study.stage("profile") if t.ok), {})
+        for batch in timings.batches:
+            found = timings.latency(batch, "eager") if "eager" in timings[batch] else None
+            before = profiled.get(f"latency/{batch}")
+            if found is None or not before:
+                continue
+            times = found.value / before  # the profile has one thread, the arm as many as its user has
+            if times > APART or times < 1 / (APART * os.cpu_count()):
+                self.study.notes.append(
+                    f"eager PyTorch took {found.value:.3g} s a call at batch {batch} in the verification and {before:.3g} s in "
+                    f"the profile, on one thread: {max(times, 1 / times):.1f} times apart, so one of them was disturbed"
+                )
 
     def _note_fakes(self, best: Finalist | None) -> None:
         """Say of the winner what looks like compression and is none, with what it gained over the lossless exports."""
@@ -301,6 +362,46 @@ class Judge:
             for name in ("same_training", "from_scratch", "by_chance")
             if name in scores
         }
+
+
+def verification_seconds(study: Study) -> float:
+    """What a verification takes at least, going by what a process takes to start: building, scoring, timing, handing over.
+
+    Arms load at the same time, as many as there are cores at once.
+    """
+    arms, restarts = (3, LEAST_RESTARTS) if study.short else (6, 8)
+    blocks = arms * len(study.batches) * BLOCKS * BLOCK_SECONDS[study.short] * 1.5
+    restart = arms * study.startup / min(arms, os.cpu_count() or 1) + blocks
+    return restarts * restart + hand_over_seconds(study, {}) + 3 * study.startup
+
+
+def hand_over_seconds(study: Study, scores: Mapping[str, Scores]) -> float:
+    """Seconds that the artifact takes to be written, loaded and scored in a fresh process, and the report to be written."""
+    longest = max((s.seconds for name, s in scores.items() if name.startswith("final")), default=0.0)
+    return 2 * study.startup + 1.5 * longest + REPORT
+
+
+def _shown(timings: Timings, arm: str) -> list[Mapping[str, Any]]:
+    return [ratio for batches in opponents_ratios(timings, arm).values() for ratio in batches.values()]
+
+
+def _widest(timings: Timings, arms: list[str]) -> float:
+    """The upper over the lower end of the widest interval that would be shown; infinite where there is none."""
+    ends = [(r["low"], r["high"]) for arm in arms for r in _shown(timings, arm)]
+    return max((high / low if low and high else math.inf for low, high in ends), default=1.0)
+
+
+def _unmeasured(ratios: Mapping[str, Mapping[str, Any]], timings: Timings) -> str:
+    """Why there is no result: a batch size at which the interval is wider than a factor of two."""
+    wide = {b: r for b, r in ratios.items() if r["verdict"] == UNMEASURED}
+    told = " and ".join(f"{_end(r['low'])} to {_end(r['high'])} times at batch {b}" for b, r in wide.items())
+    busy = f"other processes took {timings.disturbed:.0%} of its cores" if timings.others else "its load is not known"
+    where = f"not measured well enough on this busy machine against eager PyTorch ({told}; {busy})"
+    return f"{where}; run it again when the machine is quiet, or with a larger --budget" if wide else ""
+
+
+def _end(value: float | None) -> str:
+    return "?" if value is None else f"{value:.3g}"
 
 
 def _not_faster(ratios: Mapping[str, Mapping[str, Any]]) -> str:

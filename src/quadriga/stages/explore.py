@@ -21,6 +21,7 @@ OTHERS = 3  # of so many starts one is an opponent's probe, while some are left
 OPEN = 6  # candidates kept in sight before new ones are proposed
 LEAST = 0.02  # gain in the objective, as a natural logarithm, that is worth a training
 PROBED, AGAIN = 90.0, 3.0  # least seconds that a probe may take, for a method may measure on its way; how much more the second
+EMPTY_HANDED = 0.5  # of the reserve: a search that has found nothing goes on into the rest, which has nothing to verify
 ETA = 3.0  # each rung trains so many times longer than the one before
 
 
@@ -96,7 +97,7 @@ class Explorer:
 
     def _until(self) -> float:
         """Seconds of budget at which the search ends: later while nothing has been found that could be verified."""
-        return self.reserve if self.allocator.qualified(self.candidates.values()) else 0.7 * self.reserve
+        return self.reserve if self.allocator.qualified(self.candidates.values()) else EMPTY_HANDED * self.reserve
 
     def _tell(self) -> None:
         best = self.allocator.qualified(self.candidates.values())

@@ -26,6 +26,7 @@ from quadriga.search.space import Space
 from quadriga.stages.state import Options, Progress, Study
 from quadriga.verify.fake import fakes
 from quadriga.workloads.check import check
+from quadriga.workloads.identity import identity as identity_of
 
 SIMULATED = ("mask", "zeros", "fake_quant")
 
@@ -59,7 +60,7 @@ def open_study(
         try:
             _check_machine(store, engine, out)
             study = Study(workload, options, out, store, engine, space, progress)
-            study.notes += notes + _given(model) + _notes(workload, engine) + _left_out(space)
+            study.notes += notes + identity_of(workload).notes + _given(model) + _notes(workload, engine) + _left_out(space)
             try:
                 yield study
             finally:

@@ -15,8 +15,9 @@ from quadriga.search.pareto import front
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.conclude import OPPONENTS, Conclusion, Finalist
 from quadriga.stages.explore import Explorer
+from quadriga.stages.handover import Kept
 from quadriga.stages.profile import profile_of
-from quadriga.stages.state import LEVEL, Study
+from quadriga.stages.state import LEVEL, NothingToFind, Study
 
 QUALITY = ("metric", "unit", "value", "baseline", "difference", "low", "n", "disagreement", "certificate")
 COSTS = {
@@ -27,20 +28,38 @@ COSTS = {
 }  # in the record, in a trial's values
 
 
-def result(study: Study, status: str, conclusion: Conclusion | None, artifact: str | None) -> dict[str, Any]:
-    """The one object that `run --json` prints last, also result.json."""
-    winner = conclusion.winner if conclusion else None
+def result(study: Study, conclusion: Conclusion, kept: Kept | None = None, end: NothingToFind | None = None) -> dict[str, Any]:
+    """The one object that `run --json` prints last, also result.json.
+
+    Args:
+        kept: what was handed over; None while it is being written, as its evidence.
+        end: why the study ended before it had begun.
+    """
+    winner = conclusion.winner
+    told = {"reason": end.reason, "remedy": end.remedy} if end else {}
+    missing = {"no_artifact": end.reason if end else kept.why_not} if kept is not None and kept.folder is None else {}
     return {
-        "status": status,
+        "status": conclusion.status,
         "workload": study.workload.name,
         "seconds": round(study.budget.spent, 1),
         "baseline": _baseline(study, conclusion),
-        "winner": _winner(study, winner, conclusion) if winner and conclusion else None,
+        "winner": _winner(study, winner, conclusion) if winner else None,
         "ablation": ablation_rows(study, winner.ablation) if winner and winner.ablation else [],
-        "artifact": artifact,
+        "artifact": "artifact" if kept is None or kept.folder is not None else None,
         "report": "report.html",
         "nearest_miss": None if winner else _nearest_miss(conclusion),
+        "tried": _tried(study),
+        **told,
+        **missing,
     }
+
+
+def _tried(study: Study) -> dict[str, int]:
+    """Candidates whose cost was measured, that were trained, and whose quality was measured."""
+    searched = study.stage("search")
+    scored = [t for t in searched if t.ok]
+    trained = [t for t in searched if t.values.get("samples", 0.0) > 0]
+    return {"costed": sum(t.ok for t in study.stage("cost")), "trained": len(trained), "scored": len(scored)}
 
 
 def _baseline(study: Study, conclusion: Conclusion | None) -> dict[str, Any] | None:
@@ -57,6 +76,7 @@ def _baseline(study: Study, conclusion: Conclusion | None) -> dict[str, Any] | N
     return {
         "quality": quality,
         "quality_split": "val" if on_test is None else "test",
+        "guess": study.baseline.info.get("guess"),
         "latency": latency,
         "peak_memory": _memory(conclusion, "eager"),
         "bytes": int(base["bytes"]),
@@ -167,8 +187,15 @@ def records(
         "notes": list(dict.fromkeys(study.notes)),
         "environment": dict(study.machine),
         "seeds": [options.seed],
+        "timing": _timing(conclusion),
         "splits_opened": [{**row, "by": ", ".join(row["by"])} for row in study.store.get("opened", [])],
     }  # fmt: skip
+
+
+def _timing(conclusion: Conclusion | None) -> dict[str, Any]:
+    """How the verification was timed, and the share of the cores that others took in each restart."""
+    found = conclusion.timings if conclusion else None
+    return {"restarts": found.restarts, "planned": found.planned, "others": found.others} if found else {}
 
 
 def pareto(study: Study, explorer: Explorer | None, conclusion: Conclusion | None) -> list[dict[str, Any]]:

@@ -28,7 +28,34 @@ TIMING_LEVEL = 0.99
 FINALISTS = 2
 TIMED = ("speed/", "pace", "latency/")  # values that are compared, and hold for one kind of machine
 OBJECTIVES = ("latency", "bytes", "parameters", "train_cost")
+SILENCE = 5.0  # seconds, after which what is under way is told of again
+DOING = {
+    "train": "training and scoring",
+    "cost": "measuring the cost of",
+    "pace": "timing training steps of",
+    "export": "exporting",
+    "eager_variant": "timing",
+    "profile": "profiling",
+    "build": "building",
+    "realize": "building",
+    "score": "scoring",
+    "artifact": "writing",
+    "step_cost": "timing training steps of",
+    "timings": "timing",
+}
 Progress = Callable[[Mapping[str, Any]], None]
+
+
+class NothingToFind(Exception):
+    """No recipe can end in an artifact, so the study ends before it has begun.
+
+    Args:
+        reason, remedy: as of the refusal.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(reason)
+        self.reason, self.remedy = reason, remedy
 
 
 @dataclass(frozen=True)
@@ -135,7 +162,9 @@ class Study:
         self.portfolio: list[Recipe] = []
         self.later: list[tuple[str, str, Recipe]] = []  # stage, task and recipe of opponents that are probed during the search
         self._orders: dict[int, tuple[str, Recipe, dict[str, Any]]] = {}
+        self._doing: dict[int, str] = {}  # what each order under way is, in words
         self._count = 0
+        self._said = ("", "", self.budget.spent)  # stage and text of the last progress, and when
 
     @property
     def short(self) -> bool:
@@ -149,7 +178,19 @@ class Study:
 
     def say(self, stage: str, text: str, **numbers: Any) -> None:
         """Report progress as plain data."""
+        self._said = stage, text, self.budget.spent
         self.progress({"stage": stage, "text": text, "left": max(0.0, self.budget.left), **numbers})
+
+    def add_word(self, more: str) -> None:
+        """Say again what was said last, with how far it has come."""
+        stage, text, _ = self._said
+        self.progress({"stage": stage, "text": f"{text} · {more}", "left": max(0.0, self.budget.left)})
+        self._said = stage, text, self.budget.spent
+
+    def _still(self) -> None:
+        """Say what is under way, where nothing was said for a while."""
+        if self.budget.spent - self._said[2] >= SILENCE and self._doing:
+            self.add_word("; ".join(list(self._doing.values())[: self.workers]))
 
     def submit(self, stage: str, task: str, recipe: Recipe, *, limit: float | None = None, **info: Any) -> int:
         """Send a recipe to the engine; `info` is kept in the trial."""
@@ -162,6 +203,7 @@ class Study:
         }
         args = {"recipe": recipe.plain(), "hash": recipe.hash, **always, **info.pop("args", {})}
         self._orders[self._count] = (stage, recipe, info)
+        self._doing[self._count] = f"{DOING.get(task, task)} {recipe.name or 'the unchanged model'}"
         self.engine.submit(Order(self._count, task, args, limit if limit is not None else max(5.0, self.budget.left)))
         return self._count
 
@@ -196,16 +238,29 @@ class Study:
         return self.engine.resources().workers
 
     @property
+    def startup(self) -> float:
+        """Seconds that a fresh process takes until PyTorch and the workload are in its memory."""
+        return self.engine.resources().startup
+
+    @property
     def running(self) -> int:
         """Orders under way."""
         return len(self._orders)
 
     def collect(self, timeout: float) -> Trial | None:
-        """Wait for one order and acknowledge its trial; None when none ended in time."""
+        """Wait for one order and acknowledge its trial; None when none ended in time.
+
+        Raises:
+            BadInput: the answer is one that every process would give, such as that it made another workload.
+        """
         found = self.engine.wait(timeout)
+        if found is not None and found[1].get("fatal"):
+            raise BadInput(*found[1]["bad_input"])
         if found is None or found[0] not in self._orders:
+            self._still()
             return None
         stage, recipe, info = self._orders.pop(found[0])
+        self._doing.pop(found[0], None)
         result = self._comparable(found[1])
         trial = Trial(
             len(self.trials), stage, recipe, self.options.seed, Status(result["status"]), result.get("reason", ""),
@@ -242,6 +297,7 @@ class Study:
         dropped = len(self._orders)
         self.engine.cancel()
         self._orders.clear()
+        self._doing.clear()
         return dropped
 
     def stage(self, name: str) -> list[Trial]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from quadriga.core.recipe import Recipe
 from quadriga.measure.latency import paired
+from quadriga.measure.machine import Busy, busy, others
 from quadriga.measure.timings import Timings
 from quadriga.stages.state import Study
 
 EXTRA = 120.0  # seconds that the target may take above what the timing is allowed
+CALM = 0.1  # of the cores taken by others: on two cores a second process shows from about here on
 
 
 def quiet(study: Study) -> None:
@@ -34,7 +37,7 @@ def timed(study: Study, arms: Mapping[str, Mapping[str, Any]], **how: Any) -> Ti
     """
     if study.engine.resources().here:
         inputs = {batch: study.workload.inputs(batch) for batch in study.batches}
-        return paired(arms, inputs, folder=study.folder / "timing", **how)
+        return paired(arms, inputs, folder=study.folder / "timing", told=study.add_word, **how)
     limit = how.get("budget") or max(5.0, study.budget.left)
     study.submit("timing", "timings", Recipe(), limit=limit + EXTRA, args={"arms": dict(arms), "how": how})
     done = [t for t in study.collect_all(0.0) if t.stage == "timing"]
@@ -44,3 +47,28 @@ def timed(study: Study, arms: Mapping[str, Mapping[str, Any]], **how: Any) -> Ti
     found = Timings.empty(list(study.batches), list(arms), how.get("restarts", 0))
     found.errors.update(dict.fromkeys(arms, f"the target machine gave no timings: {why}"))
     return found
+
+
+def wait_for_calm(
+    study: Study, seconds: float, look: Callable[[], Busy] = busy, sleep: Callable[[float], None] = time.sleep
+) -> float:
+    """Wait until others leave this machine's cores alone.
+
+    Args:
+        study: whose target is waited for; another machine is not.
+        seconds: at most.
+        look, sleep: the machine's counters, and how a second passes.
+
+    Returns:
+        the share of the cores that others took in the last second.
+    """
+    share = 0.0
+    if study.engine.resources().here:
+        for _ in range(max(1, int(seconds))):
+            before, own = look(), time.process_time()
+            sleep(1.0)
+            share = others(before, look(), time.process_time() - own)
+            if share <= CALM:
+                break
+            study.say("verification", f"waiting for a quieter machine: other processes take {share:.0%} of its cores")
+    return share

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from quadriga.artifact.announce import BATCH, Announcement, announced
 from quadriga.core import world
 from quadriga.core.errors import BadInput
 from quadriga.core.files import write_json
@@ -19,7 +21,9 @@ from quadriga.engine.tasks import Desk
 from quadriga.engine.together import follow, planned
 from quadriga.measure.ceilings import ceilings
 from quadriga.measure.roofline import profile as layers
+from quadriga.measure.scores import Scores
 from quadriga.report.profiled import write as write_profile
+from quadriga.runtime import open_built
 from quadriga.train.track import Tracker, open_tracker, tracking
 from quadriga.workloads.check import check
 
@@ -33,7 +37,10 @@ def train(
     track: str | None = None,
     progress: Any = None,
 ) -> dict[str, Any]:
-    """Carry out one recipe, measure it on val, and write its artifact. Killed and called again, it goes on.
+    """Carry out one recipe, write its artifact, and measure that on val. Killed and called again, it goes on.
+
+    The quality is that of the artifact as it lies on disk, loaded in a fresh process by its own `load.py`. Where there is no
+    artifact, or it is not what was trained, the status is "failed" and "error" says why; checkpoint and measurements stay.
 
     Args:
         workload: what to train.
@@ -62,23 +69,56 @@ def train(
             return {}
         track = None
     with tracking(open_tracker(track, folder / "track", recipe.hash) if track else None) as tracked:
-        trained = done(desk.do("train", {"recipe": recipe.plain(), "hash": recipe.hash}), "the recipe")
+        trained = done(desk.do("train", {"recipe": recipe.plain(), "hash": recipe.hash, "keep": True}), "the recipe")
         tracked.log(0, {name: trained["values"][name] for name in ("quality", "bytes", "parameters")})
-    args = {
-        "recipe": recipe.plain(),
-        "batches": (1, workload.batch_size),
-        "evidence": {"quality_on_val": trained["values"]["quality"], "verified": False},
-    }
-    written = desk.do("artifact", args)
-    made = written["status"] == Status.COMPLETE
-    facts = {"status": "complete", "workload": workload.name, "recipe": recipe.plain(), "metric": workload.metric.name}
-    notes = [*trained["info"]["notes"], tracked.note, "" if made else f"no artifact: {written['reason']}"]
-    note = {"note": "; ".join(filter(None, notes))} if any(notes) else {}
-    result = {**facts, "unit": workload.metric.unit, **trained["values"], "artifact": "artifact" if made else None, **note}
-    if "staleness" in trained["info"]:
-        result["staleness"] = trained["info"]["staleness"]
+    written = desk.do("artifact", _order(desk, recipe, trained))
+    shutil.rmtree(folder / "built", ignore_errors=True)
+    result = _facts(workload, recipe, trained, tracked.note)
+    if written["status"] == Status.COMPLETE:
+        found = _announced(workload, folder, recipe, trained, lambda text: say({"stage": "artifact", "text": text}))
+        result |= {"quality": found.quality} if found.quality is not None else {}
+        problem, remedy = found.problem, f"it was put aside, in {_aside(folder)}; please report it" if found.problem else ""
+    else:
+        problem, remedy = f"there is no artifact: {written['reason']}", written.get("remedy", "")
+    if problem:
+        result |= {"status": "failed", "artifact": None, "error": {"message": problem, "remedy": remedy}}
     write_json(folder / "train.json", result)
     return result
+
+
+def _order(desk: Desk, recipe: Recipe, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """What the desk has to know to write the artifact: of the very files that were measured, where there are some."""
+    evidence = {"quality_on_val": trained["values"]["quality"], "verified": False}
+    order = {"recipe": recipe.plain(), "batches": (1, desk.workload.batch_size), "evidence": evidence}
+    kept = Path("built") / f"train-{recipe.hash}"
+    return {**order, "folder": str(kept)} if (desk.folder / kept / "runtime.json").is_file() else order
+
+
+def _facts(workload: Workload, recipe: Recipe, trained: Mapping[str, Any], tracked: str) -> dict[str, Any]:
+    """The result of a training whose artifact is as it should be."""
+    facts = {"status": "complete", "workload": workload.name, "recipe": recipe.plain(), "metric": workload.metric.name}
+    notes = list(filter(None, [*trained["info"]["notes"], tracked]))
+    told = {**facts, "unit": workload.metric.unit, **trained["values"], "artifact": "artifact"}
+    more = {"staleness": trained["info"]["staleness"]} if "staleness" in trained["info"] else {}
+    return {**told, **({"note": "; ".join(notes)} if notes else {}), **more}
+
+
+def _announced(
+    workload: Workload, folder: Path, recipe: Recipe, trained: Mapping[str, Any], say: Callable[[str], None]
+) -> Announcement:
+    """The artifact on val, in a fresh process, held against what training measured."""
+    kept = folder / "scores"
+    expected = {BATCH: Scores.load(kept / f"{recipe.hash}.npz")}
+    if open_built(folder / "artifact").spec.alone is not None:
+        expected[1] = Scores.load(kept / f"alone-{recipe.hash}.npz")
+    return announced(folder / "artifact", workload.val, workload.metric, expected, say=say)
+
+
+def _aside(folder: Path) -> Path:
+    """Put an artifact that failed where nobody takes it for one."""
+    target = folder / "artifact-failed"
+    shutil.rmtree(target, ignore_errors=True)
+    return (folder / "artifact").rename(target)
 
 
 def _train_together(desk: Desk, recipe: Recipe, tracker: Tracker | None) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from quadriga.core.batch import Batch
 from quadriga.core.data import Data
+from quadriga.core.rng import derive
 from quadriga.core.slots import Moment, Transform
 from quadriga.parallel.share import Share
 from quadriga.train.feed import Feed
-from quadriga.train.rng import derive
 
 Select = Callable[[Tensor, Moment], Tensor | None]  # as Hook.select
 CPU = torch.device("cpu")

@@ -21,12 +21,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data._utils import worker
 
+from quadriga.core import rng
 from quadriga.core.batch import Batch, tensors, to_device, tree_map
 from quadriga.core.data import Data, TensorData
 from quadriga.core.errors import BadInput
 from quadriga.parallel.share import Share
-from quadriga.train import rng
 from quadriga.train.starting import start_methods
 
 AHEAD = 2  # batches that are read ahead, per worker
@@ -47,7 +48,7 @@ def resident(data: Data, device: torch.device) -> Data:
 
 def home_of(data: Data) -> torch.device:
     """Where indices into a split have to be."""
-    return tensors(data.inputs)[0].device if isinstance(data, TensorData) else torch.device("cpu")
+    return tensors(data.inputs)[0].device if isinstance(data, TensorData) and data.plain else torch.device("cpu")
 
 
 def read(data: Data, seed: int, position: int, index: Tensor) -> Batch:
@@ -200,12 +201,15 @@ class Feed:
         if self.pool is None:
             if getattr(multiprocessing.current_process(), "_inheriting", False):  # a worker that runs its parent's script again
                 raise BadInput("the script trains while it is imported", "put it under `if __name__ == '__main__':`")
-            if not self.methods:
+            if not self.methods and (asked := getattr(self.data, "method", None)):
+                self.methods = [asked]
+            elif not self.methods:
                 self.methods, self.reason = start_methods(self.data)
             context: Any = multiprocessing.get_context(self.methods[0])
             if self.methods[0] == "forkserver":
                 context.set_forkserver_preload([__name__])
-            self.pool = ProcessPoolExecutor(self.workers, context, _begin, (self.data, self.seed))
+            given = (self.data, self.seed, self.workers, context.Value("i", 0))
+            self.pool = ProcessPoolExecutor(self.workers, context, _begin, given)
         return self.pool
 
     def _replace(self, error: Exception, index: Tensor) -> None:
@@ -231,8 +235,8 @@ class Feed:
 _here: dict[str, Any] = {}  # in a worker: what it reads
 
 
-def _begin(data: Data, seed: int) -> None:
-    """A worker's first deed: one thread, Ctrl-C is its parent's affair, and no life after the parent's."""
+def _begin(data: Data, seed: int, workers: int, counted: Any) -> None:
+    """A worker's first deed: one thread, Ctrl-C is its parent's affair, and no life after the parent's; then the user's own."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     with contextlib.suppress(Exception):
@@ -240,6 +244,14 @@ def _begin(data: Data, seed: int) -> None:
     torch.set_num_threads(1)
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     _here.update(data=data, seed=seed)
+    with counted.get_lock():
+        number, counted.value = counted.value, counted.value + 1
+    own = rng.derive("worker", seed, number)
+    rng.seed_all(own)
+    info = worker.WorkerInfo(id=number, num_workers=workers, seed=own, dataset=getattr(data, "dataset", data))
+    worker._worker_info = info  # what `get_worker_info()` gives
+    if (begin := getattr(data, "begin", None)) is not None:
+        begin(number)
 
 
 def _leave_with_parent() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from quadriga.core import rng
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
 from quadriga.core.setup import Context, Setup
 from quadriga.core.slots import Factors, Hook
 from quadriga.parallel.block import Block
 from quadriga.parallel.board import Board
-from quadriga.train import rng
 from quadriga.train.run import Run
 from quadriga.train.seat import Seat
 from quadriga.train.shareable import has_state

@@ -9,11 +9,11 @@ from contextlib import closing
 from functools import cache
 from pathlib import Path
 
+from quadriga.core import rng
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput, Diverged
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Look
-from quadriga.train import rng
 from quadriga.train.factors import set_factors
 from quadriga.train.hogwild import gather
 from quadriga.train.outcome import Outcome

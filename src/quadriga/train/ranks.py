@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from quadriga.core import rng
 from quadriga.core.batch import Batch, device_of
 from quadriga.core.errors import Diverged, NotApplicable
 from quadriga.core.half import in_float
@@ -26,7 +27,6 @@ from quadriga.parallel.pipeline import Pipeline
 from quadriga.parallel.recompute import outermost, recomputing
 from quadriga.parallel.share import evenly
 from quadriga.parallel.team import Team, tensors_of
-from quadriga.train import rng
 from quadriga.train.checkpoint import State, compose, read_state
 from quadriga.train.config import POINTS
 from quadriga.train.factors import product

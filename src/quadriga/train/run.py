@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from quadriga.core import rng
 from quadriga.core.batch import keeping_mode
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput, NotApplicable
@@ -19,7 +20,6 @@ from quadriga.core.setup import Setup
 from quadriga.core.slots import PLAIN, Factors, Hook
 from quadriga.parallel.board import Staleness
 from quadriga.parallel.share import Share
-from quadriga.train import rng
 from quadriga.train.checkpoint import State
 from quadriga.train.config import check_same, config_of, machine
 from quadriga.train.data import Loader, Sampler, count_steps

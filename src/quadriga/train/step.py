@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quadriga.core import rng
 from quadriga.core.batch import Batch, Tree, call, device_of, rows, tree_map
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.half import HALF, in_float
@@ -22,7 +23,6 @@ from quadriga.core.slots import Hook, RuntimeSpec
 from quadriga.core.spread import local
 from quadriga.parallel.recompute import outermost, recomputing
 from quadriga.parallel.share import Share
-from quadriga.train import rng
 from quadriga.train.checkpoint import State, read_state, save_state
 from quadriga.train.state import kept_tensors, optimizer_state
 from quadriga.train.transfer import Transfer

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from quadriga.core.batch import Tree, call, tensors, tree_map
+from quadriga.core import rng
+from quadriga.core.batch import Tree, call, copied, tensors, tree_map
 from quadriga.core.errors import BadInput
 from quadriga.workloads.calls import Watch, apart, differing, record, same
 
@@ -48,7 +47,7 @@ def well_behaved(model: nn.Module, inputs: Tree, notes: list[str]) -> None:
 
 def _unwritten(model: nn.Module, inputs: Tree) -> Tree:
     """The output for the inputs, which must not be written into."""
-    own = tree_map(Tensor.clone, inputs)
+    own = copied(inputs)
     with unwritten(own) as found:
         output = called(model, own)
     if found:
@@ -76,7 +75,7 @@ def refuse_writer(model: nn.Module, inputs: Tree, mode: str = "") -> None:
     Raises:
         BadInput: always.
     """
-    watch = Watch(versions_and_values(own := tree_map(Tensor.clone, inputs)))
+    watch = Watch(versions_and_values(own := copied(inputs)))
     with watch.on(model), torch.no_grad():
         called(model, own)
     layer = model.get_submodule(watch.path) if watch.path is not None else model
@@ -197,22 +196,15 @@ def called(model: nn.Module, inputs: Tree, seed: int = 0) -> Tree:
 
 
 def _fresh(model: nn.Module, inputs: Tree, seed: int = 0) -> Tree:
-    return called(model, tree_map(Tensor.clone, inputs), seed)
+    return called(model, copied(inputs), seed)
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """PyTorch's, NumPy's and Python's random numbers from a seed, for a while."""
-    plain, array = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            random.seed(seed)
-            np.random.seed(seed)
-            yield
-    finally:
-        random.setstate(plain)
-        np.random.set_state(array)
+    with rng.isolated():
+        rng.seed_all(seed)
+        yield
 
 
 def _gap(one: Tree, two: Tree) -> float:

@@ -13,16 +13,17 @@ from torch import Tensor, nn
 
 from quadriga.core.batch import Batch, Tree, call, named, primary, resize, tensors, tree_map
 from quadriga.core.copies import caches, unwrapped, without_cache, wrappers
-from quadriga.core.data import TensorData
+from quadriga.core.data import Data, TensorData
 from quadriga.core.errors import BadInput
 from quadriga.core.workload import Workload
 from quadriga.workloads.behaviour import only_read, refuse_writer, seeded, unwritten, well_behaved
 from quadriga.workloads.labels import labels, unseen
 from quadriga.workloads.layouts import dense, dense_model
 from quadriga.workloads.outputs import predictions
+from quadriga.workloads.overlap import apart
 from quadriga.workloads.place import told
 from quadriga.workloads.scoring import metric_works
-from quadriga.workloads.splits import apart, finite, sample, take
+from quadriga.workloads.splits import finite, sample, take
 
 SMALLEST_VAL = 20
 
@@ -57,7 +58,7 @@ def check(workload: Workload) -> list[str]:
         unseen(samples, notes)
         _loss(model, workload)
         metric_works(workload, output, batch)
-        return notes + apart(splits)
+        return notes + _loaders(workload, splits) + apart(splits)
 
 
 def _sizes(workload: Workload) -> list[str]:
@@ -71,6 +72,15 @@ def _sizes(workload: Workload) -> list[str]:
     )
     if workload.train is not None and len(workload.train) < workload.batch_size:
         notes.append(f"train has {len(workload.train)} examples, fewer than the batch size {workload.batch_size}")
+    return notes
+
+
+def _loaders(workload: Workload, splits: Mapping[str, Data]) -> list[str]:
+    """What is not as in the user's own loaders."""
+    notes = [text for data in splits.values() for text in data.notes]
+    size = getattr(workload.train, "batch_size", None)
+    if size not in (None, workload.batch_size):
+        notes.append(f"train: its loader has batches of {size}; training has the workload's batch_size, {workload.batch_size}")
     return notes
 
 

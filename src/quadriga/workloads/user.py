@@ -11,11 +11,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from quadriga.core import rng
 from quadriga.core.errors import BadInput, did_you_mean
 from quadriga.core.workload import Workload
 from quadriga.workloads.place import place, told
 
 DEFAULT = "workload"
+SEED = 20  # of whatever the user's file draws while it makes the workload
 REMEDY = "write a function workload() that returns quadriga.Workload(...)"
 
 
@@ -101,12 +103,18 @@ def make(function: Callable[..., Any], options: Mapping[str, Any], what: str, fo
 
 
 def _guarded(action: Callable[[], Any], path: Path | None, what: str) -> Any:
-    """Run code of the user's with its folder importable; its errors become BadInput with file and line."""
+    """Run code of the user's with its folder importable; its errors become BadInput with file and line.
+
+    It runs under one seed, so that a split that it draws is the same one in every process; the caller's generators go on as
+    if nothing had been drawn.
+    """
     folder = str(path.parent) if path else None
     if folder:
         sys.path.insert(0, folder)
     try:
-        return action()
+        with rng.isolated():
+            rng.seed_all(SEED)
+            return action()
     except SyntaxError as error:
         raise BadInput(f"{error.filename}:{error.lineno}: syntax error: {error.msg}", "correct that line") from error
     except ImportError as error:

@@ -31,7 +31,8 @@ def load(folder: str | os.PathLike[str] | None = None, check: bool = True, threa
             `keep_memory` sets: freed memory is kept for the next call.
 
     Returns:
-        inputs tree of tensors (batch first) → outputs tree of new tensors. A dict may be given as keywords.
+        inputs tree of tensors (batch first) → outputs tree of new tensors. A dict may be given as keywords, a tuple as
+        arguments.
 
     Raises:
         Damaged: a file is missing or changed, or the outputs differ.
@@ -62,8 +63,8 @@ def started(folder: Path, entry: Mapping[str, Any]) -> Callable[..., Tree]:
     def single(x: Tree) -> Tree:
         return one(x) if x.size(0) == 1 else more(x)
 
-    def run(tree: Tree = None, **named: Tree) -> Tree:
-        tree = named if tree is None else tree
+    def run(tree: Tree = None, *more: Tree, **named: Tree) -> Tree:
+        tree = named if tree is None else (tree, *more) if more else tree
         return one(tree) if flatten(entry["inputs"], tree)[0].size(0) == 1 else more(tree)
 
     return single if single_tensor(entry) else run

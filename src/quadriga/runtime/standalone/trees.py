@@ -58,11 +58,12 @@ def rebuild(shape: Mapping[str, Any], leaves: list[Tensor]) -> Tree:
 
 
 def shaped(entry: Mapping[str, Any], call: Leaves) -> Callable[..., Tree]:
-    """From tree to tree, around a call from tensors to tensors; a dict may be given as keywords."""
+    """From tree to tree, around a call from tensors to tensors; a dict may be given as keywords, a tuple as arguments."""
     inputs, outputs = entry["inputs"], entry["outputs"]
 
-    def run(tree: Tree = None, **named: Tree) -> Tree:
-        return rebuild(outputs, call(flatten(inputs, named if tree is None else tree)))
+    def run(tree: Tree = None, *more: Tree, **named: Tree) -> Tree:
+        given = named if tree is None else (tree, *more) if more else tree
+        return rebuild(outputs, call(flatten(inputs, given)))
 
     return run
 

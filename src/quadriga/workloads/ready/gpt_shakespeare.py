@@ -11,6 +11,7 @@ from torch.nn import functional
 from quadriga.core.errors import BadInput, did_you_mean
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.workload import Workload
+from quadriga.workloads.few import few
 from quadriga.workloads.plays import shakespeare
 
 SIZES = {"0.8M": (4, 128, 4), "2M": (4, 192, 6), "10M": (6, 384, 6)}  # layers, width, heads
@@ -63,19 +64,20 @@ class GPT(nn.Module):
         return self.head(self.norm(self.blocks(x)))
 
 
-def workload(size: str = "0.8M", examples: int | None = None) -> Workload:
+def workload(size: str = "0.8M", examples: int | None = None, held_out: int | None = None) -> Workload:
     """Next-byte prediction in windows of 128 bytes, measured in bits per byte on plays that were held out.
 
     Args:
         size: "0.8M", "2M" or "10M" parameters in the blocks; 875,264, 1,902,720 or 10,893,312 with the embeddings.
         examples: keep that many training windows; all by default, about 30,000.
+        held_out: keep that many windows of val and of test; all by default.
 
     Raises:
         BadInput: an unknown size.
     """
     if size not in SIZES:
         raise BadInput(f'gpt_shakespeare has no size "{size}"', did_you_mean(size, SIZES))
-    data = shakespeare(context=CONTEXT, examples=examples)
+    data = few(shakespeare(context=CONTEXT), examples, held_out)
     return Workload(
         classes_dim=-1,
         model=partial(GPT, *SIZES[size]),

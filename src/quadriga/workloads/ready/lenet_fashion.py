@@ -9,6 +9,7 @@ from torch.nn import functional
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.workload import Workload
 from quadriga.workloads.fashion import fashion_mnist
+from quadriga.workloads.few import few
 
 
 class LeNet(nn.Module):
@@ -39,13 +40,17 @@ class LeNet(nn.Module):
         return self.fc3(x)
 
 
-def workload(source: str | None = None, download: bool = False) -> Workload:
+def workload(
+    source: str | None = None, download: bool = False, examples: int | None = None, held_out: int | None = None
+) -> Workload:
     """Fashion-MNIST padded to 1×32×32; the baseline is the mission's training, SGD at a constant, tuned rate.
 
     Args:
         source, download: of the data, as in `fashion_mnist`.
+        examples: keep that many training images; all by default.
+        held_out: keep that many images of val and of test; all by default.
     """
-    data = fashion_mnist(pad=2, source=source, download=download)
+    data = few(fashion_mnist(pad=2, source=source, download=download), examples, held_out)
     return Workload(
         model=LeNet,
         train=data.train,

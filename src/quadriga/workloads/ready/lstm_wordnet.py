@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.workload import Workload
+from quadriga.workloads.few import few
 from quadriga.workloads.glosses import CLASSES, wordnet_glosses
 
 
@@ -23,13 +24,14 @@ class Classifier(nn.Module):
         return self.fc(states[:, -1])
 
 
-def workload(examples: int | None = None) -> Workload:
+def workload(examples: int | None = None, held_out: int | None = None) -> Workload:
     """24 words a definition, 45 classes, trained by Adam.
 
     Args:
         examples: keep that many training examples; all by default, about 95,000.
+        held_out: keep that many examples of val and of test; all by default.
     """
-    data = wordnet_glosses(length=24, size=8192, examples=examples)
+    data = few(wordnet_glosses(length=24, size=8192, examples=examples), None, held_out)  # the vocabulary is that of `examples`
     return Workload(
         model=Classifier,
         train=data.train,

@@ -16,6 +16,7 @@ from quadriga.core.errors import BadInput
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.workload import Workload
 from quadriga.workloads import fetch
+from quadriga.workloads.few import checked
 from quadriga.workloads.glosses import CLASSES, Row, note, rows
 
 LENGTH = 32  # tokens, with [CLS] and [SEP]
@@ -82,21 +83,23 @@ def read_tokenizer(path: Path) -> Any:
     return tokenizer
 
 
-def workload(examples: int = 20_000) -> Workload:
+def workload(examples: int = 20_000, held_out: int | None = None) -> Workload:
     """The definitions of lstm_wordnet as 32 word pieces with their mask, 45 classes; one epoch of fine-tuning by AdamW.
 
     `quadriga fetch minilm` brings weights and tokenizer.
 
     Args:
         examples: keep that many training examples, of 98,761.
+        held_out: keep that many examples of val and of test; all by default.
 
     Raises:
         BadInput: the weights are not in the cache, or `transformers` is not installed.
     """
     files = fetch.fetched("minilm")
     tokenizer = read_tokenizer(files["tokenizer.json"])
-    splits = rows(WORDS)
-    splits["train"] = splits["train"][:examples]
+    held_out = checked(held_out, "held_out")
+    counts = {"train": checked(examples, "examples"), "val": held_out, "test": held_out}
+    splits = {name: found[: counts[name]] for name, found in rows(WORDS).items()}
     steps = (step("optimizer", kind="adamw", lr=0.0002), step("schedule", kind="linear", warmup=0.05), step("train", epochs=1))
     return Workload(
         model=partial(pretrained, load_file(files["model.safetensors"]), SIZES),

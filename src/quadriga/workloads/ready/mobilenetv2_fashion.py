@@ -12,6 +12,7 @@ from quadriga.core.recipe import Recipe, step
 from quadriga.core.workload import Workload
 from quadriga.workloads import fetch
 from quadriga.workloads.fashion import enlarged, fashion_mnist
+from quadriga.workloads.few import few
 
 STAGES = (  # expansion, output channels, blocks, stride of the first: table 2 of the paper
     (1, 16, 1, 1),
@@ -102,7 +103,9 @@ def pretrained(state: Mapping[str, Tensor]) -> MobileNetV2:
     return model
 
 
-def workload(source: str | None = None, download: bool = False, examples: int | None = None) -> Workload:
+def workload(
+    source: str | None = None, download: bool = False, examples: int | None = None, held_out: int | None = None
+) -> Workload:
     """Fashion-MNIST enlarged to 1×64×64; the baseline fine-tunes all weights by AdamW, with a rate that falls to zero.
 
     The images keep the normalisation of Fashion-MNIST, mean 0 and deviation 1, which is what the ImageNet weights were
@@ -111,12 +114,13 @@ def workload(source: str | None = None, download: bool = False, examples: int | 
     Args:
         source, download: of the data, as in `fashion_mnist`.
         examples: keep that many training images; all by default.
+        held_out: keep that many images of val and of test; all by default.
 
     Raises:
         BadInput: the weights are not in the cache.
     """
     state = load_file(fetch.fetched("mobilenetv2")["model.safetensors"])
-    data = enlarged(fashion_mnist(pad=0, source=source, download=download), SIDE, examples)
+    data = enlarged(few(fashion_mnist(pad=0, source=source, download=download), examples, held_out), SIDE)
     steps = (step("optimizer", kind="adamw", lr=0.001), step("schedule", kind="linear"), step("train", epochs=3))
     return Workload(
         model=partial(pretrained, state),

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.workload import Workload
 from quadriga.workloads.fashion import fashion_mnist
+from quadriga.workloads.few import few
 
 
 class Block(nn.Module):
@@ -58,13 +59,17 @@ class ResNet20(nn.Module):
         return self.fc(self.blocks(x).mean((2, 3)))
 
 
-def workload(source: str | None = None, download: bool = False) -> Workload:
+def workload(
+    source: str | None = None, download: bool = False, examples: int | None = None, held_out: int | None = None
+) -> Workload:
     """Fashion-MNIST padded to 1×32×32, trained by SGD with momentum.
 
     Args:
         source, download: of the data, as in `fashion_mnist`.
+        examples: keep that many training images; all by default.
+        held_out: keep that many images of val and of test; all by default.
     """
-    data = fashion_mnist(pad=2, source=source, download=download)
+    data = few(fashion_mnist(pad=2, source=source, download=download), examples, held_out)
     return Workload(
         model=ResNet20,
         train=data.train,
