@@ -1,6 +1,6 @@
 """Models as people bring them: every form through `check`, `train` in four runtimes and a short `run`, held against PyTorch.
 
-    python benchmarks/user_models.py                        # go on where the last call stopped (out/user_models/): hours
+    python benchmarks/user_models.py                        # go on where the last call stopped: hours, with --again
     python benchmarks/user_models.py --cells check,eager    # some cells; the rest later
     python benchmarks/user_models.py --only packed,stft     # some forms; prints, and writes no page
 
@@ -223,7 +223,8 @@ def main() -> int:
 def gone_through(names: list[str], wanted: list[str], every: dict[str, Any], again: bool) -> dict[str, Any]:
     """The rows of these forms, from the state or anew."""
     state = PLACE / "state.json"
-    known = json.loads(state.read_text()) if state.exists() else {}
+    last = state if state.exists() else RESULTS
+    known = json.loads(last.read_text()) if last.exists() else {}
     for number, name in enumerate(names, 1):
         cells = known.get(name, {}).get("cells", {})
         if missing := [cell for cell in wanted if again or cell not in cells]:

@@ -179,6 +179,11 @@ def test_errors_of_runtimes_are_refusals_and_ours_are_crashes(tmp_path, monkeypa
         found = desk.do("hello", {})
         assert found["status"] == Status.REFUSED and found["remedy"] == PYTORCH
         assert found["reason"] == f"{name} cannot run the model: {'no such operator' if name == 'openvino' else 'no Gemm(13)'}"
+    compiler = refusal(torch._dynamo.exc.Unsupported("no such call\nand more"))
+    assert (
+        compiler is not None
+        and str(compiler) == "inductor cannot run the model: no such call (use eager, onnxruntime or openvino)"
+    )
     for ours, status in ((KeyError("x"), Status.CRASHED), (RuntimeError("out of memory"), Status.OUT_OF_MEMORY)):
         assert refusal(ours) is None
         monkeypatch.setattr(desk, "_hello", lambda recipe, args, error=ours: (_ for _ in ()).throw(error))
