@@ -153,6 +153,11 @@ def tried(name: str, one: Any, wanted: list[str]) -> dict[str, Cell]:
     return cells
 
 
+def without_paths(cell: Cell) -> Cell:
+    """A cell whose sentence names files by their place in the checkout."""
+    return {**cell, "says": cell["says"].replace(f"{ROOT}{os.sep}", "")} if "says" in cell else cell
+
+
 def page(known: dict[str, Any]) -> Iterator[str]:
     """Markdown."""
     cells = [c for row in known.values() for c in row["cells"].values()]
@@ -229,7 +234,7 @@ def gone_through(names: list[str], wanted: list[str], every: dict[str, Any], aga
         cells = known.get(name, {}).get("cells", {})
         if missing := [cell for cell in wanted if again or cell not in cells]:
             began = time.monotonic()
-            cells |= tried(name, every[name], missing)
+            cells |= {cell: without_paths(found) for cell, found in tried(name, every[name], missing).items()}
             known[name] = {"about": every[name].about, "out": every[name].out, "cells": cells}
             PLACE.mkdir(parents=True, exist_ok=True)
             state.write_text(json.dumps(known, indent=1))

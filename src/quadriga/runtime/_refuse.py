@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -135,8 +136,10 @@ def not_exported(refused: NotApplicable, model: nn.Module) -> NotApplicable:
 
 def _where(error: BaseException, model: nn.Module) -> tuple[str, str]:
     """The innermost module whose forward was active, by name, and the functions of PyTorch's layers that were active."""
-    names = {id(module): name for name, module in model.named_modules()}
-    kinds = {type(module): name for name, module in model.named_modules() if type(module).__module__.startswith("torch.nn")}
+    modules = list(model.named_modules())
+    names = {id(module): name for name, module in modules}
+    count = Counter(type(module) for _, module in modules)
+    kinds = {type(module): name for name, module in modules if count[type(module)] == 1}  # a copy in half precision was traced
     name, active, seen = "", [], error
     root = str(Path(torch.__file__).parent / "nn")
     while seen is not None:
