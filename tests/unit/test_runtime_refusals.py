@@ -145,6 +145,26 @@ def test_what_no_runtime_can_export_never_advises_another_runtime(spec, tmp_path
     assert 'in "1"' in refused.value.reason and "eager" not in refused.value.remedy and "torch.where" in refused.value.remedy
 
 
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's older quantization
+def test_layers_that_are_quantized_already_and_sparse_matrices_are_named(tmp_path):
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("near", torch.eye(3).to_sparse())
+
+        def forward(self, x):
+            return (self.near @ x.t()).t()
+
+    small = torch.ao.quantization.quantize_dynamic(mlp(torch.float32), {nn.Linear}, torch.qint8)
+    for model, inputs, words, way in (
+        (small, torch.randn(8, 8), "quantized already", "give the float model"),
+        (Sparse(), torch.randn(8, 3), "a sparse tensor", "to_dense"),
+    ):
+        with pytest.raises(NotApplicable, match=f"which every runtime needs: .*{words}") as refused:
+            built(model, EAGER, inputs, tmp_path)
+        assert way in refused.value.remedy
+
+
 def test_a_model_that_draws_is_blamed_and_not_the_runtime(tmp_path):
     class Draws(nn.Module):
         def forward(self, x):
