@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from textwrap import fill
 from types import TracebackType
 from typing import Any, Self
@@ -88,8 +89,9 @@ class Progress:
                 self._print(line)
 
     def _watch(self, look: float) -> None:
-        while not self._ended.wait(look):
-            self.beat()
+        with suppress(OSError, ValueError):  # nobody reads any more: the thread that works will find out
+            while not self._ended.wait(look):
+                self.beat()
 
     def _update(self, line: str) -> None:
         from rich.markup import escape
