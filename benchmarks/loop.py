@@ -81,8 +81,8 @@ class Task:
 
     @property
     def data(self) -> TensorData:
-        """The training split."""
-        assert isinstance(self.workload.train, TensorData)
+        """The training split, whose batches are rows of its tensors, so that every arm sees the same."""
+        assert isinstance(self.workload.train, TensorData) and self.workload.train.plain
         return self.workload.train
 
     def loader(self) -> DataLoader[Any]:

@@ -1,6 +1,6 @@
 """Models as people bring them: every form through `check`, `train` in four runtimes and a short `run`, held against PyTorch.
 
-    python benchmarks/user_models.py                        # go on where the last call stopped (out/user_models/): hours
+    python benchmarks/user_models.py                        # go on where the last call stopped: hours, with --again
     python benchmarks/user_models.py --cells check,eager    # some cells; the rest later
     python benchmarks/user_models.py --only packed,stft     # some forms; prints, and writes no page
 
@@ -32,7 +32,7 @@ RESULTS, PAGE = ROOT / "benchmarks/results/user_models.json", ROOT / "docs/user_
 RUNTIMES = ("eager", "onnxruntime", "openvino", "inductor")
 CELLS = ("check", *RUNTIMES, "run")
 MARKS = {"works": "✓", "refused": "–", "wrong": "✗", "crashed": "!", "": ""}
-LIMIT, BUDGET = 400, "60s"  # seconds of a form's process; of its study
+LIMIT, BUDGET, FLOOR = 400, "60s", "-30%rel"  # seconds of a process; of a study, and a floor that 64 examples can prove
 Cell = dict[str, Any]
 
 
@@ -104,7 +104,7 @@ def last_json(text: str) -> Any:
 def studied(name: str, file: Path, folder: Path) -> Cell:
     """A short `run`, by the command line."""
     reference = f"{file}:{name}"
-    words = ["-m", "quadriga", "run", reference, "--budget", BUDGET, "--out", str(folder / "run"), "--json"]
+    words = ["-m", "quadriga", "run", reference, "--budget", BUDGET, f"--floor={FLOOR}", "--out", str(folder / "run"), "--json"]
     done = process(words, LIMIT, threads=2)
     result = last_json(done.stdout)
     if result is None or "an error inside" in done.stderr:
@@ -153,6 +153,11 @@ def tried(name: str, one: Any, wanted: list[str]) -> dict[str, Cell]:
     return cells
 
 
+def without_paths(cell: Cell) -> Cell:
+    """A cell whose sentence names files by their place in the checkout."""
+    return {**cell, "says": cell["says"].replace(f"{ROOT}{os.sep}", "")} if "says" in cell else cell
+
+
 def page(known: dict[str, Any]) -> Iterator[str]:
     """Markdown."""
     cells = [c for row in known.values() for c in row["cells"].values()]
@@ -197,12 +202,14 @@ def sentences(name: str, row: dict[str, Any], way: dict[str, Any] | None) -> Ite
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", help="forms, comma-separated; prints, and writes no page")
-    parser.add_argument("--cells", help=f"of {', '.join(CELLS)}; comma-separated", default=",".join(CELLS))
+    parser.add_argument(
+        "--cells", help=f"of {', '.join(CELLS)}; comma-separated; none: the page of what is known", default=",".join(CELLS)
+    )
     parser.add_argument("--again", action="store_true", help="also what is known already")
     for hidden in ("--child", "--file", "--place"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    wanted = given.cells.split(",")
+    wanted = [cell for cell in CELLS if cell in given.cells.split(",")]
     if given.child:
         print(json.dumps(child(given.child, given.file, Path(given.place), wanted)))
         return 0
@@ -221,18 +228,19 @@ def main() -> int:
 def gone_through(names: list[str], wanted: list[str], every: dict[str, Any], again: bool) -> dict[str, Any]:
     """The rows of these forms, from the state or anew."""
     state = PLACE / "state.json"
-    known = json.loads(state.read_text()) if state.exists() else {}
+    last = state if state.exists() else RESULTS
+    known = json.loads(last.read_text()) if last.exists() else {}
     for number, name in enumerate(names, 1):
         cells = known.get(name, {}).get("cells", {})
         if missing := [cell for cell in wanted if again or cell not in cells]:
             began = time.monotonic()
-            cells |= tried(name, every[name], missing)
+            cells |= {cell: without_paths(found) for cell, found in tried(name, every[name], missing).items()}
             known[name] = {"about": every[name].about, "out": every[name].out, "cells": cells}
             PLACE.mkdir(parents=True, exist_ok=True)
             state.write_text(json.dumps(known, indent=1))
             marks = " ".join(f"{cell}:{cells[cell]['verdict']}" for cell in missing)
             print(f"[{number}/{len(names)}] {name} ({time.monotonic() - began:.0f} s) {marks}", file=sys.stderr, flush=True)
-    return {name: known[name] for name in names}
+    return {name: known[name] for name in names if name in known}
 
 
 if __name__ == "__main__":

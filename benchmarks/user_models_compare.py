@@ -162,10 +162,11 @@ def verdict(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def scored(plain: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """The artifact of a study: the quality stated beside what its outputs score on test."""
+    """The artifact of a study: the quality stated, of the winner or else of the baseline, beside what its outputs score."""
     result = json.loads((folder / "result.json").read_text())
-    said = (result["winner"] or {}).get("quality", {}).get("value")
-    inputs, target = examples(plain["test"], 10_000)
+    said = result["winner"]["quality"]["value"] if result["winner"] else result["baseline"]["quality"]
+    split = "test" if result["winner"] else result["baseline"].get("quality_split", "test")
+    inputs, target = examples(plain[split], 10_000)
     return {"quality": said, "scored": plain.get("score", accuracy)(called(loaded(folder / "artifact"), inputs), target)}
 
 

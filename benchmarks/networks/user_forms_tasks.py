@@ -159,7 +159,7 @@ class Between(nn.Module):
         return self.out(x - 0.5 * x.mean(0))
 
 
-@form("examples that depend on their batch")
+@form("examples that depend on their batch", out="plain")
 def batch_dependent() -> Plain:
     return {"model": seeded(Between), **vectors()}
 

@@ -158,18 +158,24 @@ def checkpointed() -> Plain:
 
 
 class Normalizing(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, cloning: bool) -> None:
         super().__init__()
-        self.body = mlp()
+        self.body, self.cloning = mlp(), cloning
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x.clone() if self.cloning else x
         x.sub_(0.1).div_(1.1)
         return self.body(x)
 
 
-@form("a forward that changes its input in place")
+@form("a forward that changes its input in place", out="in_place_cloned")
 def in_place() -> Plain:
-    return {"model": seeded(Normalizing), **vectors()}
+    return {"model": seeded(lambda: Normalizing(cloning=False)), **vectors()}
+
+
+@form("the same on a clone of its input")
+def in_place_cloned() -> Plain:
+    return {"model": seeded(lambda: Normalizing(cloning=True)), **vectors()}
 
 
 class Bytes(nn.Module):

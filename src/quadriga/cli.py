@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -13,7 +13,7 @@ from cyclopts import App, Parameter
 
 from quadriga import __version__
 from quadriga.arguments import parse_budget, parse_families, parse_limits
-from quadriga.console import Progress, emit, show, table, tree
+from quadriga.console import Progress, complain, emit, show, table, tree
 from quadriga.core.errors import BadInput
 from quadriga.exits import STATUS, guarded
 
@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from quadriga.engine.opening import Where
 
 Json = Annotated[bool, Parameter(name="--json", negative="")]
+Say = Callable[[Mapping[str, Any]], None]
 Objective = Literal["latency", "bytes", "parameters", "train_cost"]
+
+START = {"stage": "start", "text": "loading PyTorch, a few seconds"}  # said before the first heavy import
 
 app = App(
     name="quadriga",
@@ -72,17 +75,21 @@ def run(
         as_json: print the result as one JSON object, last on stdout.
     """
     limits, seconds, families = parse_limits(limit or ()), parse_budget(budget), parse_families(only)
-    from quadriga import study, workloads
     from quadriga.core import world
-    from quadriga.engine.opening import Where
 
     if (here := world.found()).size > 1:
         raise BadInput(f"{here.by} started {here.size} processes", "start quadriga run once; train is what several carry out")
-    where = Where(engine, address, target, live, gpus, ranks)
-    command = _command(workload, floor, minimize, limits, budget, out, families, seed, where)
     with Progress() as progress:
+        progress(START)
+        from quadriga import study
+        from quadriga.engine.opening import Where
+
+        where = Where(engine, address, target, live, gpus, ranks)
+        command = _command(workload, floor, minimize, limits, budget, out, families, seed, where)
+        task = _loaded(workload, progress)
+        progress({"stage": "check", "text": "a few batches through model, loss and metric, and a look at every example"})
         result = study.run(
-            workloads.load(workload),
+            task,
             floor=floor,
             minimize=minimize,
             limits=limits,
@@ -128,10 +135,9 @@ def train(
         seed: of everything random.
         as_json: print the result as one JSON object.
     """
-    from quadriga import study, workloads
     from quadriga.core import world
     from quadriga.core.recipe import Recipe
-    from quadriga.parallel.launch import launch
+    from quadriga.parallel.launch import launch, tell
 
     here = world.found()
     if nproc is not None and not here.by:
@@ -140,9 +146,16 @@ def train(
     if nproc not in (None, here.size):
         raise BadInput(f"--nproc is {nproc}, and {here.by} started {here.size} processes", "leave --nproc out")
     steps = Recipe.load(recipe) if recipe else None
-    with Progress() if here.first else nullcontext() as progress:
-        result = study.train(workloads.load(workload), recipe=steps, out=out, seed=seed, track=track, progress=progress)
-    return _done(result, as_json) if here.first else 0
+    with Progress() if here.first else nullcontext(_silent) as progress:
+        progress(START)
+        from quadriga import study
+
+        task = _loaded(workload, progress)
+        result = study.train(task, recipe=steps, out=out, seed=seed, track=track, progress=progress)
+    code = _done(result, as_json) if here.first else 0
+    if code:
+        tell(code)  # to who started the processes: there is nothing to start again
+    return code
 
 
 @app.command
@@ -166,12 +179,13 @@ def profile(
         seed: of the initial weights.
         as_json: print the profile as one JSON object.
     """
-    from quadriga import study, workloads
-
     if lr and out:
         raise BadInput("--lr writes nothing to --out", "leave one of the two out")
     with Progress() as progress:
-        task = workloads.load(workload)
+        progress(START)
+        from quadriga import study
+
+        task = _loaded(workload, progress)
         if lr:
             result = study.learning_rates(task, batch=batch, seed=seed, progress=progress)
         else:
@@ -206,10 +220,11 @@ def compare(
         seed: of everything random.
         as_json: print the result as one JSON object.
     """
-    from quadriga import study, workloads
-
-    task = workloads.load(workload) if workload else None
     with Progress() as progress:
+        progress(START)
+        from quadriga import study
+
+        task = _loaded(workload, progress) if workload else None
         result = study.compare(a, b, workload=task, batches=tuple(batch or ()), out=out, seed=seed, progress=progress)
     return _done(result, as_json)
 
@@ -222,9 +237,13 @@ def verify(artifact: Path, /, *, as_json: Json = False) -> int:
         artifact: its folder.
         as_json: print what was checked as one JSON object.
     """
-    from quadriga.artifact import verify as check
+    with Progress() as progress:
+        progress(START)
+        from quadriga.artifact import verify as check
 
-    return _done(check(artifact), as_json)
+        progress({"stage": "verify", "text": "comparing the files, then running load.py in a fresh process", "limit": 600})
+        found = check(artifact)
+    return _done(found, as_json)
 
 
 @app.command
@@ -250,9 +269,10 @@ def fetch(name: str, /, *, as_json: Json = False) -> int:
         name: mobilenetv2 or minilm, or the workload that needs them.
         as_json: print the result as one JSON object.
     """
-    from quadriga.workloads import fetch as weights
-
     with Progress() as progress:
+        progress(START)
+        from quadriga.workloads import fetch as weights
+
         result = weights.fetch(name, progress)
     return _done(result, as_json)
 
@@ -282,9 +302,13 @@ def doctor(*, as_json: Json = False) -> int:
     Args:
         as_json: print the findings as one JSON object.
     """
-    from quadriga.doctor import examine
+    with Progress() as progress:
+        progress(START)
+        from quadriga.doctor import examine
 
-    return _done(examine(), as_json)
+        progress({"stage": "doctor", "text": "looking for runtimes and devices, a few seconds"})
+        found = examine()
+    return _done(found, as_json)
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -295,12 +319,29 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _done(result: Mapping[str, Any], as_json: bool) -> int:
-    """Show a result; a failed check is status 1."""
+    """Show a result; what failed is told on stderr too, and is status 1."""
+    error = result.get("error") or {}
     if as_json:
         emit(result)
     else:
-        tree(result)
-    return STATUS.get(str(result.get("status")), 0) or int(result.get("ok") is False)
+        tree({name: value for name, value in result.items() if name != "error"})
+    if error:
+        complain(str(error["message"]), str(error.get("remedy", "")))
+    elif result.get("ok") is False and "message" in result:
+        complain(str(result["message"]))
+    return STATUS[str(result.get("status", "complete"))] or int(bool(error) or result.get("ok") is False)
+
+
+def _loaded(workload: str, progress: Say) -> Any:
+    """A workload by its reference; what that takes is told first, since a user's file may import and read anything."""
+    from quadriga import workloads
+
+    progress({"stage": "load", "text": f"reading the workload {workload}"})
+    return workloads.load(workload)
+
+
+def _silent(event: Mapping[str, Any]) -> None:
+    """Progress of a process that does not speak."""
 
 
 def _words(verb: str, what: str, options: Mapping[str, Any], as_json: bool) -> list[str]:

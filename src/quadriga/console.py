@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from textwrap import fill
 from types import TracebackType
 from typing import Any, Self
@@ -15,58 +17,104 @@ from quadriga.report.document import Section, Table, Text
 from quadriga.report.schema import finite
 
 EVERY = 5.0  # seconds between plain lines
-WIDE = 400  # columns of a table that goes into a file or a pipe
+LOOK = 0.5  # seconds between looks at whether a phase has been silent for long
+WIDE = 110  # columns of a table that goes into a file or a pipe
 
 
 class Progress:
     """Shows progress events; with a terminal one live line, otherwise a plain line every few seconds.
 
+    A phase that reports nothing for a while is shown again, with how long it has been going on. It stays visible where
+    `sys.stderr` is silenced for a while, as around exports.
+
     Args:
         terminal: whether stderr is one; found out when None.
         clock: monotonic seconds.
+        look: seconds between looks at the clock by a thread of its own; None for no thread, then `beat` is the caller's.
 
-    An event is plain data: "stage", "text", and perhaps "done", "total", "best" (a text or number) and "left" (seconds).
+    An event is plain data: "stage", "text", and perhaps "done", "total", "best" (a text or number), "left" (seconds),
+    "limit" (seconds that this phase may take at most) and "keep" (it has to be seen, and stays on screen).
     """
 
-    def __init__(self, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self.terminal = sys.stderr.isatty() if terminal is None else terminal
-        self._clock, self._last, self._stage = clock, -EVERY, ""
+    def __init__(
+        self, terminal: bool | None = None, clock: Callable[[], float] = time.monotonic, look: float | None = LOOK
+    ) -> None:
+        self._stream = sys.stderr
+        self.terminal = self._stream.isatty() if terminal is None else terminal
+        self._clock, self._look, self._printed = clock, look, -EVERY
+        self._event: Mapping[str, Any] = {}
+        self._since = 0.0  # when the event came
+        self._shown = True  # whether the event has been on screen
         self._live: Any = None  # a rich Status
+        self._lock, self._ended = threading.Lock(), threading.Event()
 
     def __enter__(self) -> Self:
         if self.terminal:
             from rich.console import Console
 
-            self._live = Console(stderr=True).status("starting")
+            self._live = Console(file=self._stream).status("starting")
             self._live.start()
+        if self._look is not None:
+            threading.Thread(target=self._watch, args=(self._look,), daemon=True).start()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._live:
-            self._live.stop()
+        self._ended.set()
+        with self._lock:
+            if self._live:
+                self._live.stop()
 
     def __call__(self, event: Mapping[str, Any]) -> None:
         """Show one event."""
-        line = describe(event)
-        if self._live:
-            from rich.markup import escape
+        with self._lock:
+            now, changed = self._clock(), bool(event.get("keep")) or event.get("stage") != self._event.get("stage")
+            self._event, self._since, self._shown = event, now, False
+            if self._live:
+                self._update(describe(event))
+                if changed:
+                    self._live.console.print(describe(event), markup=False, highlight=False)
+            elif changed or now - self._printed >= EVERY:
+                self._print(describe(event))
 
-            self._live.update(escape(line))
-        changed = event.get("stage") != self._stage
-        if changed and self._live:
-            self._live.console.print(line, markup=False, highlight=False)
-        elif not self._live and (changed or self._clock() - self._last >= EVERY):
-            print(line, file=sys.stderr, flush=True)
-            self._last = self._clock()
-        self._stage = str(event.get("stage", ""))
+    def beat(self) -> None:
+        """Show the last event again if nothing was shown for a while."""
+        with self._lock:
+            now = self._clock()
+            if self._ended.is_set() or not self._event:
+                return
+            line = describe(self._event, now - self._since if self._shown or self._live else 0.0)
+            if self._live:
+                self._update(line)
+            elif now - self._printed >= EVERY:
+                self._print(line)
+
+    def _watch(self, look: float) -> None:
+        with suppress(OSError, ValueError):  # nobody reads any more: the thread that works will find out
+            while not self._ended.wait(look):
+                self.beat()
+
+    def _update(self, line: str) -> None:
+        from rich.markup import escape
+
+        self._live.update(escape(line))
+
+    def _print(self, line: str) -> None:
+        print(line, file=self._stream, flush=True)
+        self._printed, self._shown = self._clock(), True
 
 
-def describe(event: Mapping[str, Any]) -> str:
+def describe(event: Mapping[str, Any], elapsed: float = 0.0) -> str:
     """An event in one line.
+
+    Args:
+        event: as of `Progress`.
+        elapsed: seconds since it came; told from one second on.
 
     Example:
         >>> describe({"stage": "search", "done": 3, "total": 40, "best": "2.1× faster", "left": 312.0, "text": "training"})
         '[search] trial 3 of 40 · training · best 2.1× faster · 5 min 12 s left'
+        >>> describe({"stage": "load", "text": "reading the workload", "limit": 60}, 12.3)
+        '[load] reading the workload · for 12 s, at most 1 min'
     """
     parts = []
     if event.get("done") is not None:
@@ -74,14 +122,22 @@ def describe(event: Mapping[str, Any]) -> str:
     parts += [str(event["text"])] if event.get("text") else []
     if event.get("best") is not None:
         parts.append(f"best {text.plain(event['best'])}")
+    lasting = [f"for {text.seconds(round(elapsed))}"] if elapsed >= 1 else []
+    lasting += [f"at most {text.seconds(event['limit'])}"] if event.get("limit") is not None else []
+    parts += [", ".join(lasting)] if lasting else []
     if event.get("left") is not None:
-        parts.append(f"{text.seconds(round(event['left']))} left")
+        parts.append(f"{text.seconds(max(0, round(event['left'] - elapsed)))} left")
     return f"[{event.get('stage', '')}] " + " · ".join(" ".join(p.split()) for p in parts)
 
 
 def say(line: str) -> None:
     """A line for people, on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+def complain(problem: str, remedy: str = "") -> None:
+    """What went wrong, and what may help, as every verb says it."""
+    say(f"quadriga: {problem}{f'; {remedy}' * bool(remedy)}")
 
 
 def emit(value: Any) -> None:

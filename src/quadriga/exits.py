@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 
 from cyclopts import CycloptsError
 
-from quadriga.console import emit, say
+from quadriga.console import complain, emit, say
 from quadriga.core import world
-from quadriga.core.errors import BadInput, Diverged, NotApplicable
+from quadriga.core.errors import BadInput, Diverged, Failed, NotApplicable
 from quadriga.parallel.launch import tell
 from quadriga.report.schema import empty_result
 
 BAD_INPUT, INTERRUPTED = 2, 130
-STATUS = {"verified": 0, "infeasible": 1, "unmeasured": 1, "failed": 1, "interrupted": INTERRUPTED}
+STATUS = {"verified": 0, "complete": 0, "infeasible": 1, "unmeasured": 1, "failed": 1, "interrupted": INTERRUPTED}
 
 
 def guarded(app: Callable[..., Any], given: list[str]) -> int:
@@ -49,6 +49,9 @@ def _call(app: Callable[..., Any], given: list[str]) -> int:
     except CycloptsError as error:
         hint = "quadriga --help shows the verbs and their options"
         return _failed(given, "failed", str(error).strip(), hint) if tell(BAD_INPUT) else BAD_INPUT
+    except Failed as error:
+        if tell(1):
+            _failed(given, "failed", error.problem, error.remedy)
     except Diverged as error:
         if tell(1):
             _failed(given, "failed", str(error))
@@ -65,7 +68,7 @@ def _call(app: Callable[..., Any], given: list[str]) -> int:
 
 
 def _failed(given: list[str], status: str, problem: str, remedy: str = "") -> int:
-    say(f"quadriga: {problem}{f'; {remedy}' * bool(remedy)}")
+    complain(problem, remedy)
     if "--json" in given:
         named = next((word for word in given[1:] if not word.startswith("-")), "")
         emit({**empty_result(status, named), "error": {"message": problem, "remedy": remedy}})

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from quadriga.artifact import Announcement, Report
 from quadriga.measure.latency import paired
 from quadriga.stages import compare as comparison
+from quadriga.stages import verbs
 
 torch.set_num_threads(1)
 
@@ -33,7 +35,18 @@ def f1(output, target):
 def with_f1():
     return workload(f1)
 
-def workload(metric="accuracy"):
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.fc(x) if float(x.sum()) < 1e9 else self.fc(-x)
+
+def not_exported():
+    return workload(model=Branch)
+
+def workload(metric="accuracy", model=model):
     return Workload(
         model=model, train=(X[:600], Y[:600]), val=(X[600:900], Y[600:900]), test=(X[900:], Y[900:]),
         metric=metric, name="two layers", batch_size=32,
@@ -116,6 +129,31 @@ def test_what_train_writes_verifies(call, trained, folder):
     assert json.loads((folder / "trained" / "train.json").read_text())["quality"] == trained["quality"]
 
 
+def test_train_without_an_artifact_has_failed_and_says_why(call, folder):
+    found = call("train", "mine.py:not_exported", "--out", "none", status=1)
+    assert (found["status"], found["artifact"]) == ("failed", None) and found["quality"] > 60
+    assert found["error"]["message"].startswith("there is no artifact: ")
+    assert not (folder / "none" / "artifact").exists()
+    assert json.loads((folder / "none" / "train.json").read_text()) == found
+
+
+def test_an_artifact_that_is_not_what_was_trained_is_put_aside(call, trained, folder, monkeypatch):
+    wrong = Announcement(Report(ok=True, message="", files=1, seconds=0.0), {}, 12.5, "the artifact is not what was measured")
+    shutil.copytree(folder / "trained", folder / "again")
+    monkeypatch.setattr(verbs, "announced", lambda *_, **__: wrong)
+    found = call("train", "mine.py", "--recipe", "export.toml", "--out", "again", status=1)
+    assert (found["status"], found["artifact"], found["quality"]) == ("failed", None, 12.5)
+    assert found["error"]["message"] == wrong.problem and "artifact-failed" in found["error"]["remedy"]
+    assert not (folder / "again" / "artifact").exists() and (folder / "again" / "artifact-failed" / "load.py").is_file()
+
+
+def test_a_training_that_breaks_has_failed_and_a_recipe_that_does_not_fit_is_bad_input(call, folder):
+    (folder / "high.toml").write_text(EXPORT.replace("lr = 0.01", "lr = 1e30"))
+    (folder / "heads.toml").write_text('[[step]]\nmethod = "prune_heads"\n' + EXPORT)
+    assert "diverged" in call("train", "mine.py", "--recipe", "high.toml", "--out", "high", status=1)["error"]["message"]
+    assert "refused" in call("train", "mine.py", "--recipe", "heads.toml", "--out", "heads", status=2)["error"]["message"]
+
+
 def test_train_again_trains_nothing(call, trained, folder):
     kept = {p: p.stat().st_mtime_ns for p in (folder / "trained" / "checkpoints").rglob("*") if p.is_file()}
     assert kept and call("train", "mine.py", "--recipe", "export.toml", "--out", "trained") == trained
@@ -170,7 +208,7 @@ def structure(found, batches):
     assert set(found["latency_ratio"]) == set(found["latency"]) == batches
     for batch, ratio in found["latency_ratio"].items():
         assert 0 < ratio["low"] <= ratio["value"] <= ratio["high"]
-        assert ratio["verdict"] in ("faster", "slower", "equivalent", "undecided")
+        assert ratio["verdict"] in ("faster", "slower", "equivalent", "undecided", "unmeasured")
         assert set(found["latency"][batch]) == {"a", "b"} and min(found["latency"][batch].values()) > 0
 
 

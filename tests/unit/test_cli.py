@@ -19,6 +19,7 @@ from quadriga.arguments import parse_budget, parse_families, parse_limits
 from quadriga.console import Progress, describe
 from quadriga.core import cuda
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
+from quadriga.core.quiet import quiet
 from quadriga.doctor import examine
 from quadriga.report.schema import empty_result
 
@@ -280,6 +281,67 @@ def test_progress_off_a_terminal_is_a_plain_line_every_few_seconds(capsys):
         "[search] trial 0", "[search] trial 5", "[search] trial 10", "[verify] last"
     ]  # fmt: skip
     assert "[red]x[/red] next" in err
+
+
+@pytest.fixture
+def quiet_phase(capsys):
+    """Progress without a thread under a clock of the test's, and the lines that a second brings."""
+    now = [0.0]
+    made: list[Progress] = []  # in the test, not here: it keeps the stderr that it finds
+
+    def after(second, event=None):
+        progress = made[0] if made else Progress(terminal=False, clock=lambda: now[0], look=None)
+        made[:] = [progress]
+        now[0] = float(second)
+        if event:
+            progress(event)
+        progress.beat()
+        return capsys.readouterr().err.splitlines()
+
+    return after
+
+
+def test_a_phase_that_says_nothing_is_shown_every_five_seconds_with_its_length(quiet_phase):
+    assert quiet_phase(0, {"stage": "load", "text": "reading", "limit": 90, "left": 60}) == [
+        "[load] reading · at most 1 min 30 s · 1 min left"
+    ]
+    assert quiet_phase(4) == []
+    assert quiet_phase(5) == ["[load] reading · for 5 s, at most 1 min 30 s · 55 s left"]
+    assert quiet_phase(9) == []
+    assert quiet_phase(11) == ["[load] reading · for 11 s, at most 1 min 30 s · 49 s left"]
+
+
+def test_what_was_held_back_for_being_too_soon_is_shown_later_and_what_has_to_be_seen_at_once(quiet_phase):
+    assert quiet_phase(0, {"stage": "train", "text": "10%"}) == ["[train] 10%"]
+    assert quiet_phase(1, {"stage": "train", "text": "20%"}) == []
+    assert quiet_phase(2, {"stage": "train", "text": "note: little data", "keep": True}) == ["[train] note: little data"]
+    assert quiet_phase(3, {"stage": "train", "text": "30%"}) == []
+    assert quiet_phase(7) == ["[train] 30%"]
+    assert quiet_phase(12) == ["[train] 30% · for 9 s"]
+
+
+def test_a_silenced_phase_is_heard_all_the_same(capsys):
+    """Exports silence sys.stderr for many seconds, which is when somebody waits."""
+    now = [0.0]
+    with Progress(terminal=False, clock=lambda: now[0], look=None) as progress:
+        progress({"stage": "train", "text": "exporting"})
+        with quiet():
+            now[0] = 6.0
+            progress.beat()
+    assert capsys.readouterr().err.splitlines() == ["[train] exporting", "[train] exporting · for 6 s"]
+    progress.beat()
+    assert not capsys.readouterr().err  # it is over
+
+
+def test_progress_beats_by_itself(capsys):
+    """By its own thread; the clock leaps, so that nothing has to wait."""
+    ticks = iter(range(0, 6000, 6))
+    with Progress(terminal=False, clock=lambda: float(next(ticks)), look=0.001) as progress:
+        progress({"stage": "load", "text": "reading"})
+        lines: list[str] = []
+        while len(lines) < 3:
+            lines += capsys.readouterr().err.splitlines()
+    assert lines[0] == "[load] reading" and all(line.startswith("[load] reading · for ") for line in lines[1:])
 
 
 def test_progress_on_a_terminal_shows_names_as_they_are(capsys):

@@ -145,15 +145,35 @@ def test_what_no_runtime_can_export_never_advises_another_runtime(spec, tmp_path
     assert 'in "1"' in refused.value.reason and "eager" not in refused.value.remedy and "torch.where" in refused.value.remedy
 
 
+@pytest.mark.filterwarnings("ignore")  # of PyTorch's older quantization
+def test_layers_that_are_quantized_already_and_sparse_matrices_are_named(tmp_path):
+    class Sparse(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("near", torch.eye(3).to_sparse())
+
+        def forward(self, x):
+            return (self.near @ x.t()).t()
+
+    small = torch.ao.quantization.quantize_dynamic(mlp(torch.float32), {nn.Linear}, torch.qint8)
+    for model, inputs, words, way in (
+        (small, torch.randn(8, 8), "quantized already", "give the float model"),
+        (Sparse(), torch.randn(8, 3), "a sparse tensor", "to_dense"),
+    ):
+        with pytest.raises(NotApplicable, match=f"which every runtime needs: .*{words}") as refused:
+            built(model, EAGER, inputs, tmp_path)
+        assert way in refused.value.remedy
+
+
 def test_a_model_that_draws_is_blamed_and_not_the_runtime(tmp_path):
     class Draws(nn.Module):
         def forward(self, x):
-            return x + torch.randn_like(x)
+            return nn.functional.dropout(x, 0.5)
 
-    for spec in (EAGER, ORT):
-        with pytest.raises(NotApplicable, match="the model itself gives other outputs for equal inputs") as refused:
+    for spec in (EAGER, ORT, OPENVINO):
+        with pytest.raises(NotApplicable, match="the model gives other outputs for equal inputs in eval mode") as refused:
             built(Draws(), spec, torch.randn(8, 3), tmp_path)
-        assert "runtime" not in refused.value.remedy
+        assert "if self.training" in refused.value.remedy
 
 
 def test_where_the_export_is_wrong_every_runtime_is_named(tmp_path):
@@ -179,6 +199,11 @@ def test_errors_of_runtimes_are_refusals_and_ours_are_crashes(tmp_path, monkeypa
         found = desk.do("hello", {})
         assert found["status"] == Status.REFUSED and found["remedy"] == PYTORCH
         assert found["reason"] == f"{name} cannot run the model: {'no such operator' if name == 'openvino' else 'no Gemm(13)'}"
+    compiler = refusal(torch._dynamo.exc.Unsupported("no such call\nand more"))
+    assert (
+        compiler is not None
+        and str(compiler) == "inductor cannot run the model: no such call (use eager, onnxruntime or openvino)"
+    )
     for ours, status in ((KeyError("x"), Status.CRASHED), (RuntimeError("out of memory"), Status.OUT_OF_MEMORY)):
         assert refusal(ours) is None
         monkeypatch.setattr(desk, "_hello", lambda recipe, args, error=ours: (_ for _ in ()).throw(error))

@@ -36,6 +36,19 @@ class NotApplicable(Exception):
         self.reason, self.remedy = reason, remedy
 
 
+class Failed(Exception):
+    """What was asked for was begun, and came to no good end. Exit status 1.
+
+    Args:
+        problem: how it ended.
+        remedy: what may help, or "".
+    """
+
+    def __init__(self, problem: str, remedy: str = "") -> None:
+        super().__init__(f"{problem}; {remedy}" if remedy else problem)
+        self.problem, self.remedy = problem, remedy
+
+
 class Diverged(ArithmeticError):
     """The loss became NaN or infinite.
 

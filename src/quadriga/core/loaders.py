@@ -118,6 +118,8 @@ def _drawn(sampler: Any, count: int, what: str, seed: int) -> list[int]:
     try:
         with rng.isolated():
             rng.seed_all(seed)
+            if own is not None:
+                own.manual_seed(seed)
             return _once(_flat(sampler), count, what)
     finally:
         if own is not None and state is not None:

@@ -27,6 +27,7 @@ from quadriga.train.gradients import fisher_diagonal, mean_gradients
 from quadriga.train.loop import fit
 from quadriga.workloads import load
 from quadriga.workloads.identity import identity
+from quadriga.workloads.suspects import suspect
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ class _Walker:
             assert self.store is not None
             had = tuple(name for name in SERVICES if getattr(setup.context, name) is not None)
             places = {"store": self.store, "teacher": self.teacher, "decisions": self.decisions.folder}
-            again = partial(rebuilt, self.workload.reference, self.recipe, index, self.seed, had, places)
+            key = workload_key(self.workload)
+            again = partial(rebuilt, self.workload.reference, self.recipe, index, self.seed, had, places, key)
             setup = replace(setup, context=replace(setup.context, again=again))
         outcome = fit(setup, data, epochs=epochs, seed=self.seed, start=start, checkpoint=folder, progress=self.progress)
         self.samples, self.seconds, self.last = self.samples + outcome.samples, self.seconds + outcome.seconds, folder
@@ -178,14 +180,19 @@ SERVICES = ("evaluate", "enough", "time", "pace")
 
 
 def rebuilt(
-    reference: str, recipe: Recipe, index: int, seed: int, had: tuple[str, ...], places: Mapping[str, Path | None]
+    reference: str, recipe: Recipe, index: int, seed: int, had: tuple[str, ...], places: Mapping[str, Path | None], key: str
 ) -> tuple[Setup, Data]:
     """In a worker of train step `index`: its setup, by the steps before it once more, and its data.
 
     Train steps before it are loaded, and what was decided by measurement is read. Of the services that methods `had`, none is
     asked for anything again.
+
+    Raises:
+        BadInput: the workload is another one than that of `key`.
     """
     workload = load(reference)
+    if workload_key(workload) != key:
+        raise BadInput("a worker of the train step made another workload from the same file", suspect(reference))
 
     def settled(*args: Any, **kwargs: Any) -> Any:
         raise BadInput("a worker would have to measure what the study has decided", "leave out hogwild")

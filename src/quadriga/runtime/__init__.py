@@ -100,6 +100,7 @@ def _written(
     except NotApplicable as refused:
         raise not_exported(refused, model) from refused.__cause__
     computed = computes(taken)
+    _steady(model, taken, computed)
     with refusing(spec.name):
         written = _modules()[spec.name].write(taken, spec, folder, sizes)
     entry = {
@@ -153,8 +154,7 @@ def _check(model: nn.Module, built: Built, taken: Any) -> None:
             continue
         name = part["runtime"]
         inputs = standalone.rebuild(taken.inputs, list(resize(taken.sample, batch)))
-        with evaluating(model), torch.no_grad():
-            expected = tensors(call(model, inputs))
+        expected = _outputs(model, inputs)
         try:
             run = run or built.run()
             found = standalone.flatten(taken.outputs, run(inputs))
@@ -163,26 +163,35 @@ def _check(model: nn.Module, built: Built, taken: Any) -> None:
             raise NotApplicable(f"{name} fails at batch {batch}: {said(error)}", remedy) from error
         worst = _apart(expected, found)
         if not worst <= (TOLERANCE[entry["computes"]] if built.spec.exact else float("inf")) or worst == float("inf"):
-            raise _differs(model, taken, inputs, expected, f"{name} computes other outputs at batch {batch}: {worst:.2g} apart")
+            raise _differs(taken, inputs, expected, f"{name} computes other outputs at batch {batch}: {worst:.2g} apart")
 
 
 def _apart(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:
     return max(standalone.difference(e, f) for e, f in zip(expected, found, strict=True))
 
 
-def _differs(model: nn.Module, taken: Any, inputs: Tree, expected: list[torch.Tensor], problem: str) -> NotApplicable:
-    """Who is to blame where outputs differ: the model, which gives others each time; the export; or this runtime alone."""
+def _outputs(model: nn.Module, inputs: Tree) -> list[torch.Tensor]:
     with evaluating(model), torch.no_grad():
-        again = tensors(call(model, inputs))
-        try:
-            exported = list(taken.program.module(check_guards=False)(*tensors(inputs)))
-        except Exception as error:  # an exported program may hold to sizes that it was traced with
-            return NotApplicable(f"{problem}, and the export fails: {said(error)}", "write the forward for any batch size")
-    if _apart(expected, again) > 0:
-        return NotApplicable(
-            f"{problem}, and the model itself gives other outputs for equal inputs in eval mode",
+        return tensors(call(model, inputs))
+
+
+def _steady(model: nn.Module, taken: Any, computed: str) -> None:
+    """Refuse a model that gives other outputs each time: no runtime could be compared with it, whatever its own words are."""
+    inputs = standalone.rebuild(taken.inputs, list(resize(taken.sample, 2)))
+    if (worst := _apart(_outputs(model, inputs), _outputs(model, inputs))) > TOLERANCE[computed]:
+        raise NotApplicable(
+            f"the model gives other outputs for equal inputs in eval mode, {worst:.2g} apart",
             "draw random numbers in training mode only (if self.training)",
         )
+
+
+def _differs(taken: Any, inputs: Tree, expected: list[torch.Tensor], problem: str) -> NotApplicable:
+    """Who is to blame where outputs differ: the export, which every runtime needs, or this runtime alone."""
+    try:
+        with torch.no_grad():
+            exported = list(taken.program.module(check_guards=False)(*tensors(inputs)))
+    except Exception as error:  # an exported program may hold to sizes that it was traced with
+        return NotApplicable(f"{problem}, and the export fails: {said(error)}", "write the forward for any batch size")
     if _apart(expected, exported) > TOLERANCE["float32"]:
         return NotApplicable(
             f"{problem}, and so does what torch.export made of the model, which every runtime needs",

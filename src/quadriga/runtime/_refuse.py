@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,7 +35,16 @@ WAYS = (
         "choose with torch.where in place of if, and keep sizes that come from shapes",
     ),
     (r"batch size is fixed", "", "write the batch as x.shape[0], or use flatten(1)"),
-    (r"sparse", "a sparse tensor, which torch.export cannot take", "keep the matrix dense (.to_dense())"),
+    (
+        r"quantized\.\w*PackedParams|torchao|AffineQuantizedTensor",
+        "a layer that is quantized already, whose packed weights torch.export cannot take",
+        "give the float model: quantize_int8 rounds it for the runtime that is chosen",
+    ),
+    (
+        r"\bsparse\b|Sparse(CPU|CSR|COO)",
+        "a sparse tensor, which torch.export cannot take",
+        "keep the matrix dense (.to_dense())",
+    ),
 )
 GENERAL = "rewrite that line in tensor operations until torch.export.export(model, inputs, strict=False) accepts it"
 
@@ -125,7 +135,8 @@ def not_exported(refused: NotApplicable, model: nn.Module) -> NotApplicable:
     if error is None or not refused.reason.startswith("the model cannot be exported"):
         return refused
     name, active = _where(error, model)
-    text = f"{refused.reason}\n{error}\n{active}"
+    strided = all(t.layout is torch.strided for t in (*model.parameters(), *model.buffers()))
+    text = f"{refused.reason}\n{error}\n{active}{'' if strided else ' sparse'}"
     found = next((way for way in WAYS if re.search(way[0], text, re.I)), ("", "", GENERAL))
     place = match[0] if (match := re.search(r" \(at [^()]+:\d+\)$", reason(error))) else ""
     told = f"{found[1]}{place}" if found[1] else refused.reason.removeprefix("the model cannot be exported: ")
@@ -135,8 +146,10 @@ def not_exported(refused: NotApplicable, model: nn.Module) -> NotApplicable:
 
 def _where(error: BaseException, model: nn.Module) -> tuple[str, str]:
     """The innermost module whose forward was active, by name, and the functions of PyTorch's layers that were active."""
-    names = {id(module): name for name, module in model.named_modules()}
-    kinds = {type(module): name for name, module in model.named_modules() if type(module).__module__.startswith("torch.nn")}
+    modules = list(model.named_modules())
+    names = {id(module): name for name, module in modules}
+    count = Counter(type(module) for _, module in modules)
+    kinds = {type(module): name for name, module in modules if count[type(module)] == 1}  # a copy in half precision was traced
     name, active, seen = "", [], error
     root = str(Path(torch.__file__).parent / "nn")
     while seen is not None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,18 @@ from quadriga.measure.quality import Scores
 from quadriga.measure.timings import Timings
 from quadriga.runtime.standalone import Damaged
 from quadriga.stages.state import LEVEL
-from quadriga.stages.verbs import done, folder_for
+from quadriga.stages.verbs import checked, done, folder_for
 from quadriga.verify.fake import Worth, told
 from quadriga.verify.quality import compare as compare_quality
 from quadriga.workloads import load, names
-from quadriga.workloads.check import check
+
+RESTARTS = 6  # processes of each side that are timed
+DOING = {  # what has to be done before a side can be scored and timed
+    "artifact": "opening the artifact",
+    "onnx": "putting the .onnx file under a load.py, by an export of the workload's model",
+    "recipe": "training, unless that was done before, and export for its runtime",
+    "workload": "training its baseline, unless that was done before",
+}
 
 
 def compare(
@@ -62,14 +70,17 @@ def compare(
     if bad := [n for n in batches if n < 1]:
         raise BadInput(f"the batch size is {bad[0]}", "give a positive integer")
     task = workload if workload is not None else load(str(named))
-    check(task)
-    folder, say = folder_for(out), progress or (lambda event: None)
+    say = progress or (lambda event: None)
+    notes, folder = checked(task, say), folder_for(out)
     desk, ready, scores = Desk(task, folder, seed), {}, {}
     for name, side in sides.items():
-        say({"stage": "compare", "text": f"preparing {side.text}"})
+        tell = partial(_tell, say, f"{name}, {side.text}")
+        tell(side.doing)
+        desk.progress = lambda part, tell=tell: tell(f"{part:.0%} of this train step" if part < 1 else "train step done")
         ready[name] = side.prepare(desk)
+        tell(f"scoring it on {len(task.test):,} examples of test")
         scores[name] = _score(desk, ready[name], name, side.text)
-    say({"stage": "compare", "text": "timing them in turn, each in its own process"})
+    _tell(say, "both", f"timing in turn, each in a process of its own, {RESTARTS} times started anew; about a minute or two")
     timings = _timings(ready, task, batches or tuple(sorted({1, task.batch_size})), folder, {"a": a, "b": b})
     return {
         "status": "complete", "a": a, "b": b, "workload": task.name,
@@ -77,8 +88,14 @@ def compare(
         "latency": {str(n): {s: m.value for s in "ab" if (m := timings.latency(n, s)) is not None} for n in timings.batches},
         "bytes": {name: one.bytes for name, one in ready.items()}, "bytes_ratio": ready["b"].bytes / ready["a"].bytes,
         "fakes": _fakes(ready, timings),
-        "quality": compare_quality(scores["a"], scores["b"], task.metric, 0.0, LEVEL), "split": "test",
+        "quality": compare_quality(scores["a"], scores["b"], task.metric, 0.0, LEVEL),
+        "split": "test", **({"notes": notes} if notes else {}),
     }  # fmt: skip
+
+
+def _tell(say: Callable[[Mapping[str, Any]], None], of: str, text: str) -> None:
+    """Progress of one side, or of both; each text is seen."""
+    say({"stage": "compare", "text": f"{of}: {text}", "keep": "%" not in text})
 
 
 @dataclass(frozen=True)
@@ -120,6 +137,7 @@ class Side:
             self.kind = "workload"
         else:
             raise BadInput(f"{text} is no workload, recipe, artifact or .onnx file", f"workloads: {', '.join(names())}")
+        self.doing = DOING[self.kind]
         if self.kind in ("onnx", "recipe") and not path.is_file():
             raise BadInput(f"there is no file {text}", "check the path")
 
@@ -187,7 +205,12 @@ def _timings(
 ) -> Timings:
     inputs = {n: task.inputs(n) for n in batches}
     timings = paired(
-        {n: one.arm for n, one in ready.items()}, inputs, restarts=6, blocks=8, block_seconds=0.04, folder=folder / "timing"
+        {n: one.arm for n, one in ready.items()},
+        inputs,
+        restarts=RESTARTS,
+        blocks=8,
+        block_seconds=0.04,
+        folder=folder / "timing",
     )
     for name, error in timings.errors.items():
         raise BadInput(f"{texts[name]} cannot be timed: {error}", "see that it runs on this workload at each batch size")

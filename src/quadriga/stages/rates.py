@@ -17,8 +17,8 @@ from quadriga.core.setup import Setup
 from quadriga.core.slots import Factors, Hook, OptimizerSlot
 from quadriga.core.workload import Workload
 from quadriga.engine.walk import walk
+from quadriga.stages.verbs import checked
 from quadriga.train.loop import fit
-from quadriga.workloads.check import check
 
 LOWEST, HIGHEST, STEPS = 1e-6, 100.0, 160  # twenty steps a decade
 MEMORY = 0.9  # of the smoothed loss, per step
@@ -133,7 +133,8 @@ def learning_rates(
     Raises:
         BadInput: there is nothing to learn from, or the optimizer's rate is not positive.
     """
-    check(workload)
+    say = progress or (lambda event: None)
+    checked(workload, say)
     if workload.train is None:
         raise BadInput("the workload has no training data", "give train= examples")
     if steps < 10 or (batch is not None and batch < 1):
@@ -143,7 +144,7 @@ def learning_rates(
     base = _base(setup)
     losses: list[float] = []
     setup = _rising(replace(setup, training=replace(setup.training, batch_size=size)), base, losses)
-    say = progress or (lambda event: None)
+    say({"stage": "profile", "text": f"training for {steps} steps of {size} examples while the rate rises"})
     with suppress(Diverged):  # of the weights, after the last step: the series has its losses
         fit(
             setup, workload.train, epochs=steps * size / len(workload.train), seed=seed,

@@ -11,7 +11,7 @@ import torch
 
 from quadriga.artifact.announce import BATCH, Announcement, announced
 from quadriga.core import world
-from quadriga.core.errors import BadInput
+from quadriga.core.errors import BadInput, Failed
 from quadriga.core.files import write_json
 from quadriga.core.recipe import Recipe
 from quadriga.core.roofline import bounds
@@ -54,14 +54,16 @@ def train(
     others are done: they return an empty result. A recipe without a plan for them is trained data-parallel.
 
     Raises:
-        BadInput: the recipe does not apply to this workload, or the training diverged.
+        BadInput: the recipe does not apply to this workload.
+        Failed: the training diverged, crashed or ran out of memory.
     """
-    check(workload)
+    say = progress or (lambda event: None)
+    notes = checked(workload, say)
     baseline = workload.baseline or Recipe()
     recipe = baseline if recipe is None else recipe.on(baseline)
-    say = progress or (lambda event: None)
     folder = folder_for(out)
-    desk = Desk(workload, folder, seed, lambda part: say({"stage": "train", "text": f"{part:.0%} of this train step"}))
+    desk = Desk(workload, folder, seed, lambda part: say(_course(part)))
+    say({"stage": "train", "text": f"{recipe} on {_examples(workload)}"})
     if (here := world.found()).size > 1:
         recipe = planned(recipe)
         _train_together(desk, recipe, open_tracker(track, folder / "track", recipe.hash) if track and here.first else None)
@@ -69,21 +71,69 @@ def train(
             return {}
         track = None
     with tracking(open_tracker(track, folder / "track", recipe.hash) if track else None) as tracked:
-        trained = done(desk.do("train", {"recipe": recipe.plain(), "hash": recipe.hash, "keep": True}), "the recipe")
+        order = {"recipe": recipe.plain(), "hash": recipe.hash, "keep": True, "guess": True}
+        trained = done(desk.do("train", order), "the recipe")
         tracked.log(0, {name: trained["values"][name] for name in ("quality", "bytes", "parameters")})
-    written = desk.do("artifact", _order(desk, recipe, trained))
-    shutil.rmtree(folder / "built", ignore_errors=True)
-    result = _facts(workload, recipe, trained, tracked.note)
-    if written["status"] == Status.COMPLETE:
-        found = _announced(workload, folder, recipe, trained, lambda text: say({"stage": "artifact", "text": text}))
-        result |= {"quality": found.quality} if found.quality is not None else {}
-        problem, remedy = found.problem, f"it was put aside, in {_aside(folder)}; please report it" if found.problem else ""
-    else:
-        problem, remedy = f"there is no artifact: {written['reason']}", written.get("remedy", "")
-    if problem:
-        result |= {"status": "failed", "artifact": None, "error": {"message": problem, "remedy": remedy}}
+    result = _facts(
+        workload, recipe, trained, [*notes, *trained["info"]["notes"], tracked.note, *_guess(workload, trained, say)]
+    )
+    result |= _handed_over(desk, recipe, trained, say)
     write_json(folder / "train.json", result)
     return result
+
+
+def checked(workload: Workload, say: Callable[[Mapping[str, Any]], None]) -> list[str]:
+    """Look a workload over, and say so; what is worth knowing is said at once, and returned.
+
+    Raises:
+        BadInput: as `workloads.check`.
+    """
+    say({"stage": "check", "text": "a few batches through model, loss and metric, and a look at every example"})
+    notes = check(workload)
+    for note in notes:
+        say({"stage": "check", "text": f"note: {note}", "keep": True})
+    return notes
+
+
+def _course(part: float) -> dict[str, Any]:
+    """How far a train step is, as an event."""
+    more = "the train step is done; what follows: the next, or the export for its runtime and the quality on val"
+    return {"stage": "train", "text": f"{part:.0%} of this train step" if part < 1 else more}
+
+
+def _examples(workload: Workload) -> str:
+    return f"{len(workload.train):,} examples" if workload.train is not None else "no training data"
+
+
+def _guess(workload: Workload, trained: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None]) -> list[str]:
+    """A note where what was trained is no better than guessing, which is said at once."""
+    found, metric = trained["info"].get("guess"), workload.metric
+    if not found or found["beaten"]:
+        return []
+    reached = f"its {metric.name} on val is {trained['values']['quality']:.4g} {metric.unit}".rstrip()
+    note = f"the model is no better than guessing: {reached}, guessing reaches {found['value']:.4g} ({found['how']})"
+    say({"stage": "warning", "text": note, "keep": True})
+    return [note]
+
+
+def _handed_over(
+    desk: Desk, recipe: Recipe, trained: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None]
+) -> dict[str, Any]:
+    """Write the artifact and load it as its user would; what that changes of the result."""
+    say({"stage": "artifact", "text": "writing it"})
+    written = desk.do("artifact", _order(desk, recipe, trained))
+    shutil.rmtree(desk.folder / "built", ignore_errors=True)
+    if written["status"] != Status.COMPLETE:
+        return _failed(f"there is no artifact: {written['reason']}", written.get("remedy", ""))
+    found = _announced(desk, recipe, trained, lambda text: say({"stage": "artifact", "text": text}))
+    quality = {} if found.quality is None else {"quality": found.quality}
+    if found.ok:
+        return quality
+    return {**quality, **_failed(found.problem, f"it was put aside, in {_aside(desk.folder)}; please report it")}
+
+
+def _failed(problem: str, remedy: str) -> dict[str, Any]:
+    return {"status": "failed", "artifact": None, "error": {"message": problem, "remedy": remedy}}
 
 
 def _order(desk: Desk, recipe: Recipe, trained: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,24 +144,22 @@ def _order(desk: Desk, recipe: Recipe, trained: Mapping[str, Any]) -> dict[str, 
     return {**order, "folder": str(kept)} if (desk.folder / kept / "runtime.json").is_file() else order
 
 
-def _facts(workload: Workload, recipe: Recipe, trained: Mapping[str, Any], tracked: str) -> dict[str, Any]:
+def _facts(workload: Workload, recipe: Recipe, trained: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
     """The result of a training whose artifact is as it should be."""
     facts = {"status": "complete", "workload": workload.name, "recipe": recipe.plain(), "metric": workload.metric.name}
-    notes = list(filter(None, [*trained["info"]["notes"], tracked]))
     told = {**facts, "unit": workload.metric.unit, **trained["values"], "artifact": "artifact"}
-    more = {"staleness": trained["info"]["staleness"]} if "staleness" in trained["info"] else {}
-    return {**told, **({"note": "; ".join(notes)} if notes else {}), **more}
+    more = {name: trained["info"][name] for name in ("guess", "staleness") if trained["info"].get(name)}
+    note = "; ".join(filter(None, notes))
+    return {**told, **({"note": note} if note else {}), **more}
 
 
-def _announced(
-    workload: Workload, folder: Path, recipe: Recipe, trained: Mapping[str, Any], say: Callable[[str], None]
-) -> Announcement:
+def _announced(desk: Desk, recipe: Recipe, trained: Mapping[str, Any], say: Callable[[str], None]) -> Announcement:
     """The artifact on val, in a fresh process, held against what training measured."""
-    kept = folder / "scores"
+    folder, kept, workload = desk.folder / "artifact", desk.folder / "scores", desk.workload
     expected = {BATCH: Scores.load(kept / f"{recipe.hash}.npz")}
-    if open_built(folder / "artifact").spec.alone is not None:
+    if open_built(folder).spec.alone is not None:
         expected[1] = Scores.load(kept / f"alone-{recipe.hash}.npz")
-    return announced(folder / "artifact", workload.val, workload.metric, expected, say=say)
+    return announced(folder, workload.val, workload.metric, expected, say=say)
 
 
 def _aside(folder: Path) -> Path:
@@ -131,13 +179,17 @@ def done(result: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     """A desk's result, if the task was completed.
 
     Raises:
-        BadInput: it was not; the text says why.
+        BadInput: it was refused, because of what the user gave; the text says why.
+        Failed: it was begun, and diverged, crashed or ran out of memory.
     """
-    if result["status"] != Status.COMPLETE:
-        problem, remedy = result.get("bad_input", [result["reason"], result.get("remedy", "")])
-        step = f" at {result['step']}" if result.get("step") else ""
-        raise BadInput(f"{what}: {result['status']}{step}: {problem}", remedy)
-    return result
+    if result["status"] == Status.COMPLETE:
+        return result
+    step = f" at {result['step']}" if result.get("step") else ""
+    if "bad_input" in result:
+        problem, remedy = result["bad_input"]
+        raise BadInput(f"{what}{step}: {problem}", remedy)
+    kind = BadInput if result["status"] == Status.REFUSED else Failed
+    raise kind(f"{what}: {result['status']}{step}: {result['reason']}", result.get("remedy", ""))
 
 
 def folder_for(out: str | Path) -> Path:
@@ -177,9 +229,12 @@ def profile(
     batch = workload.batch_size if batch is None else batch
     if batch < 1:
         raise BadInput(f"the batch is {batch}", "give a positive integer")
-    check(workload)
+    say = progress or (lambda event: None)
+    notes = checked(workload, say)
     folder = None if out is None else folder_for(out)
+    say({"stage": "profile", "text": "measuring what this machine can do at most: arithmetic and memory, some seconds"})
     limits = ceilings(torch.get_num_threads())
+    say({"stage": "profile", "text": f"timing the layers on batches of {batch}", "keep": True})
     rows = layers(workload.build(seed), workload.inputs(batch), ceiling=limits)
     found = {
         "workload": workload.name,
@@ -189,5 +244,6 @@ def profile(
         "ceilings": limits.plain(),
         "bounds": bounds(rows, limits.plain()),
         "layers": rows,
+        **({"notes": notes} if notes else {}),
     }
     return found if folder is None else {**found, "report": write_profile(found, folder)[0].name}

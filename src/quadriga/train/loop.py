@@ -109,6 +109,8 @@ def train(run: Run, folder: Path | None, every: float, progress: Callable[[float
                 progress(run.progress)
                 shown = now
         show(run)  # others may have made the last step
+        if progress:
+            progress(1.0)  # what follows is not training, and is not to be taken for it
     for hook in run.hooks:
         plain = run.data.batches(run.sampler.batch_size)
         hook.end(run.model, (runner.layout(runner.place(batch)) for batch in plain))

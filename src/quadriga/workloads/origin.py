@@ -139,7 +139,7 @@ def dense(t: Tensor) -> Tensor:
     if t.is_quantized:
         return t.int_repr()
     if t.layout is not torch.strided:
-        return t.todense()
+        return t.to_dense()
     return torch.view_as_real(t.resolve_conj()) if t.is_complex() else t.resolve_neg()
 
 

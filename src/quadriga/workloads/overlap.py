@@ -30,7 +30,7 @@ class Examples:
         seconds: in which it may be read.
     """
 
-    def __init__(self, name: str, data: Data, seconds: float = READING) -> None:
+    def __init__(self, name: str, data: Data, seconds: float) -> None:
         self.name, self.data, self.seconds = name, data, seconds
         self.origin = origin(data)
         self.random = False
@@ -113,7 +113,7 @@ def apart(splits: dict[str, Data]) -> list[str]:
     Raises:
         BadInput: two splits are the same data, or more than 1 % of the smaller one is in the other.
     """
-    notes, known = [], {name: Examples(name, data) for name, data in splits.items()}
+    notes, known = [], {name: Examples(name, data, READING) for name, data in splits.items()}
     for one, two in combinations(known.values(), 2):
         if one.data is two.data or _same_storage(one.data, two.data):
             raise BadInput(f"{one.name} and {two.name} are the same data", GIVE)
