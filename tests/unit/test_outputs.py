@@ -10,13 +10,13 @@ from torch.nn import functional
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from quadriga import methods, runtime
-from quadriga.core.axes import AxisGraph
 from quadriga.core.batch import Fields, primary, storable, tensors
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
 from quadriga.core.setup import Setup
 from quadriga.core.slots import RuntimeSpec
 from quadriga.core.workload import Workload
+from quadriga.measure.ceilings import ceilings
 from quadriga.measure.flops import flops
 from quadriga.measure.quality import score
 from quadriga.measure.roofline import profile
@@ -74,10 +74,9 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
-@pytest.mark.parametrize("name", ["eager", "onnxruntime"])
-def test_forms_are_scored_exported_and_compared(form, name, tmp_path):
-    workload = made(form)
+@pytest.mark.parametrize(("kind", "name"), [*((kind, "eager") for kind in FORMS), ("nested", "onnxruntime")])
+def test_forms_are_scored_exported_and_compared(kind, name, tmp_path):
+    workload = made(form := FORMS[kind])
     notes = check(workload)
     model = workload.build().eval()
     with torch.no_grad():
@@ -287,22 +286,22 @@ def padded(careful):
 
 
 @pytest.mark.parametrize("careful", [True, False])
-def test_an_encoder_with_a_padding_mask(careful, tmp_path):
-    """Exports were 0.46 apart, structure methods found no in_proj_weight, and the profile crashed."""
-    workload = padded(careful)
-    notes = [note for note in check(workload) if "fused attention" in note]
+def test_a_note_where_fused_attention_gives_other_outputs(careful):
+    notes = [note for note in check(padded(careful)) if "fused attention" in note]
     assert len(notes) == (not careful)
+
+
+def test_an_encoder_with_a_padding_mask(tmp_path):
+    """Exports were 0.46 apart, structure methods found no in_proj_weight, and the profile crashed."""
+    workload = padded(False)
     model = workload.build().eval()
-    context = Setup.of(workload).context
-    for name in ("eager", "onnxruntime"):
-        assert equal(model, runtime.build(model, RuntimeSpec(name), context, tmp_path).run(), workload.inputs(9)).max_rel < 1e-5
-    assert flops(model, workload.example) > 0 and profile(model, workload.example, repeats=1)
+    run = runtime.build(model, RuntimeSpec("onnxruntime"), Setup.of(workload).context, tmp_path).run()
+    assert equal(model, run, workload.inputs(9)).max_rel < 1e-5
+    assert flops(model, workload.example) > 0 and profile(model, workload.example, repeats=1, ceiling=ceilings(1, 0.01))
     for name in ("prune_heads", "prune_hidden", "prune_blocks", "low_rank"):
-        setup = Setup.of(workload)
         method = methods.available()[name]
-        after = method(energy=0.5)(setup) if name == "low_rank" else method()(setup)
+        after = (method(energy=0.5) if name == "low_rank" else method())(Setup.of(workload))
         assert flops(after.model, workload.example) < flops(model, workload.example)
-    AxisGraph.trace(model, workload.example).check()
 
 
 def test_the_fast_path_is_off_where_models_are_called_and_on_for_the_users_own_arm():
