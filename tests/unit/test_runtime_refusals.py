@@ -208,7 +208,7 @@ def test_errors_of_runtimes_are_refusals_and_ours_are_crashes(tmp_path, monkeypa
         found = desk.do("hello", {})
         assert found["status"] == Status.REFUSED and found["remedy"] == PYTORCH
         assert found["reason"] == f"{name} cannot run the model: {'no such operator' if name == 'openvino' else 'no Gemm(13)'}"
-    unknown = "Exception from src/a.cpp:1:\nSummary:\n-- No conversion rule found for operations: Det-20\nTo facilitate, refer to\n"
+    unknown = "Exception from src/a.cpp:1:\nSummary:\n-- No conversion rule found for operations: Det-20\nTo facilitate\n"
     assert refusal(RuntimeError(unknown)).reason == "openvino cannot run the model: it has no Det"
     compiler = refusal(torch._dynamo.exc.Unsupported("no such call\nand more"))
     assert (
