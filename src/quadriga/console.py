@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import threading
 import time
@@ -19,6 +20,7 @@ from quadriga.report.schema import finite
 EVERY = 5.0  # seconds between plain lines
 LOOK = 0.5  # seconds between looks at whether a phase has been silent for long
 WIDE = 110  # columns of a table that goes into a file or a pipe
+GAP = 3  # columns between two of a table
 
 
 class Progress:
@@ -146,17 +148,48 @@ def emit(value: Any) -> None:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
-    """A table on stdout; where stdout is no terminal, without colour and without folding."""
+    """A table on stdout, as wide as the terminal, or `WIDE` columns where there is none; long cells are folded.
+
+    Where it is too narrow to read a table in, each row becomes a paragraph.
+    """
     from rich import box
     from rich.console import Console
     from rich.table import Table as Grid
 
+    out = Console(width=width())
+    needs = [_need(column, number == 0) for number, column in enumerate(zip(columns, *rows, strict=True))]
+    if sum(needs) + GAP * len(needs) > out.width and any(columns):
+        return paragraphs(columns, rows, title)
     made = Grid(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", show_header=any(columns), pad_edge=False)
-    for name in columns:
-        made.add_column(name, overflow="fold")
+    for name, cells, need in zip(columns, zip(*rows, strict=True) if rows else [()] * len(columns), needs, strict=True):
+        made.add_column(name, overflow="fold", min_width=need, no_wrap=max(map(len, cells), default=0) <= need)
     for row in rows:
         made.add_row(*(_plain(cell) for cell in row))
-    Console(width=None if sys.stdout.isatty() else WIDE).print(made, highlight=False)
+    out.print(made, highlight=False)
+
+
+def width() -> int:
+    """Columns of the terminal that stdout is; of a file or a pipe as many as a page has."""
+    return shutil.get_terminal_size((WIDE, 24)).columns if sys.stdout.isatty() else WIDE
+
+
+def _need(column: Sequence[str], first: bool) -> int:
+    """The fewest columns that a heading and its cells can be read in: short cells whole, a heading by its words."""
+    heading, *cells = column
+    words = max((len(word) for word in heading.split()), default=0)
+    return max(words, min(max(map(len, cells), default=0), 28 if first else 12))
+
+
+def paragraphs(columns: Sequence[str], rows: Sequence[Sequence[str]], title: str = "") -> None:
+    """A row's first cell on stdout, and below it what the others say; what is missing is left out, no word is broken."""
+    print("\n".join(filter(None, ["", title])))
+    for first, *others in rows:
+        told = [f"{name} {cell}".strip() for name, cell in zip(columns[1:], others, strict=True) if cell not in ("", text.NONE)]
+        for line, before in ((first, ""), (" · ".join(told), "  ")):
+            if line:
+                whole = {"break_on_hyphens": False, "break_long_words": False}
+                print(fill(line, width(), initial_indent=before, subsequent_indent=before, **whole))
+    print()
 
 
 def show(section: Section) -> None:
@@ -165,7 +198,7 @@ def show(section: Section) -> None:
         if isinstance(block, Table):
             table(block.columns, block.rows, block.title)
         elif isinstance(block, Text):
-            print(fill(block.text, 110) + "\n")
+            print(fill(block.text, min(WIDE, width())) + "\n")
 
 
 def _plain(cell: str) -> str:

@@ -17,11 +17,12 @@ from quadriga.engine.opening import Where
 from quadriga.stages.ablate import Ablation, Ablator
 from quadriga.stages.baseline import check_floor, measure_baseline
 from quadriga.stages.compare import compare
-from quadriga.stages.conclude import Conclusion, Judge, verification_seconds
+from quadriga.stages.conclude import Conclusion, Judge
 from quadriga.stages.explore import Explorer, load_portfolio
 from quadriga.stages.handover import Kept, clear, keep
 from quadriga.stages.heat import heat, share
 from quadriga.stages.opening import open_study
+from quadriga.stages.prices import verification_seconds
 from quadriga.stages.profile import order_profile
 from quadriga.stages.rates import learning_rates
 from quadriga.stages.records import records, result

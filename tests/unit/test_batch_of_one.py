@@ -26,7 +26,8 @@ from quadriga.engine.walk import walk
 from quadriga.measure.quality import Scores
 from quadriga.methods import build
 from quadriga.runtime import standalone
-from quadriga.stages.conclude import Finalist, Judge, _not_faster
+from quadriga.stages.conclude import Finalist, Judge
+from quadriga.stages.ratios import not_faster
 from quadriga.testing import tiny_mlp
 
 ORT, OV = RuntimeSpec("onnxruntime", threads=1), RuntimeSpec("openvino", threads=1)
@@ -312,5 +313,5 @@ def test_the_floor_has_to_hold_through_both(tmp_path, spoiled, holds):
     ],
 )
 def test_what_is_as_fast_for_a_batch_and_faster_for_one_example_is_faster(single, batch, expected):
-    found = _not_faster({b: {"value": v, "verdict": w} for b, (v, w) in (("1", single), ("32", batch))})
+    found = not_faster({b: {"value": v, "verdict": w} for b, (v, w) in (("1", single), ("32", batch))})
     assert expected in found and bool(found) == bool(expected)

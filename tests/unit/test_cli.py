@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import signal
@@ -14,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as some
 
 import quadriga
-from quadriga import cli
+from quadriga import cli, console
 from quadriga.arguments import parse_budget, parse_families, parse_limits
 from quadriga.console import Progress, describe
 from quadriga.core import cuda
@@ -53,13 +54,14 @@ def call(*words: str) -> int:
 @pytest.fixture
 def fake(monkeypatch):
     """Stand-ins for the modules behind the verbs; the study's `run` may be replaced."""
+    importlib.import_module("quadriga.engine.opening")  # the real one, before what it imports is replaced
     calls: list[dict] = []
 
     def run(workload, **given):
         calls.append({"workload": workload, **given})
         return {**empty_result("verified", "w"), "status": "infeasible"}
 
-    weights = SimpleNamespace(fetch=lambda name, say: {"name": name, "bytes": 5}, present=lambda: {"some": False})
+    weights = SimpleNamespace(fetch=lambda name, say: {"name": name, "bytes": 5}, present=lambda: {"some_task": False})
     parts = {
         "study": SimpleNamespace(
             run=run,
@@ -203,7 +205,7 @@ def test_bad_words_are_status_2_with_the_remedy(fake, capsys, words, names):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_in_130_and_says_how_to_go_on(number):
     code = (
-        "import sys, types, time, quadriga\n"
+        "import sys, types, time, quadriga, quadriga.engine.opening\n"
         "def run(*a, **k):\n    print('ready', flush=True)\n    time.sleep(30)\n"
         "for n, p in {'study': types.SimpleNamespace(run=run), 'workloads': types.SimpleNamespace(load=str)}.items():\n"
         "    sys.modules['quadriga.' + n] = p; setattr(quadriga, n, p)\n"
@@ -247,8 +249,8 @@ def test_doctor_names_what_a_missing_runtime_removes(fake, monkeypatch):
     assert found["ok"] and found["removed"] == [{"runtime": "openvino", "methods": "openvino"}]
     line = next(c for c in found["checks"] if c["check"] == "runtime openvino")
     assert line["detail"] == "not installed" and "quadriga[openvino]" in line["remedy"]
-    line = next(c for c in found["checks"] if c["check"] == "weights some")
-    assert not line["ok"] and not line["needed"] and line["remedy"] == "quadriga fetch some"
+    line = next(c for c in found["checks"] if c["check"] == "weights some_task")
+    assert not line["ok"] and not line["needed"] and line["remedy"] == "quadriga fetch some_task"
 
 
 @given(some.integers(0, 99), some.integers(0, 99), some.integers(1, 99))
@@ -348,6 +350,89 @@ def test_progress_on_a_terminal_shows_names_as_they_are(capsys):
     with Progress(terminal=True) as progress:
         progress({"stage": "search", "text": "[/] [bold]name"})
     assert "[bold]name" in capsys.readouterr().err
+
+
+WIDE_ROWS = [
+    ("a_method_with_a_long_name", "hardware", "one two three " * 20, "pip install 'quadriga[executorch]'"),
+    ("b", "x", "y", "–"),
+]
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+def test_a_table_fits_and_no_short_name_is_broken(capsys, monkeypatch, columns):
+    monkeypatch.setattr(console, "WIDE", columns)
+    console.table(("name", "family", "about", "remedy"), WIDE_ROWS)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= columns and any("a_method_with_a_long_name   hardware" in line for line in lines)
+
+
+def test_where_a_table_would_break_its_words_each_row_is_a_paragraph(capsys, monkeypatch):
+    monkeypatch.setattr(console, "WIDE", 60)
+    names = ("layer", *(f"quantity{k}" for k in range(6)))
+    console.table(names, [("conv1", *(f"{k}.12 ms" for k in range(5)), "–"), ("fc", *["1 s"] * 6)], "Layers")
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 60 and "Layers\nconv1\n  quantity0 0.12 ms · quantity1 1.12 ms" in out
+    assert "–" not in out and out.count("quantity5") == 1
+
+
+def test_a_terminals_width_is_kept_and_a_pipe_has_a_pages(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "77")
+    assert console.width() == console.WIDE
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    assert console.width() == 77
+
+
+def test_all_methods_fit_a_pipe_and_one_method_shows_its_fields(capsys):
+    """The list was 400 columns wide; a field's facts are those of its class."""
+    assert call("methods") == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= console.WIDE and "prune_channels" in out and "quantize_int8" in out
+    assert call("methods", "prune_channels") == 0
+    out = capsys.readouterr().out
+    assert "arXiv:2301.12900" in out and "ratio\n  float · default 0.5 · searched 0.5" in out and "one of 'magnitude'" in out
+    assert call("methods", "prune_chanels") == 2 and 'did you mean "prune_channels"' in capsys.readouterr().err
+    assert call("methods", "prune_channels", "--json") == 0 and last_json(capsys)["fields"]["ratio"]["default"] == 0.5
+
+
+COMPARED = {
+    "status": "complete", "a": "one", "b": "two.toml", "workload": "w", "split": "test", "fakes": ["zeros"],
+    "latency_ratio": {"1": {"value": 2.0, "low": 1.9, "high": 2.1, "verdict": "faster", "level": 0.99}},
+    "latency": {"1": {"a": 0.002, "b": 0.001}}, "bytes": {"a": 2000, "b": 1000}, "bytes_ratio": 0.5,
+    "quality": {"metric": "accuracy", "unit": "pt", "value": 87.5, "baseline": 87.0, "difference": 0.5, "low": -0.1, "n": 300,
+                "disagreement": 0.02},
+}  # fmt: skip
+
+
+def test_a_comparison_is_shown_as_tables(fake, capsys):
+    fake.study.compare = lambda a, b, **_: COMPARED
+    assert call("compare", "one", "two.toml") == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "1 2 ms 1 ms 2.00× [1.90, 2.10] faster" in out and "bytes 2 kB 1 kB 0.50×" in out and "Note: zeros." in out
+    assert "accuracy on 300 examples of test 87.00 pt 87.50 pt +0.50 pt, at least −0.10 pt" in out and "2 %" in out
+
+
+def test_what_failed_is_said_on_stderr_and_is_status_1(fake, capsys):
+    failed = {"status": "failed", "artifact": None, "error": {"message": "there is no artifact: x", "remedy": "do y"}}
+    fake.study.train = lambda w, **_: failed
+    for words in (("train", "w"), ("train", "w", "--json")):
+        assert call(*words) == 1
+        assert "quadriga: there is no artifact: x; do y" in capsys.readouterr().err
+    fake.artifact.verify = lambda path: {"ok": False, "message": "FAILED: model.onnx is damaged"}
+    assert call("verify", "bad") == 1 and "quadriga: FAILED: model.onnx is damaged" in capsys.readouterr().err
+
+
+def test_something_is_said_before_anything_heavy_is_imported():
+    """The first line came after seconds of imports."""
+    code = (
+        "import sys, builtins\nfrom quadriga import cli\nplain = builtins.__import__\n"
+        "def traced(name, *a, **k):\n"
+        "    if name == 'torch': print('importing torch', file=sys.stderr, flush=True); sys.exit(0)\n"
+        "    return plain(name, *a, **k)\n"
+        "builtins.__import__ = traced\ncli.main(sys.argv[1:])"
+    )
+    for words in (["run", "w"], ["train", "w"], ["profile", "w"], ["compare", "a", "b"], ["verify", "x"]):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+        assert done.stderr.splitlines() == ["[start] loading PyTorch, a few seconds", "importing torch"], words
 
 
 def test_an_event_needs_nothing_but_a_stage():

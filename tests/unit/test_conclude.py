@@ -11,7 +11,8 @@ from quadriga.core.trial import Trial
 from quadriga.measure.machine import Busy
 from quadriga.measure.timings import Timings
 from quadriga.stages import conclude, timing
-from quadriga.stages.conclude import Conclusion, Finalist, Judge, opponents_ratios
+from quadriga.stages.conclude import Conclusion, Finalist, Judge
+from quadriga.stages.ratios import opponents_ratios
 
 BATCHES = (1, 64)
 

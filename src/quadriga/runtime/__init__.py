@@ -163,7 +163,8 @@ def _check(model: nn.Module, built: Built, taken: Any) -> None:
             raise NotApplicable(f"{name} fails at batch {batch}: {said(error)}", remedy) from error
         worst = _apart(expected, found)
         if not worst <= (TOLERANCE[entry["computes"]] if built.spec.exact else float("inf")) or worst == float("inf"):
-            raise _differs(taken, inputs, expected, f"{name} computes other outputs at batch {batch}: {worst:.2g} apart")
+            how = f"{worst:.2g} apart" if worst < float("inf") else "of another shape or type, or not finite"
+            raise _differs(taken, inputs, expected, f"{name} computes other outputs at batch {batch}: {how}")
 
 
 def _apart(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> float:

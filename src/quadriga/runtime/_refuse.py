@@ -108,6 +108,8 @@ def said(error: BaseException) -> str:
         told = [(operator, lines[-1]) for operator, block in blocks if (lines := _telling(block))]
         causes = [pair for pair in told if "type dynamic" not in pair[1]] or told  # what follows from another's failure
         return _short("; ".join(f"{operator}: {line}" for operator, line in causes[:2])) if causes else _short(text)
+    if unknown := re.search(r"^-- No conversion rule found for operations: (.*)", text, re.M):
+        return _short("it has no " + re.sub(r"-\d+", "", unknown[1]))
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", text)
     text = re.sub(r"Load model from .*? failed:\s*", "", text)
     lines = _telling(text)

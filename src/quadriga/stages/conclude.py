@@ -14,19 +14,19 @@ from quadriga.core.recipe import Recipe, Step
 from quadriga.core.trial import Trial
 from quadriga.measure.latency import LEAST_RESTARTS
 from quadriga.measure.quality import Scores
-from quadriga.measure.stats import UNMEASURED, WIDE
+from quadriga.measure.stats import WIDE
 from quadriga.measure.timings import Timings
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import fastest, lossless_trials
-from quadriga.stages.state import LEVEL, TIMING_LEVEL, Study
+from quadriga.stages.prices import BLOCK_SECONDS, BLOCKS, hand_over_seconds
+from quadriga.stages.ratios import not_faster, opponents_ratios, surely, unmeasured, widest
+from quadriga.stages.state import LEVEL, Study
 from quadriga.stages.timing import CALM, quiet, timed, wait_for_calm
 from quadriga.stages.training_cost import time_training
 from quadriga.verify.fake import Worth, told
 from quadriga.verify.quality import compare, without_labels
 
 APART = 2.0  # two timings of one model that differ by more were not made under the same conditions
-REPORT = 3.0  # seconds
-BLOCKS, BLOCK_SECONDS = 8, {False: 0.04, True: 0.02}  # of each restart; the second in a short study
 
 OPPONENTS = {
     "eager": "the unchanged model as its user runs it in PyTorch",
@@ -250,10 +250,10 @@ class Judge:
         began = study.budget.left
         timings = self._time(arms, kept)
         price = LEAST_RESTARTS * (began - study.budget.left) / max(timings.restarts, 1)
-        if _widest(timings, names) > WIDE and study.budget.left > kept + price:
+        if widest(timings, names) > WIDE and study.budget.left > kept + price:
             wait_for_calm(study, study.budget.left - kept - price)
             again = self._time(arms, kept)
-            timings = min(timings, again, key=lambda t: _widest(t, names))
+            timings = min(timings, again, key=lambda t: widest(t, names))
         return timings
 
     def _time(self, arms: dict[str, dict[str, Any]], kept: float) -> Timings:
@@ -280,9 +280,9 @@ class Judge:
         mine = finalist.trial.values
         if arm in timings.errors:
             finalist.why_not = f"it failed while it was timed: {timings.errors[arm]}"
-        elif objective == "latency" and (why := _unmeasured(finalist.ratios.get("eager", {}), timings)):
+        elif objective == "latency" and (why := unmeasured(finalist.ratios.get("eager", {}), timings)):
             finalist.why_not, finalist.unmeasured = why, True
-        elif objective == "latency" and (why := _not_faster(finalist.ratios.get("eager", {}))):
+        elif objective == "latency" and (why := not_faster(finalist.ratios.get("eager", {}))):
             finalist.why_not = why
         elif objective in ("bytes", "parameters") and mine[objective] >= base[objective]:
             finalist.why_not = f"it has no fewer {objective} than the unchanged model"
@@ -317,7 +317,7 @@ class Judge:
             runtime, storage = best.trial.info.get("realized", ("the runtime", "plain"))
             least = min((t.values["bytes"] for t in self.study.stage("opponent") if t.ok), default=best.trial.values["bytes"])
             rivals = (best.ratios or {}).get("lossless_export", {}).values()
-            faster = math.prod(_surely(r) for r in rivals) ** (1 / len(rivals)) - 1 if rivals else None
+            faster = math.prod(surely(r) for r in rivals) ** (1 / len(rivals)) - 1 if rivals else None
             worth = Worth(runtime, 1 - best.trial.values["bytes"] / least, faster)
             self.study.notes += [f"the winner: {line}" for line in told(found, worth, storage)]
 
@@ -362,76 +362,3 @@ class Judge:
             for name in ("same_training", "from_scratch", "by_chance")
             if name in scores
         }
-
-
-def verification_seconds(study: Study) -> float:
-    """What a verification takes at least, going by what a process takes to start: building, scoring, timing, handing over.
-
-    Arms load at the same time, as many as there are cores at once.
-    """
-    arms, restarts = (3, LEAST_RESTARTS) if study.short else (6, 8)
-    blocks = arms * len(study.batches) * BLOCKS * BLOCK_SECONDS[study.short] * 1.5
-    restart = arms * study.startup / min(arms, os.cpu_count() or 1) + blocks
-    return restarts * restart + hand_over_seconds(study, {}) + 3 * study.startup
-
-
-def hand_over_seconds(study: Study, scores: Mapping[str, Scores]) -> float:
-    """Seconds that the artifact takes to be written, loaded and scored in a fresh process, and the report to be written."""
-    longest = max((s.seconds for name, s in scores.items() if name.startswith("final")), default=0.0)
-    return 2 * study.startup + 1.5 * longest + REPORT
-
-
-def _shown(timings: Timings, arm: str) -> list[Mapping[str, Any]]:
-    return [ratio for batches in opponents_ratios(timings, arm).values() for ratio in batches.values()]
-
-
-def _widest(timings: Timings, arms: list[str]) -> float:
-    """The upper over the lower end of the widest interval that would be shown; infinite where there is none."""
-    ends = [(r["low"], r["high"]) for arm in arms for r in _shown(timings, arm)]
-    return max((high / low if low and high else math.inf for low, high in ends), default=1.0)
-
-
-def _unmeasured(ratios: Mapping[str, Mapping[str, Any]], timings: Timings) -> str:
-    """Why there is no result: a batch size at which the interval is wider than a factor of two."""
-    wide = {b: r for b, r in ratios.items() if r["verdict"] == UNMEASURED}
-    told = " and ".join(f"{_end(r['low'])} to {_end(r['high'])} times at batch {b}" for b, r in wide.items())
-    busy = f"other processes took {timings.disturbed:.0%} of its cores" if timings.others else "its load is not known"
-    where = f"not measured well enough on this busy machine against eager PyTorch ({told}; {busy})"
-    return f"{where}; run it again when the machine is quiet, or with a larger --budget" if wide else ""
-
-
-def _end(value: float | None) -> str:
-    return "?" if value is None else f"{value:.3g}"
-
-
-def _not_faster(ratios: Mapping[str, Mapping[str, Any]]) -> str:
-    """Why a model does not count as faster than eager PyTorch: it has to be at one batch size, and at none slower."""
-    if all(r["verdict"] != "faster" for r in ratios.values()):
-        return "it is not shown to be faster than the unchanged model in eager PyTorch"
-    slow = {b: r["value"] for b, r in ratios.items() if r["verdict"] == "slower"}
-    told = ", ".join(f"{value:.2f} times as fast at batch {b}" for b, value in slow.items())
-    return f"it is slower than the unchanged model in eager PyTorch: {told}" if slow else ""
-
-
-def _surely(found: Mapping[str, Any]) -> float:
-    """A ratio; 1 where it may as well be equal."""
-    return 1.0 if found.get("low") and found["low"] <= 1 <= found["high"] else float(found["value"])
-
-
-def opponents_ratios(timings: Timings, arm: str) -> dict[str, dict[str, Any]]:
-    """Opponent → batch → ratio; of an opponent's variants the fastest at each batch size counts."""
-    found: dict[str, dict[str, Any]] = {}
-    if not all(arm in timings[batch] for batch in timings.batches):
-        return found
-    names = {name for batch in timings.batches for name in timings[batch]}
-    for opponent, prefix in (("eager", "eager"), ("tuned_eager", "tuned_eager-"), ("lossless_export", "lossless-")):
-        variants = [n for n in sorted(names) if n == prefix or (prefix.endswith("-") and n.startswith(prefix))]
-        if opponent == "tuned_eager":
-            variants = ["eager", *variants] if variants else []
-        for batch in timings.batches:
-            ratios = [r for v in variants if (r := timings.ratio(v, arm, batch, level=TIMING_LEVEL)) is not None]
-            cpu = [r for v in variants if (r := timings.ratio(v, arm, batch, level=TIMING_LEVEL, clock="cpu")) is not None]
-            if ratios:
-                least = min(range(len(ratios)), key=lambda i: ratios[i].value)
-                found.setdefault(opponent, {})[str(batch)] = {**ratios[least].plain(), "processor_time": cpu[least].plain()}
-    return found

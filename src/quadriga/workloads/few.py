@@ -41,4 +41,7 @@ def checked(count: int | None, name: str) -> int | None:
 
 def _first(split: TensorData, count: int | None, name: str) -> TensorData:
     wanted = checked(count, name)
-    return split if wanted is None or wanted >= len(split) else split.part(torch.arange(wanted))
+    if wanted is None or wanted >= len(split):
+        return split
+    batch = split.batch(torch.arange(wanted))
+    return TensorData(batch.inputs, batch.target)

@@ -26,6 +26,7 @@ from quadriga.workloads.suspects import suspect
 FILE = "workload.json"  # in a study's folder: the driver's identity, with which every worker compares its own
 MARKS = 1024  # examples of a split by which it is told how many differ
 READ = 32  # examples that are read, where a split is more than what is stored of it
+CHUNK = 1 << 20  # numbers that are summed at once
 CLOSE = 1e-6  # of their size, by which the sums of a tensor may differ on another processor
 AGAIN = 8  # times that an example is read again where two processes read it differently
 SPLITS = ("train", "val", "test")
@@ -179,9 +180,11 @@ def look(t: Tensor) -> str:
         >>> close(look(torch.tensor([1.0, 2.0])), look(torch.tensor([2.0, 1.0])))
         False
     """
-    flat = dense(t.detach().cpu()).reshape(-1).double()
-    ramp = torch.linspace(1, 2, len(flat), dtype=torch.float64)
-    sums = (flat.abs().sum(), flat.sum(), flat @ ramp) if len(flat) else (0.0, 0.0, 0.0)
+    flat, sums = dense(t.detach().cpu()).reshape(-1), torch.zeros(3, dtype=torch.float64)
+    for number, part in enumerate(flat.split(CHUNK)):  # no second copy of a large tensor is made
+        values = part.double()
+        ramp = 1 + (torch.arange(len(part), dtype=torch.float64) + number * CHUNK) / len(flat)
+        sums += torch.stack([values.abs().sum(), values.sum(), values @ ramp])
     return ":".join([digest(t).hex(), *(f"{float(s):.9e}" for s in sums)])
 
 

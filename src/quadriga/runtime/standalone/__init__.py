@@ -22,15 +22,15 @@ from quadriga.runtime.standalone.folder import (
 )
 from quadriga.runtime.standalone.main import load
 from quadriga.runtime.standalone.opencl import cl_device, from_cl, on_cl, to_cl
-from quadriga.runtime.standalone.openvino import openvino_request
+from quadriga.runtime.standalone.openvino import openvino_core, openvino_request
 from quadriga.runtime.standalone.pytorch import channels_last, gpu_of, load_weights, torch_settings, unpack4
 from quadriga.runtime.standalone.trees import difference, flatten, rebuild
 
 __all__ = [
     "FORMAT", "PACKED", "RUNTIMES", "Damaged", "channels_last", "check_files", "cl_device", "cuda_graphs", "difference",
     "executorch", "flatten", "folder", "from_cl", "gpu_of", "inside", "keep_memory", "load", "load_weights", "on_cl",
-    "onnxruntime", "opencl", "openvino_request", "read_entry", "rebuild", "runtimes", "source", "to_cl", "torch_settings",
-    "unpack4",
+    "onnxruntime", "opencl", "openvino_core", "openvino_request", "read_entry", "rebuild", "runtimes", "source", "to_cl",
+    "torch_settings", "unpack4",
 ]  # fmt: skip
 
 PARTS = {"eager": ("pytorch",), "inductor": ("pytorch",), "cuda_graphs": ("pytorch", "cuda_graphs")}

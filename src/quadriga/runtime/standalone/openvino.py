@@ -40,14 +40,19 @@ def openvino_model(folder: Path, entry: Mapping[str, Any], threads: int | None) 
     return single if single_tensor(entry) else shaped(entry, call)
 
 
-def openvino_request(folder: Path, entry: Mapping[str, Any], batch: int | None, threads: int | None) -> Any:
-    """An inference request for one batch size, or for any."""
+def openvino_core(entry: Mapping[str, Any]) -> Any:
+    """OpenVINO, which is imported so that nothing is reported to anyone."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # importing openvino sends an event otherwise
     try:
         import openvino
     except ImportError as error:
         raise needs(error, entry) from error
-    core = openvino.Core()
+    return openvino.Core()
+
+
+def openvino_request(folder: Path, entry: Mapping[str, Any], batch: int | None, threads: int | None) -> Any:
+    """An inference request for one batch size, or for any."""
+    core = openvino_core(entry)
     network = core.read_model(inside(folder, entry["files"][0]))
     if batch is not None:
         network.reshape({i.any_name: [batch, *list(i.partial_shape)[1:]] for i in network.inputs})

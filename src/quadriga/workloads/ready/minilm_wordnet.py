@@ -86,7 +86,7 @@ def read_tokenizer(path: Path) -> Any:
 def workload(examples: int = 20_000, held_out: int | None = None) -> Workload:
     """The definitions of lstm_wordnet as 32 word pieces with their mask, 45 classes; one epoch of fine-tuning by AdamW.
 
-    `quadriga fetch minilm` brings weights and tokenizer.
+    `quadriga fetch minilm_wordnet` brings weights and tokenizer.
 
     Args:
         examples: keep that many training examples, of 98,761.

@@ -109,7 +109,7 @@ def workload(
     """Fashion-MNIST enlarged to 1×64×64; the baseline fine-tunes all weights by AdamW, with a rate that falls to zero.
 
     The images keep the normalisation of Fashion-MNIST, mean 0 and deviation 1, which is what the ImageNet weights were
-    trained on; `quadriga fetch mobilenetv2` brings them.
+    trained on; `quadriga fetch mobilenetv2_fashion` brings them.
 
     Args:
         source, download: of the data, as in `fashion_mnist`.
