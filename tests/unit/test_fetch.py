@@ -72,7 +72,8 @@ def test_the_pinned_files_and_no_others_are_kept(index, tmp_path):
     loaded = safetensors.torch.load_file(paths["model.safetensors"])
     assert set(loaded) == set(STATE) and all(torch.equal(loaded[k], v) and loaded[k].dtype == v.dtype for k, v in STATE.items())
     assert made == {
-        "name": "some_task", "path": str(tmp_path / "cache" / "weights" / "some"), "files": ["model.safetensors", "tokenizer.json"],
+        "name": "some_task", "path": str(tmp_path / "cache" / "weights" / "some"),
+        "files": ["model.safetensors", "tokenizer.json"],
         "sha256": {f: shipped.digest(p.read_bytes()) for f, p in paths.items()},
         "bytes": sum(p.stat().st_size for p in paths.values()), "licence": "MIT", "downloaded": True,
     }  # fmt: skip
