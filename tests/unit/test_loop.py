@@ -316,12 +316,15 @@ def test_bad_epochs(epochs):
 
 
 def test_progress_is_called_by_the_clock():
-    """With a clock that ticks a second a step, every step is shown; fractions rise to 1."""
+    """With a clock that ticks a second a step, every step is shown; fractions rise to 1. The end is told by any clock."""
     ticks = iter(range(1000))
     shown = []
     setup, workload = mlp_setup()
     fit(setup, workload.train, epochs=1, seed=0, clock=lambda: float(next(ticks)), progress=shown.append)
-    assert shown == [(k + 1) / 6 for k in range(6)]
+    assert shown == [*((k + 1) / 6 for k in range(6)), 1.0]
+    shown.clear()
+    fit(setup, workload.train, epochs=1, seed=0, clock=lambda: 0.0, progress=shown.append)
+    assert shown == [1.0]
 
 
 def test_mean_gradients_equal_those_of_one_large_batch():
