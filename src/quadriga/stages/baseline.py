@@ -78,7 +78,8 @@ def _check_baseline(study: Study) -> None:
     for trial in study.stage("baseline"):
         if not trial.ok:
             problem, remedy = trial.info.get("bad_input", [trial.reason, trial.info.get("remedy", "")])
-            raise BadInput(f"the baseline failed: {problem}", remedy or "mend the workload and try again")
+            late = "give a larger --budget" if trial.status is Status.TIMED_OUT else "mend the workload and try again"
+            raise BadInput(f"the baseline failed: {problem}", remedy or late)
 
 
 def _check_pace(study: Study) -> None:
