@@ -196,7 +196,7 @@ def sentences(name: str, row: dict[str, Any], way: dict[str, Any] | None) -> Ite
             said.setdefault((found["verdict"], " ".join(found.get("says", "").split())), []).append(cell)
     for (verdict, text), where in said.items():
         yield f"- `{name}`, {', '.join(where)}: **{verdict}**. {text}"
-    if way:
+    if way and said:
         good = [c for c, found in way["cells"].items() if found["verdict"] == "works"]
         yield f"  - The way out, tried: `{row['out']}` ({way['about']}) works in {', '.join(good)}."
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
+sys.path.append(str(BENCHMARKS))  # at the end: tests have a module `networks` of their own
 import user_models  # noqa: E402
 import user_models_compare  # noqa: E402
 from user_models_forms import forms  # noqa: E402
