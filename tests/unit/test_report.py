@@ -202,7 +202,10 @@ def test_a_ratio_that_was_not_measured_well_enough_is_quoted_nowhere(records, tm
             "Infeasible: nothing beat the baseline above the floor of -0.5pt",
         ),
         ({"reason": "no runtime can execute it", "remedy": "return tensors"}, "no runtime can execute it; return tensors"),
-        ({"status": "unmeasured", "nearest_miss": {"why": "others kept 63 % busy"}}, "Others kept 63 % busy. There is no artifact."),
+        (
+            {"status": "unmeasured", "nearest_miss": {"why": "others kept 63 % busy"}},
+            "Others kept 63 % busy. There is no artifact.",
+        ),
         ({"artifact": "artifact"}, "The unchanged baseline is handed back."),
         ({"no_artifact": "it holds a script object"}, "There is no artifact: it holds a script object."),
     ],
