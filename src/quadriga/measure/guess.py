@@ -13,7 +13,8 @@ from quadriga.core.batch import Batch, Tree, tensors, tree_map
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
-from quadriga.measure.quality import join, score
+from quadriga.core.outputs import join
+from quadriga.measure.quality import score
 from quadriga.measure.scores import Scores
 
 SAMPLE, CHUNK = 4096, 256  # examples that the guess goes by, evenly spaced; and how many are read at once

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.batch import Batch, Fields, Tree, call, copied, device_of, evaluating, storable, tree_map
+from quadriga.core.batch import Batch, Fields, Tree, call, copied, device_of, evaluating, tree_map
 from quadriga.core.cuda import settle
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
+from quadriga.core.outputs import join, rowwise
 from quadriga.measure.scores import Array, Scores
 
 __all__ = ["Scores", "join", "rowwise", "score", "whole_value"]
@@ -95,34 +96,6 @@ def whole_value(metric: Metric, outputs: Tree, targets: Tree) -> float:
     if not np.isfinite(result):
         raise BadInput(f'the metric "{metric.name}" returned {float(result)} on all examples', "it has to be finite")
     return float(result)
-
-
-def join(trees: list[Tree]) -> Tree:
-    """Concatenate batches of trees along dimension 0; mappings keep their type (a `ModelOutput` stays one).
-
-    Raises:
-        BadInput: shapes differ between batches, so that they cannot be joined.
-    """
-    first = trees[0]
-    if isinstance(first, Tensor):
-        try:
-            return torch.cat(trees) if first.dim() else torch.stack(trees)
-        except RuntimeError as error:
-            raise BadInput(
-                f"outputs of different batches cannot be joined: {error}", "pad them, or return [n] values"
-            ) from error
-    if isinstance(first, Mapping):
-        joined = {k: join([t[k] for t in trees]) for k in first}
-        return joined if type(first) is dict else Fields(joined) if type(first) is Fields else type(first)(**joined)
-    if isinstance(first, tuple | list):
-        parts = [join(list(part)) for part in zip(*trees, strict=True)]
-        return type(first)(*parts) if hasattr(first, "_fields") else tuple(parts)
-    return first
-
-
-def rowwise(output: Tree, count: int) -> Tree:
-    """The part of an output, in main memory, that can be joined over batches: tensors of one row per example; else None."""
-    return tree_map(lambda t: t.cpu() if t.dim() and len(t) == count else None, storable(output))
 
 
 def _outputs(run: Callable[[Tree], Tree], data: Data, batch_size: int) -> Iterator[Item]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from quadriga.core.batch import Batch, Tree, named
 from quadriga.core.errors import BadInput
 from quadriga.core.metric import Metric
+from quadriga.core.outputs import join, rowwise
 from quadriga.core.workload import Workload
-from quadriga.measure.quality import join, rowwise
 from quadriga.workloads.behaviour import only_read
 from quadriga.workloads.place import told
 

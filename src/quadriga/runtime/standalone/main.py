@@ -63,8 +63,8 @@ def started(folder: Path, entry: Mapping[str, Any]) -> Callable[..., Tree]:
     def single(x: Tree) -> Tree:
         return one(x) if x.size(0) == 1 else more(x)
 
-    def run(tree: Tree = None, *more: Tree, **named: Tree) -> Tree:
-        tree = named if tree is None else (tree, *more) if more else tree
+    def run(tree: Tree = None, *rest: Tree, **named: Tree) -> Tree:
+        tree = named if tree is None else (tree, *rest) if rest else tree
         return one(tree) if flatten(entry["inputs"], tree)[0].size(0) == 1 else more(tree)
 
     return single if single_tensor(entry) else run
