@@ -335,3 +335,34 @@ def test_a_file_that_fails_in_a_worker_alone_says_so(written, tmp_path, monkeypa
     monkeypatch.setenv("MOOD", "bad")
     with pytest.raises(BadInput, match="KeyError: 'bad'"):
         admitted({"workload": reference, "folder": str(tmp_path), "seed": 0, "key": "k"})
+
+
+def test_a_model_that_its_file_trains_is_the_same_on_any_number_of_threads(tmp_path):
+    """Sums over threads round differently, and sixty steps of Adam make much of it."""
+    (tmp_path / "trained.py").write_text(
+        """
+import torch
+from torch import nn
+from quadriga import Workload
+
+def workload():
+    x = torch.randn(3000, 64)
+    y = (x @ torch.randn(64, 4)).argmax(1)
+    model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 4))
+    optimizer = torch.optim.Adam(model.parameters())
+    for _ in range(30):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return Workload(model=model, val=(x[:500], y[:500]), test=(x[500:900], y[500:900]), trained=True)
+"""
+    )
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            found.append(load(f"{tmp_path}/trained.py").build().state_dict())
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(found[0].values(), found[1].values(), strict=True))

@@ -68,3 +68,23 @@ def isolated() -> Iterator[None]:
         yield
     finally:
         restore(state)
+
+
+@contextmanager
+def alike(seed: int) -> Iterator[None]:
+    """The same result in every process: under a seed, and on one thread, since sums in another order round differently.
+
+    The caller's generators and threads are as before; a number of threads that is set inside stays, since it was meant.
+
+    Args:
+        seed: of torch, `random` and numpy.
+    """
+    threads = torch.get_num_threads()
+    with isolated():
+        seed_all(seed)
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            if torch.get_num_threads() == 1:
+                torch.set_num_threads(threads)

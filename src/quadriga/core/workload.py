@@ -104,8 +104,7 @@ class Workload:
         if isinstance(self.model, nn.Module):
             refuse_script(self.model)
             return copy_model(self.model)
-        with rng.isolated():
-            rng.seed_all(seed)
+        with rng.alike(seed):
             model = self.model()
         if not isinstance(model, nn.Module):
             raise BadInput(f"the model function returned {type(model).__name__}", "it has to return an nn.Module")

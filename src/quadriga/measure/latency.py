@@ -17,7 +17,6 @@ from quadriga.measure.tree import save_tree
 
 Launch = Callable[[str, Mapping[str, Any], Path], Arm]
 LEAST_RESTARTS = 4  # with fewer, a 99 % interval over restarts is seldom narrow enough to be a result
-OVERDRAWN = 3  # restarts that are made even if the budget is spent: with two no interval is
 
 
 def write_inputs(inputs: Mapping[int, Tree], folder: Path) -> dict[str, str]:
@@ -67,7 +66,7 @@ def paired(
         block_seconds: a block has as many calls as last this long, counted once per arm and batch after warm-up.
         folder: for the inputs and the arms' standard error.
         launch: (name, spec, folder) → Arm; tests inject simulated ones.
-        budget: seconds; no restart is begun that would overrun it, once four are done, or three when it is spent already.
+        budget: seconds; no restart is begun that would overrun it, once four are done.
         clock: in seconds, for the budget.
         seed: of the order.
         timeout: seconds that an arm may take to answer; then it is killed.
@@ -83,17 +82,14 @@ def paired(
     order, start, longest = random.Random(seed), clock(), 0.0
     for number in range(restarts):
         began, alive = clock(), [name for name in specs if name not in session.timings.errors]
-        if not alive or (budget is not None and _over(number, began - start, longest, budget)):
+        late = budget is not None and number >= LEAST_RESTARTS and began - start + longest > budget
+        if late or not alive:
             break
         told(f"restart {number + 1} of {restarts}")
         order.shuffle(alive)
         session.restart({name: specs[name] for name in alive})
         longest = max(longest, clock() - began)
     return session.timings
-
-
-def _over(done: int, spent: float, longest: float, budget: float) -> bool:
-    return (done >= LEAST_RESTARTS and spent + longest > budget) or (done >= OVERDRAWN and spent > budget)
 
 
 @dataclass

@@ -105,15 +105,14 @@ def make(function: Callable[..., Any], options: Mapping[str, Any], what: str, fo
 def _guarded(action: Callable[[], Any], path: Path | None, what: str) -> Any:
     """Run code of the user's with its folder importable; its errors become BadInput with file and line.
 
-    It runs under one seed, so that a split that it draws is the same one in every process; the caller's generators go on as
-    if nothing had been drawn.
+    It runs under one seed and on one thread, so that a split that it draws and a model that it trains are the same in every
+    process; the caller's generators and threads go on as if nothing had happened.
     """
     folder = str(path.parent) if path else None
     if folder:
         sys.path.insert(0, folder)
     try:
-        with rng.isolated():
-            rng.seed_all(SEED)
+        with rng.alike(SEED):
             return action()
     except SyntaxError as error:
         raise BadInput(f"{error.filename}:{error.lineno}: syntax error: {error.msg}", "correct that line") from error
