@@ -5,8 +5,8 @@
 
 For each workload `quadriga run` searches over all four families. The peers are made as their documentation says
 (`hardware_peers.py`, NNCF in an environment of its own) from the baseline that this very study trained, scored on the whole
-test split, and timed in turn with the study's artifact and eager PyTorch, each arm in its own process; the last column is the
-pick against the fastest peer within the floor, as measured, in the mean of the batch sizes. Ratios are of wall time with
+test split, and timed in turn with the study's artifact and eager PyTorch, each arm in its own process, on one thread and on
+every core; the last column is the pick against that peer in the mean of the batch sizes. Ratios are of wall time with
 Student's 99 % interval over restarts; other processes' share of the cores while timing stands beside them.
 """
 
@@ -25,6 +25,7 @@ from hardware_table import mean_ratio, mean_speed, speeds
 from quadriga.core.files import atomic_write, read_json, write_json
 from quadriga.core.recipe import Recipe
 from quadriga.core.workload import Workload
+from quadriga.engine.local import cores
 from quadriga.measure.latency import paired
 from quadriga.measure.machine import facts
 from quadriga.measure.stats import UNMEASURED
@@ -59,6 +60,7 @@ def compared(name: str, floor: str, budget: str, work: Path, restarts: int) -> d
     kept = next(t["info"]["checkpoint"] for t in trials if t["stage"] == "baseline" and t["status"] == "complete")
     checkpoint = str((out / "checkpoints" / kept).resolve()) if kept else None
     rows = peers.make(workload, out.parent, {"checkpoint": checkpoint}, RIVALS)
+    rows |= {f"{n}, {cores()} threads": on_all_cores(r) for n, r in rows.items() if r["arm"]}
     arms = {
         EAGER: {"kind": "eager", "workload": name, "seed": 0, "checkpoint": checkpoint},
         PICK: {"kind": "folder", "path": str((out / found["artifact"]).resolve())},
@@ -73,6 +75,16 @@ def compared(name: str, floor: str, budget: str, work: Path, restarts: int) -> d
         "families": (found["winner"] or {}).get("families", []), "recipe": _recipe(found, workload),
         "rows": _rows(workload, out, rows, timings, batches), "batches": list(batches),
     } | _against(workload, out, rows, timings, batches, floor)  # fmt: skip
+
+
+def on_all_cores(row: Mapping[str, Any]) -> dict[str, Any]:
+    """The same peer, told to use every core; its outputs are those of one thread."""
+    here = Path(row["arm"]["path"])
+    there = here.with_name(f"{here.name}-{cores()}-threads")
+    there.mkdir(exist_ok=True)
+    (there / "load.py").write_bytes((here / "load.py").read_bytes())
+    write_json(there / "peer.json", {**read_json(here / "peer.json"), "threads": cores()})
+    return {**row, "arm": {"kind": "folder", "path": str(there)}}
 
 
 def _recipe(found: Mapping[str, Any], workload: Workload) -> str:

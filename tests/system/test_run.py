@@ -48,6 +48,16 @@ def finished():
         nn.functional.cross_entropy(model(train[0]), train[1]).backward()
         optimizer.step()
     return Workload(model=model, val=val, test=test, trained=True, name="trained only")
+
+class Branching(Net):
+    def forward(self, x):
+        if float(x.abs().max()) >= 0:
+            return super().forward(x)
+        return super().forward(-x)
+
+def branching():
+    train, val, test = splits()
+    return Workload(model=Branching(), train=train, val=val, test=test, name="branching")
 """
 
 
@@ -155,3 +165,18 @@ def test_a_trained_model_without_training_data_gets_methods_that_need_none(folde
     records = json.loads((folder / "trained" / "records.json").read_text())
     assert any("no training data" in note for note in records["notes"])
     assert not any(s["method"] == "train" for t in records["trials"] for s in t["recipe"] if t["status"] == "complete")
+
+
+def test_a_model_that_no_runtime_can_execute_ends_the_study_at_once(folder):
+    """Eight minutes of search once ended as "infeasible", with the remedy in row 22 of a table."""
+    status, result, errors = run(folder, "mine.py:branching", folder / "branching", budget="600s")
+    assert (status, result["status"]) == (1, "infeasible"), errors[-2000:]
+    assert "no runtime can execute the model" in result["reason"]
+    assert "torch.where" in result["remedy"]
+    assert result["artifact"] is None
+    assert result["no_artifact"] == result["reason"]
+    assert not (folder / "branching" / "artifact").exists()
+    records = json.loads((folder / "branching" / "records.json").read_text())
+    assert not [t for t in records["trials"] if t["stage"] == "search"]
+    told = (folder / "branching" / "report.md").read_text()
+    assert "There is no artifact" in told
