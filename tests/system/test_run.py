@@ -93,7 +93,7 @@ def run(folder, *words, **options):
 
 @pytest.fixture(scope="module")
 def verified(folder):
-    status, result, errors = run(folder, "mine.py", folder / "out")
+    status, result, errors = run(folder, "mine.py", folder / "out", budget="90s")
     assert (status, result["status"]) == (0, "verified"), (result, errors[-2000:])
     return result
 
@@ -132,7 +132,7 @@ def test_the_record_says_that_test_was_opened_once_after_the_freeze(verified, fo
 
 
 def test_the_same_command_again_shows_the_same_result_at_once(verified, folder):
-    status, again, errors = run(folder, "mine.py", folder / "out")
+    status, again, errors = run(folder, "mine.py", folder / "out", budget="90s")
     assert (status, again) == (0, verified), errors
 
 
@@ -159,7 +159,7 @@ def test_killed_and_called_again_nothing_acknowledged_is_lost(folder):
 
 
 def test_a_trained_model_without_training_data_gets_methods_that_need_none(folder):
-    status, result, errors = run(folder, "mine.py:finished", folder / "trained")
+    status, result, errors = run(folder, "mine.py:finished", folder / "trained", budget="90s")
     assert (status, result["status"]) == (0, "verified"), errors[-2000:]
     assert result["winner"]["families"] == ["hardware"]
     records = json.loads((folder / "trained" / "records.json").read_text())

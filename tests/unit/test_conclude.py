@@ -34,7 +34,7 @@ def judge(sessions: list[Timings], left: float = 1000.0, monkeypatch=None, profi
     said, asked = [], []
     budget = SimpleNamespace(left=left)
 
-    def time_arms(study, arms, **how):
+    def time_arms(study, arms, enough, **how):
         budget.left -= 80.0
         asked.append(arms)
         return sessions[len(asked) - 1]

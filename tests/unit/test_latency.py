@@ -128,6 +128,14 @@ def test_when_every_arm_is_broken_it_stops(tmp_path):
     assert timings.errors and timings.restarts == 1 and timings.latency(1, "a") is None
 
 
+def test_restarts_go_on_beyond_the_budget_until_they_are_enough(tmp_path):
+    world = World({"a": 0.01, "b": 0.01})
+    timings = world.time(arms("ab"), folder=tmp_path, restarts=12, budget=0.0, enough=lambda found: found.restarts >= 7)
+    assert timings.restarts == 7
+    never = World({"a": 0.01, "b": 0.01}).time(arms("ab"), folder=tmp_path, restarts=6, budget=0.0, enough=lambda found: False)
+    assert never.restarts == 6
+
+
 def test_the_budget_stops_restarts_but_leaves_four(tmp_path):
     two = arms("ab")
     spent = World({"a": 0.01, "b": 0.01})

@@ -50,6 +50,7 @@ def paired(
     timeout: float = 300.0,
     look: Callable[[], Busy] = busy,
     told: Callable[[str], None] = lambda text: None,
+    enough: Callable[[Timings], bool] = lambda timings: True,
 ) -> Timings:
     """Time arms against each other so that they do not disturb each other.
 
@@ -66,12 +67,13 @@ def paired(
         block_seconds: a block has as many calls as last this long, counted once per arm and batch after warm-up.
         folder: for the inputs and the arms' standard error.
         launch: (name, spec, folder) → Arm; tests inject simulated ones.
-        budget: seconds; no restart is begun that would overrun it, once four are done.
+        budget: seconds; no restart is begun that would overrun it, once four are done and they are `enough`.
         clock: in seconds, for the budget.
         seed: of the order.
         timeout: seconds that an arm may take to answer; then it is killed.
         look: what the machine's cores have done so far; it tells what others did meanwhile.
         told: called with a line for people before each restart.
+        enough: whether the timings so far are a result; until they are, restarts go on beyond the budget.
 
     Returns:
         Timings; an arm that crashed or hung has an entry in `errors`, and the others went on.
@@ -83,7 +85,7 @@ def paired(
     for number in range(restarts):
         began, alive = clock(), [name for name in specs if name not in session.timings.errors]
         late = budget is not None and number >= LEAST_RESTARTS and began - start + longest > budget
-        if late or not alive:
+        if not alive or (late and enough(session.timings)):
             break
         told(f"restart {number + 1} of {restarts}")
         order.shuffle(alive)

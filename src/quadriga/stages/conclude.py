@@ -18,7 +18,7 @@ from quadriga.measure.stats import WIDE
 from quadriga.measure.timings import Timings
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import fastest, lossless_trials
-from quadriga.stages.prices import BLOCK_SECONDS, BLOCKS, hand_over_seconds
+from quadriga.stages.prices import BLOCK_SECONDS, BLOCKS, RESTARTS, hand_over_seconds
 from quadriga.stages.ratios import not_faster, opponents_ratios, surely, unmeasured, widest
 from quadriga.stages.state import LEVEL, Study
 from quadriga.stages.timing import CALM, quiet, timed, wait_for_calm
@@ -248,20 +248,21 @@ class Judge:
         arms = self._screen(arms)
         names = [f"final-{n}" for n, f in enumerate(finalists) if not f.why_not]
         began = study.budget.left
-        timings = self._time(arms, kept)
+        timings = self._time(arms, kept, names)
         price = LEAST_RESTARTS * (began - study.budget.left) / max(timings.restarts, 1)
         if widest(timings, names) > WIDE and study.budget.left > kept + price:
             wait_for_calm(study, study.budget.left - kept - price)
-            again = self._time(arms, kept)
+            again = self._time(arms, kept, names)
             timings = min(timings, again, key=lambda t: widest(t, names))
         return timings
 
-    def _time(self, arms: dict[str, dict[str, Any]], kept: float) -> Timings:
+    def _time(self, arms: dict[str, dict[str, Any]], kept: float, names: list[str]) -> Timings:
+        """Timings within the budget, or beyond it until the finalists' intervals are narrow enough for a result."""
         study = self.study
         study.say("verification", f"timing {len(arms)} arms in turn, each in its own process")
         return timed(
-            study, arms, restarts=5 if study.short else 8, blocks=BLOCKS, block_seconds=BLOCK_SECONDS[study.short],
-            budget=max(10.0, study.budget.left - kept),
+            study, arms, lambda timings: widest(timings, names) <= WIDE, restarts=RESTARTS, blocks=BLOCKS,
+            block_seconds=BLOCK_SECONDS[study.short], budget=max(10.0, study.budget.left - kept),
         )  # fmt: skip
 
     def _time_training(self, finalist: Finalist) -> None:

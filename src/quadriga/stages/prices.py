@@ -9,6 +9,7 @@ from quadriga.measure.latency import LEAST_RESTARTS
 from quadriga.measure.quality import Scores
 from quadriga.stages.state import Study
 
+RESTARTS = 8  # of the verification
 BLOCKS, BLOCK_SECONDS = 8, {False: 0.04, True: 0.02}  # of each restart; the second in a short study
 REPORT = 3.0  # seconds
 
@@ -18,7 +19,7 @@ def verification_seconds(study: Study) -> float:
 
     Arms load at the same time, as many as there are cores at once.
     """
-    arms, restarts = (3, LEAST_RESTARTS) if study.short else (6, 8)
+    arms, restarts = (3, LEAST_RESTARTS) if study.short else (6, RESTARTS)
     blocks = arms * len(study.batches) * BLOCKS * BLOCK_SECONDS[study.short] * 1.5
     restart = arms * study.startup / min(arms, os.cpu_count() or 1) + blocks
     return restarts * restart + hand_over_seconds(study, {}) + 3 * study.startup

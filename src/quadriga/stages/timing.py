@@ -24,12 +24,20 @@ def quiet(study: Study) -> None:
         study.engine.renew()
 
 
-def timed(study: Study, arms: Mapping[str, Mapping[str, Any]], **how: Any) -> Timings:
+def anything(timings: Timings) -> bool:
+    """Every timing is enough."""
+    return True
+
+
+def timed(
+    study: Study, arms: Mapping[str, Mapping[str, Any]], enough: Callable[[Timings], bool] = anything, **how: Any
+) -> Timings:
     """`measure.latency.paired`, here or as an order on the target machine.
 
     Args:
         study: has no order under way.
         arms: as of `paired`.
+        enough: as of `paired`; another machine goes by the budget alone.
         how: further arguments of `paired`, as plain data.
 
     Returns:
@@ -37,7 +45,7 @@ def timed(study: Study, arms: Mapping[str, Mapping[str, Any]], **how: Any) -> Ti
     """
     if study.engine.resources().here:
         inputs = {batch: study.workload.inputs(batch) for batch in study.batches}
-        return paired(arms, inputs, folder=study.folder / "timing", told=study.add_word, **how)
+        return paired(arms, inputs, folder=study.folder / "timing", told=study.add_word, enough=enough, **how)
     limit = how.get("budget") or max(5.0, study.budget.left)
     study.submit("timing", "timings", Recipe(), limit=limit + EXTRA, args={"arms": dict(arms), "how": how})
     done = [t for t in study.collect_all(0.0) if t.stage == "timing"]
