@@ -82,6 +82,15 @@ def test_what_was_not_measured_well_enough_is_timed_again_and_the_quieter_sessio
     assert mine.ratios["eager"]["1"]["value"] == pytest.approx(2.0, rel=0.02)
 
 
+def test_a_session_in_which_the_finalist_failed_is_no_better(monkeypatch):
+    """A session without a single ratio has no wide interval either, and once counted as the quieter one."""
+    broken = Timings.empty(list(BATCHES), ["eager", "final-0"], 8)
+    broken.errors["final-0"] = "it ended"
+    first = timed(9.0, 0.6)
+    one, _ = judge([first, broken], monkeypatch=monkeypatch)
+    assert one._timed([finalist()], ARMS, {}) is first
+
+
 def test_a_machine_that_stays_busy_gives_no_winner_and_says_why(monkeypatch):
     one, asked = judge([timed(9.0, 0.63), timed(12.0, 0.7)], monkeypatch=monkeypatch)
     mine = finalist()

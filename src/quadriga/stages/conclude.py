@@ -260,8 +260,12 @@ class Judge:
         """Timings within the budget, or beyond it until the finalists' intervals are narrow enough for a result."""
         study = self.study
         study.say("verification", f"timing {len(arms)} arms in turn, each in its own process")
+
+        def enough(timings: Timings) -> bool:
+            return timings.errors.keys() >= set(names) or widest(timings, names) <= WIDE
+
         return timed(
-            study, arms, lambda timings: widest(timings, names) <= WIDE, restarts=RESTARTS, blocks=BLOCKS,
+            study, arms, enough, restarts=RESTARTS, blocks=BLOCKS,
             block_seconds=BLOCK_SECONDS[study.short], budget=max(10.0, study.budget.left - kept),
         )  # fmt: skip
 

@@ -16,9 +16,10 @@ def _shown(timings: Timings, arm: str) -> list[Mapping[str, Any]]:
 
 
 def widest(timings: Timings, arms: list[str]) -> float:
-    """The upper over the lower end of the widest interval that would be shown; infinite where there is none."""
-    ends = [(r["low"], r["high"]) for arm in arms for r in _shown(timings, arm)]
-    return max((high / low if low and high else math.inf for low, high in ends), default=1.0)
+    """The upper over the lower end of the widest interval that would be shown; infinite where an arm has none."""
+    able = [arm for arm in arms if arm not in timings.errors]
+    ends = [(r["low"], r["high"]) for arm in able for r in _shown(timings, arm) or [{"low": None, "high": None}]]
+    return max((high / low if low and high else math.inf for low, high in ends), default=1.0 if not arms else math.inf)
 
 
 def unmeasured(ratios: Mapping[str, Mapping[str, Any]], timings: Timings) -> str:
