@@ -32,6 +32,7 @@ from quadriga.workloads import load
 
 __all__ = ["compare", "learning_rates", "open_study", "optimize", "profile", "run", "train"]
 Seconds = float
+LEAST_VERIFICATION, MARGIN = 90.0, 1.3  # seconds kept for it, and how much more than its price
 
 
 def run(
@@ -106,35 +107,35 @@ def optimize(workload: Workload | str, *, budget: str | float = "10m", quiet: bo
 
 def _stations(study: Study) -> dict[str, Any]:
     """All stations in order; each takes up what its trials say was done before."""
-    study.portfolio = [study.space.complete(study.space.adapt(r)) for r in load_portfolio(study.options.minimize)]
+    study.portfolio = [
+        study.space.tuned(study.space.complete(study.space.adapt(r))) for r in load_portfolio(study.options.minimize)
+    ]
     smallest = check_floor(study)
     try:
         measure_baseline(study)
     except NothingToFind as end:
         return _finish(study, None, Conclusion([], None, None, {}), smallest, end)
     order_profile(study)
-    verify, ablate = _reserves(study)
-    explorer = Explorer(study, verify + ablate + share(study))
+    verify = _reserve(study)
+    explorer = Explorer(study, verify + share(study))
     if study.store.get("frozen") is None:
         with study.budget.phase("search"):
             explorer.run()
             study.forget()
-            heat(study, explorer, verify + ablate)
+            heat(study, explorer, verify)
     frozen = _frozen(study, explorer, verify)
     with study.budget.phase("verification"):
         conclusion = Judge(study).run(frozen)
     return _finish(study, explorer, conclusion, smallest)
 
 
-def _reserves(study: Study) -> tuple[Seconds, Seconds]:
-    """Seconds kept for verification and for ablation, which is short where nothing is trained anew."""
-    total = study.options.budget
-    few = study.short or study.options.hardware_alone
-    price = verification_seconds(study)
+def _reserve(study: Study) -> Seconds:
+    """Seconds kept for verification."""
+    total, price = study.options.budget, verification_seconds(study)
     if price > 0.45 * total:
         study.notes.append(f"a verification takes about {price:.0f} s here, much of the budget of {total:.0f} s")
         study.say("plan", f"{study.notes[-1]}; it may be overdrawn")
-    return min(0.45 * total, max(0.25 * total, price)), (0.12 if few else 0.25) * total
+    return min(0.45 * total, max(min(0.25 * total, LEAST_VERIFICATION), MARGIN * price))
 
 
 def _frozen(study: Study, explorer: Explorer, reserve: Seconds) -> list[tuple[Recipe, Ablation | None]]:

@@ -148,6 +148,7 @@ def test_what_is_not_built_in_half_of_the_time_is_not_timed(opened, monkeypatch)
         return real(timeout)
 
     monkeypatch.setattr(study.engine, "wait", slow)
+    monkeypatch.setattr(explorer, "ablating", lambda candidate: 0.0)
     heat.heat(study, explorer, 0.0)
     assert [len(arms) for task, arms in study.engine.done if task == "timed"] == [4]
     assert names(explorer)[0] != "ort"

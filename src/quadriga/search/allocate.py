@@ -1,8 +1,9 @@
 """Which candidate to train next, and how long: expected gain over the incumbent per unit of training.
 
 Successive halving decides by rank alone; here a rung's measured quality is turned into the chance that the
-candidate still passes the floor at the top rung, and that chance is weighed with what it would gain. A candidate
-that is cheaper than the incumbent and may still pass is trained; one that cannot win any more is not.
+candidate still passes the floor at the longest training that there is time for, and that chance is weighed with what it
+would gain. A candidate that is cheaper than the incumbent and may still pass is trained, as long as its curve rises and
+the budget lasts; one that cannot win any more is not.
 Rungs and promotion follow Li et al. 2020 (ASHA, arXiv:1810.05934), the weighing Jones et al. 1998 (expected
 improvement).
 """
@@ -10,16 +11,20 @@ improvement).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from statistics import NormalDist, median
 
 from quadriga.core.recipe import Recipe
+from quadriga.search.curve import Curve
 from quadriga.search.space import trained_epochs
 
 PHI = NormalDist().cdf
 SAFE = 0.8  # chance of passing the sealed test from which a candidate counts as qualified
+SURE = 0.98  # chance above which the incumbent is not trained further
+SHARED = 0.7  # of a shorter training is part of the longer one: the stable phase, without its decay
+LEAST = 0.005  # gain over the incumbent, as a natural logarithm, that is worth a training
 
 
 @dataclass(frozen=True)
@@ -47,6 +52,7 @@ class Candidate:
         dead: why it is out, or "".
         running: whether a trial of it is under way.
         price: of training it, in trainings of the baseline; None: as its rung says.
+        epoch: seconds that an epoch of its training took; 0 before any.
     """
 
     recipe: Recipe
@@ -56,6 +62,7 @@ class Candidate:
     dead: str = ""
     running: bool = False
     price: float | None = None
+    epoch: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -95,11 +102,14 @@ class Allocator:
     Args:
         bar: what has to be reached.
         rungs: epochs of each rung.
+        reach: (candidate) → the longest rung that it can still be trained to; by default the top. A candidate that is there
+            goes no further, and others are judged by what they may reach.
     """
 
-    def __init__(self, bar: Bar, rungs: Sequence[float]) -> None:
+    def __init__(self, bar: Bar, rungs: Sequence[float], reach: Callable[[Candidate], int] | None = None) -> None:
         self.bar, self.rungs = bar, tuple(rungs)
         self.top = len(self.rungs) - 1
+        self.reach = reach or (lambda candidate: self.top)
 
     def chance(self, candidate: Candidate) -> float:
         """The chance that a candidate passes as it is, at the longest training that it had; 0 before any."""
@@ -115,21 +125,37 @@ class Allocator:
         """The most promising (candidate, rung, value); then the incumbent, to make it safer; None when nothing can win."""
         safe = self.qualified(candidates)
         incumbent = safe[0].gain if safe else 0.0
-        growth = self._growth(candidates)
+        curve = self._curve(candidates)
         best: tuple[Candidate, int, float] | None = None
         for candidate in candidates:
-            if candidate.dead or candidate.running or self.top in candidate.scores:
+            if not self.open(candidate):
                 continue
             rung = self._rung(candidate)
-            value = self._value(candidate, candidates, incumbent, growth) / self._price(candidate, rung)
+            value = self._value(candidate, candidates, incumbent, curve) / self._price(candidate, rung)
             if value > 1e-4 and (best is None or value > best[2]):
                 best = (candidate, rung, value)
         if best is None and safe and self._can_grow(safe[0]):
             return safe[0], self._rung(safe[0]), 0.0
         return best
 
+    def open(self, candidate: Candidate) -> bool:
+        """Whether a further training of it can begin."""
+        return not (candidate.dead or candidate.running or self.done(candidate)) and self._rung(candidate) <= self._end(
+            candidate
+        )
+
+    def done(self, candidate: Candidate) -> bool:
+        """Whether all is known of it that there is to know."""
+        return self.top in candidate.scores
+
+    def _end(self, candidate: Candidate) -> int:
+        return self.top if not candidate.trains else self.reach(candidate)
+
+    def _curve(self, candidates: Iterable[Candidate]) -> Curve:
+        return Curve(self.rungs, (c.scores for c in candidates if c.trains), self.bar.n_val)
+
     def _can_grow(self, candidate: Candidate) -> bool:
-        return not candidate.running and self.top not in candidate.scores and self.chance(candidate) < 0.98
+        return self.open(candidate) and self.chance(candidate) < SURE
 
     def _rung(self, candidate: Candidate) -> int:
         return self.top if not candidate.trains else max(candidate.scores, default=-1) + 1
@@ -140,34 +166,33 @@ class Allocator:
         if candidate.price is not None:
             return candidate.price
         done = self.rungs[rung - 1] if rung else 0.0
-        return (self.rungs[rung] - 0.7 * done) / self.rungs[-1]
+        return (self.rungs[rung] - SHARED * done) / self.rungs[-1]
 
-    def _value(
-        self, candidate: Candidate, others: Sequence[Candidate], incumbent: float, growth: Mapping[int, tuple[float, float]]
-    ) -> float:
+    def _value(self, candidate: Candidate, others: Sequence[Candidate], incumbent: float, curve: Curve) -> float:
         improvement = candidate.gain - incumbent
-        if improvement <= 0.005:
+        if improvement <= LEAST:
             return 0.0
         if candidate.scores:
-            rung = max(candidate.scores)
-            mean, doubt = growth[rung]
-            return improvement * self.bar.chance(candidate.scores[rung], mean, doubt)
-        return improvement * self._prior(candidate, others, growth)
+            return improvement * self._expected(candidate, self._end(candidate), curve)
+        return improvement * self._prior(candidate, others, curve)
 
-    def _prior(self, candidate: Candidate, others: Sequence[Candidate], growth: Mapping[int, tuple[float, float]]) -> float:
+    def _expected(self, candidate: Candidate, to: int, curve: Curve, more: float = 0.0) -> float:
+        """The chance that a candidate passes at a rung, going by where it stands; `more` doubts that as well."""
+        mean, doubt = curve.growth(candidate.scores, to) if candidate.trains else (0.0, 0.0)
+        return self.bar.chance(candidate.scores[max(candidate.scores)], mean, math.hypot(doubt, more))
+
+    def _prior(self, candidate: Candidate, others: Sequence[Candidate], curve: Curve) -> float:
         """The chance of an untried candidate: from itself at another length, else from those with the most steps in common."""
         if (known := self._at_another_length(candidate, others)) is not None:
             return known
-        mine = {str(s) for s in candidate.recipe.steps}
+        mine, end = {str(s) for s in candidate.recipe.steps}, self._end(candidate)
         near: list[tuple[float, float]] = []
         for other in others:
             if not other.scores:
                 continue
             theirs = {str(s) for s in other.recipe.steps}
-            rung = max(other.scores)
-            mean, doubt = growth[rung] if rung < self.top else (0.0, 0.0)
-            spread = math.hypot(doubt, 2 * other.scores[rung].sd / math.sqrt(self.bar.n_val))
-            near.append((len(mine & theirs) / len(mine | theirs), self.bar.chance(other.scores[rung], mean, spread)))
+            unlike = 2 * other.scores[max(other.scores)].sd / math.sqrt(self.bar.n_val)
+            near.append((len(mine & theirs) / len(mine | theirs), self._expected(other, end, curve, unlike)))
         near.sort(reverse=True)
         if not near:
             return 0.5
@@ -194,16 +219,3 @@ class Allocator:
             if _plan(one) == _plan(other) and ratio > 0 and abs(math.log(ratio)) > 0.1:
                 seen.append((more.difference - less.difference) / math.log(ratio))
         return median(seen) if seen else 3 * median(s.sd for _, s in tried) / math.sqrt(self.bar.n_val)
-
-    def _growth(self, candidates: Iterable[Candidate]) -> dict[int, tuple[float, float]]:
-        """Expected further rise of quality from each rung to the top, and its doubt: observed, else a guess."""
-        seen: dict[int, list[float]] = {r: [] for r in range(self.top + 1)}
-        sds = [1.0]
-        for candidate in candidates:
-            for rung, score in candidate.scores.items():
-                sds.append(score.sd)
-                if self.top in candidate.scores and rung < self.top:
-                    seen[rung].append(candidate.scores[self.top].difference - score.difference)
-        unit = 2 * median(sds[1:] or sds) / math.sqrt(self.bar.n_val)
-        guess = {r: (unit * (self.top - r), unit * (self.top - r)) for r in seen}
-        return {r: (median(s), unit / math.sqrt(len(s))) if len(s) > 1 else guess[r] for r, s in seen.items()}

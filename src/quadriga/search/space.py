@@ -9,6 +9,7 @@ from typing import Any
 
 from quadriga.core.recipe import Recipe, Step, step
 
+ADAMS = ("adam", "adamw", "nadam", "radam")
 Card = Mapping[str, Any]  # a method's plain facts: name, family, numerics, search, shapes, requires, adds, removes, writes
 
 
@@ -59,6 +60,18 @@ class Space:
         reachable = set(self.traits).union({"TRAINED"}, *(c["adds"] for c in self.cards.values()))
         kept = (s for s in recipe.steps if s.is_train or set(self.cards.get(s.method, {}).get("requires", ())) <= reachable)
         return Recipe(tuple(kept), recipe.name)
+
+    def tuned(self, recipe: Recipe) -> Recipe:
+        """Where the recipe goes on from the baseline's training: by the baseline's own optimizer, if that is of Adam's kind.
+
+        Its rate was chosen for this task; that of SGD is no rate to go on with from trained weights.
+        """
+        own = next((s for s in self.baseline.steps if s.method == "optimizer" and s.fields.get("kind") in ADAMS), None)
+        if own is None or not self.fixed(recipe):
+            return recipe
+        first = self.fixed(recipe)
+        steps = (own if s.method == "optimizer" and i >= first else s for i, s in enumerate(recipe.steps))
+        return Recipe(tuple(steps), recipe.name)
 
     def complete(self, recipe: Recipe) -> Recipe:
         """Put the baseline's training in front of a recipe that starts from a trained model, or says that it does."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from quadriga.measure.timings import Timings
 from quadriga.search.allocate import SAFE, Bar, Candidate, Score
 from quadriga.stages.baseline import bar
 from quadriga.stages.explore import Explorer, over_limit
+from quadriga.stages.prices import ablation_seconds
 from quadriga.stages.state import TIMING_LEVEL, Study
 from quadriga.stages.timing import timed
 
@@ -90,12 +92,28 @@ class Ablator:
         first = self.study.space.fixed(template)
         indices = [i for i, s in enumerate(template.steps) if not s.is_train and i >= first]
         rows = [Row(i, str(template.steps[i]), template.steps[i].method, self._family(template, i)) for i in indices]
-        self._train([template.without(i) for i in indices])
+        self._train([template.without(i) for i in self._in_turn(indices)])
         self._pace([template.without(i) for i in indices])
         ratios = self._time({r.index: template.without(r.index) for r in rows if self._changes_cost(template, r.index)})
         for row in rows:
             self._judge(row, template.without(row.index), ratios.get(row.index))
         return self._reduce(rows)
+
+    def _in_turn(self, indices: list[int]) -> list[int]:
+        """What needs no training first; then one step of each family in turn, since the time may not do for all."""
+        steps = self.candidate.recipe.steps
+        last = max((i for i, s in enumerate(steps) if s.is_train), default=-1)
+        queues: dict[str, list[int]] = {}
+        for i in indices:
+            if i < last:
+                queues.setdefault(self._family(self.candidate.recipe, i), []).append(i)
+        turns = (i for turn in zip_longest(*queues.values()) for i in turn if i is not None)
+        return [*(i for i in indices if i > last), *turns]
+
+    def _seconds(self) -> float:
+        """What the candidate's own training took."""
+        before = self.study.baseline.values if self.study.space.fixed(self.candidate.recipe) else {}
+        return self.whole.values["seconds"] - before.get("seconds", 0.0) if self.whole is not None else 0.0
 
     def _family(self, recipe: Recipe, index: int) -> str:
         return str(self.study.space.cards[recipe.steps[index].method]["family"])
@@ -114,12 +132,22 @@ class Ablator:
         """Train those that the time allows, two orders ahead at the most."""
         study = self.study
         waiting = [t for t in templates if study.space.illegal(t) is None and self._trial(t) is None]
-        while (waiting or study.running) and study.budget.left > self.reserve:
+        until = self.reserve + ablation_seconds(study, self.candidate.recipe, 0.0)  # what is trained is timed as well
+        while (waiting or study.running) and study.budget.left > until:
             while waiting and study.running < study.workers:
-                self._submit(waiting.pop(0))
-            study.collect(min(1.0, max(0.01, study.budget.left - self.reserve)))
+                if self._anew(waiting[0]) and self._seconds() > study.budget.left - until:
+                    waiting.pop(0)  # it would be cut off
+                else:
+                    self._submit(waiting.pop(0), until)
+            study.collect(min(1.0, max(0.01, study.budget.left - until)))
             study.say("ablation", f"{len(waiting) + study.running} of {len(templates)} left")
         study.forget()
+
+    def _anew(self, template: Recipe) -> bool:
+        """Whether its training is another than the candidate's."""
+        mine, whole = (self._exact(t) for t in (template, self.candidate.recipe))
+        last = max((i for i, s in enumerate(mine.steps) if s.is_train), default=-1)
+        return mine.steps[: last + 1] != whole.steps[: last + 1]
 
     def _pace(self, templates: list[Recipe]) -> None:
         """Time the training steps of each, where training is the objective."""
@@ -132,9 +160,9 @@ class Ablator:
                 self.explorer.costs[trial.recipe.hash] = trial
             study.forget()
 
-    def _submit(self, template: Recipe) -> None:
+    def _submit(self, template: Recipe, until: float) -> None:
         study = self.study
-        study.submit("ablation", "train", self._exact(template), limit=max(5.0, study.budget.left - self.reserve))
+        study.submit("ablation", "train", self._exact(template), limit=max(5.0, study.budget.left - until))
 
     def _time(self, variants: dict[int, Recipe]) -> dict[int, dict[str, Any]]:
         """Time without each step over time with all, by the paired protocol, both batch sizes together."""

@@ -31,11 +31,14 @@ def measure_baseline(study: Study) -> Trial:
             study.submit("export", "export", Recipe(), limit=study.patience(60))
         if not study.stage("baseline"):
             _check_pace(study)
+            _order_pace(study)
             study.say("baseline", "training and scoring the unchanged model" + _how_long(study))
             study.submit("baseline", "train", study.workload.baseline, args={"guess": True})
         _submit_opponents(study)
         probes = _probes(study)
-        while not study.stage("baseline") or (study.eager is None and study.under_way("tuned_eager")):
+        while (
+            not study.stage("baseline") or study.under_way("pace") or (study.eager is None and study.under_way("tuned_eager"))
+        ):
             if probes and study.running <= study.workers:
                 study.submit("cost", "cost", probes.pop(0), limit=study.patience(90))
             study.collect(1.0)
@@ -108,6 +111,14 @@ def _check_pace(study: Study) -> None:
         raise BadInput(
             f"training the baseline alone takes about {needed:.0f} s of the budget of {study.options.budget:.0f} s", remedy
         )
+
+
+def _order_pace(study: Study) -> None:
+    """Of a model that comes trained, time a few training steps: candidates are trained further."""
+    given = study.workload.train is not None and not any(s.is_train for s in study.workload.baseline.steps)
+    if given and not study.options.hardware_alone and not study.stage("pace"):
+        further = Recipe((step("optimizer", kind="adamw", lr=1e-3), step("train", epochs=1)), "further training")
+        study.submit("pace", "pace", further, limit=max(LEAST_PACE, study.budget.left / 10))
 
 
 def check_floor(study: Study, disagreement: float = 0.03) -> float:

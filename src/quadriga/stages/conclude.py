@@ -18,7 +18,7 @@ from quadriga.measure.stats import WIDE
 from quadriga.measure.timings import Timings
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import fastest, lossless_trials
-from quadriga.stages.prices import BLOCK_SECONDS, BLOCKS, RESTARTS, hand_over_seconds
+from quadriga.stages.prices import BLOCK_SECONDS, BLOCKS, RESTARTS, hand_over_seconds, verification_seconds
 from quadriga.stages.ratios import not_faster, opponents_ratios, surely, unmeasured, widest
 from quadriga.stages.state import LEVEL, Study
 from quadriga.stages.timing import CALM, quiet, timed, wait_for_calm
@@ -133,9 +133,8 @@ class Judge:
         study = self.study
         study.say("verification", "building the finalists and their opponents")
         base = study.workload.baseline
-        for control, recipe in self._control_recipes(finalists[0].recipe).items():
-            if study.find(("control", "search", "ablation"), recipe) is None:
-                study.submit("control", "train", recipe, limit=max(5.0, study.budget.left * 0.5), control=control)
+        until = max(0.45 * study.budget.left, min(verification_seconds(study), 0.8 * study.budget.left))
+        self._order_controls(finalists[0].recipe, until)
         for finalist in finalists:
             own = {"name": Path(finalist.folder).name, "baseline_bytes": int(study.baseline.values["bytes"])}
             study.submit("final", "realize", finalist.recipe, args=own)
@@ -145,11 +144,25 @@ class Judge:
             )
         if study.workload.reference is None:
             study.submit("opponent", "realize", base, args={"name": "eager"})
-        study.collect_all(study.budget.left * 0.45)
+        study.collect_all(until)
         study.forget()
         for finalist in finalists:
             finalist.trial = next((t for t in study.stage("final")[::-1] if t.recipe == finalist.recipe), None)
         return self._arms(finalists)
+
+    def _order_controls(self, recipe: Recipe, until: float) -> None:
+        """Train the controls that would be ready in time, going by what the winner's own training took."""
+        study = self.study
+        trained = study.find(("search", "ablation"), recipe)
+        before = study.baseline.values.get("seconds", 0.0) if study.space.fixed(recipe) else 0.0
+        seconds = trained.values["seconds"] - before if trained is not None else 0.0
+        for control, other in self._control_recipes(recipe).items():
+            if study.find(("control", "search", "ablation"), other) is not None:
+                continue
+            if seconds < study.budget.left - until:
+                study.submit("control", "train", other, limit=max(5.0, study.budget.left - until), control=control)
+            else:
+                study.notes.append(f"{OPPONENTS[control]}: it takes about {seconds:.0f} s to train, which were not left")
 
     def _lossless(self) -> dict[str, Trial]:
         """The lossless exports that are within 1.5 of the fastest at some batch size, by the search's quick timing."""

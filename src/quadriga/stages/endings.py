@@ -8,22 +8,14 @@ from itertools import permutations
 
 from quadriga.core.recipe import Recipe, Step, step
 from quadriga.core.slots import RuntimeSpec
+from quadriga.search.lead import Steps, parts
 from quadriga.search.space import Space
 
 CLEARLY = 0.05  # gain, as a natural logarithm: less is not worth what one batch size loses for the other
 PAIRS = 3  # the fastest, of those that could be joined
 ONE, JOINT = step("threads", count=1), step("batch_of_one")
 
-Steps = tuple[Step, ...]
 Timed = tuple[Recipe, Mapping[str, float]]  # with its costs, "speed/1" and others
-
-
-def parts(space: Space, recipe: Recipe) -> tuple[Steps, Steps]:
-    """A recipe's steps before its last hardware steps, and these."""
-    end = len(recipe.steps)
-    while end and not recipe.steps[end - 1].is_train and space.cards[recipe.steps[end - 1].method]["family"] == "hardware":
-        end -= 1
-    return recipe.steps[:end], recipe.steps[end:]
 
 
 def bare(ending: Iterable[Step]) -> Steps:

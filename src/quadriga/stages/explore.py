@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from statistics import geometric_mean
 
 from quadriga.core.errors import BadInput
 from quadriga.core.recipe import Recipe, Step
 from quadriga.core.trial import Status, Trial
-from quadriga.search.allocate import Allocator, Candidate, Score
+from quadriga.search.allocate import SHARED, Allocator, Candidate, Score
+from quadriga.search.lead import Lead
 from quadriga.search.propose import Proposer
 from quadriga.search.space import at_rung, trained_epochs
 from quadriga.stages.baseline import bar, gain_of
+from quadriga.stages.prices import ablation_seconds, epoch_seconds
 from quadriga.stages.state import Study
 
 OTHERS = 3  # of so many starts one is an opponent's probe, while some are left
@@ -22,7 +25,12 @@ OPEN = 6  # candidates kept in sight before new ones are proposed
 LEAST = 0.02  # gain in the objective, as a natural logarithm, that is worth a training
 PROBED, AGAIN = 90.0, 3.0  # least seconds that a probe may take, for a method may measure on its way; how much more the second
 EMPTY_HANDED = 0.5  # of the reserve: a search that has found nothing goes on into the rest, which has nothing to verify
-ETA = 3.0  # each rung trains so many times longer than the one before
+ETA, RUNGS = 2.5, 4  # each rung trains so many times longer than the one before; how many there are
+LONGEST = 3.0  # times the baseline's own training: what a candidate may be trained at the most
+FREE = 30.0  # epochs, where the model comes trained
+HALF = 0.5  # of all workers' time that is left: so long the longest training may take
+TOLD = 3  # candidates of which the notes say what they lacked
+SLOWER = 1.15  # trainings beside each other take so much longer than the first ones said
 
 
 class Explorer:
@@ -32,19 +40,21 @@ class Explorer:
 
     Args:
         study: the state.
-        reserve: seconds of budget to be left for ablation, verification and report.
+        reserve: seconds of budget to be left for verification and report; what the ablation takes depends on the winner.
     """
 
     def __init__(self, study: Study, reserve: float) -> None:
         self.study, self.reserve = study, reserve
         self.rungs = rungs(study, reserve)
-        self.allocator = Allocator(bar(study), self.rungs)
+        self.allocator = Allocator(bar(study), self.rungs, self._reach)
+        self.lead = Lead(study.space, self.allocator)
         self.proposer = Proposer(study.space, study.options.seed)
         self.candidates: dict[str, Candidate] = {}
         self.costs: dict[str, Trial] = {}
         self.queue = [r for recipe in study.portfolio for r in self._lengths(recipe) if self._fits(r)]
         self.waiting: dict[str, list[Recipe]] = {r.hash: [] for r in study.under_way("cost")}
         self.known: set[str] = set()
+        self.whole: set[str] = set()  # recipes with the ending that they keep
         self.turn = 0
         self.probed = False  # whether the last start was a probe
         self.started = 0
@@ -94,10 +104,44 @@ class Explorer:
                 self._tell()
         if left := [recipe.name for _, _, recipe in study.later]:
             study.notes.append(f"the budget did not allow to probe the unchanged model as: {'; '.join(left)}")
+        study.notes += self._lacking()
 
     def _until(self) -> float:
         """Seconds of budget at which the search ends: later while nothing has been found that could be verified."""
-        return self.reserve if self.allocator.qualified(self.candidates.values()) else EMPTY_HANDED * self.reserve
+        best = self.allocator.qualified(self.candidates.values())
+        return self._kept_for(best[0]) if best else EMPTY_HANDED * self._kept_for(None)
+
+    def _kept_for(self, candidate: Candidate | None, rung: int | None = None) -> float:
+        """Seconds that have to be left when a candidate is the winner, at a rung or as long as it was trained."""
+        return self.reserve + self.ablating(candidate, rung)
+
+    def ablating(self, candidate: Candidate | None, rung: int | None = None) -> float:
+        """Seconds that its ablation takes."""
+        if candidate is None or not candidate.trains:
+            return ablation_seconds(self.study, candidate and candidate.recipe, 0.0)
+        length = self.rungs[max(candidate.scores, default=0) if rung is None else rung]
+        return ablation_seconds(self.study, candidate.recipe, length * self._epoch(candidate))
+
+    def _epoch(self, candidate: Candidate) -> float:
+        """Seconds that a candidate's epoch takes: as it was seen, else as the unchanged model's."""
+        return candidate.epoch or epoch_seconds(self.study)
+
+    def _left(self, candidate: Candidate, rung: int) -> float:
+        """Seconds that are left for the search if a candidate is trained to a rung and wins."""
+        return self.study.budget.left - max(self._until(), self._kept_for(candidate, rung))
+
+    def _seconds(self, candidate: Candidate, rung: int) -> float:
+        """What a candidate's training to a rung takes, from where it stands."""
+        if self._cheap_training:  # what it gains is what it costs less
+            return self.study.baseline.values["seconds"] * math.exp(-candidate.gain)
+        done = self.rungs[max(candidate.scores)] * SHARED if candidate.scores else 0.0
+        return SLOWER * self._epoch(candidate) * (self.rungs[rung] - done)
+
+    def _reach(self, candidate: Candidate) -> int:
+        """The longest rung that a candidate can be trained to in the time that is left."""
+        first = max(candidate.scores, default=-1)
+        able = [r for r in range(first + 1, len(self.rungs)) if self._seconds(candidate, r) < self._left(candidate, r)]
+        return max(able, default=first)
 
     def _tell(self) -> None:
         best = self.allocator.qualified(self.candidates.values())
@@ -155,12 +199,11 @@ class Explorer:
         """Candidates that may still be trained with a gain over the incumbent."""
         safe = self.allocator.qualified(self.candidates.values())
         bar = safe[0].gain if safe else 0.0
-        return sum(c.gain > bar and not c.dead and self.allocator.top not in c.scores for c in self.candidates.values())
+        return sum(c.gain > bar and not c.dead and not self.allocator.done(c) for c in self.candidates.values())
 
     def _probe_one(self) -> bool:
         """Start the first cost probe of the queue that nobody has asked for yet."""
-        while self.queue:
-            recipe = self.queue.pop(0)
+        while (recipe := self._next_of_queue()) is not None:
             if recipe.hash in self.known:
                 continue
             self.known.add(recipe.hash)
@@ -176,12 +219,25 @@ class Explorer:
                 return True
         return False
 
+    def _next_of_queue(self) -> Recipe | None:
+        """The next recipe to cost. One that changes the network waits for the ending that suits the unchanged one best."""
+        by_speed = self.study.options.minimize == "latency"
+        for place, recipe in enumerate(self.queue):
+            if not by_speed or recipe.hash in self.whole or not self.lead.changes(recipe):
+                return self.queue.pop(place)
+            if not self.study.running or not self.lead.open(self.candidates.values(), chain(*self.waiting.values())):
+                whole = self.lead.ended(self.queue.pop(place), self.candidates.values())
+                self.whole.add(whole.hash)
+                return whole
+        return None
+
     def _train_one(self) -> bool:
         """Start the most promising training that would end in time."""
-        chosen = self.allocator.next([c for c in self.candidates.values() if self._affordable(c)])
+        chosen = self.allocator.next(list(self.candidates.values()))
         if chosen is None:
             return False
-        self.train(*chosen, self._until() - 2)
+        candidate, rung, value = chosen
+        self.train(candidate, rung, value, self._until() - 2)
         return True
 
     def train(self, candidate: Candidate, rung: int, value: float, reserve: float) -> None:
@@ -207,23 +263,6 @@ class Explorer:
             return recipe
         return at_rung(recipe, self.rungs, rung, self.study.space.fixed(recipe))
 
-    def _affordable(self, candidate: Candidate) -> bool:
-        """Whether its next rung would end in time, going by the baseline's pace."""
-        if not candidate.trains or candidate.dead:
-            return not candidate.dead
-        rung = max(candidate.scores, default=-1) + 1
-        if rung > self.allocator.top:
-            return False
-        length = self.rungs[rung]
-        done = self.rungs[rung - 1] * 0.7 if rung else 0.0
-        base = self.study.baseline
-        own = base.values["samples"] or 1.0
-        pace = base.values["seconds"] / own if base.values["samples"] else 0.0
-        examples = len(self.study.workload.train) if self.study.workload.train is not None else 0
-        if self._cheap_training:  # what it gains is what it costs less
-            return base.values["seconds"] * math.exp(-candidate.gain) < self.study.budget.left - self._until()
-        return pace * (length - done) * examples < self.study.budget.left - self._until()
-
     def _propose(self) -> bool:
         """One new recipe near the best ones: in turn an edit, and fields proposed by TPE. False when there is none."""
         ranked = sorted((c for c in self.candidates.values() if c.scores or not c.trains), key=self._utility, reverse=True)
@@ -232,6 +271,7 @@ class Explorer:
             for edit in (self.turn % 2 == 1, self.turn % 2 == 0):
                 new = self.proposer.edit(base.recipe, self.known) if edit else self._fields(base.recipe)
                 if new is not None and self._fits(new):
+                    self.whole.add(new.hash)
                     self.queue.append(new)
                     return True
         return False
@@ -281,7 +321,9 @@ class Explorer:
             if recipe.steps[index].method == trial.info.get("step"):
                 rest = recipe.without(index)
                 if rest.hash not in self.known and len(rest.steps) > fixed and self.study.space.illegal(rest) is None:
-                    self.queue.append(self.study.space.complete(rest))
+                    rest = self.study.space.complete(rest)
+                    self.whole.add(rest.hash)
+                    self.queue.append(rest)
                 return
 
     def _score(self, trial: Trial) -> None:
@@ -300,11 +342,41 @@ class Explorer:
             return
         difference, sd = self.study.paired(trial)
         candidate.scores[trial.info["rung"]] = Score(difference, sd)
+        candidate.epoch = self._seen_epoch(candidate, trial) or candidate.epoch
         values = {**self.costs[self.study.space.cost_part(recipe).hash].values, **trial.values}  # bytes may go by the weights
         candidate.gain = gain_of(self.study, values, trained_epochs(recipe))
         candidate.dead = over_limit(self.study, values)
         if self._cheap_training and not candidate.dead:
             self._descend(candidate)
+
+    def _seen_epoch(self, candidate: Candidate, trial: Trial) -> float:
+        """Seconds that an epoch of its own training took; 0 where it had none."""
+        before = self.study.baseline.values if self.study.space.fixed(candidate.recipe) else {}
+        examples = len(self.study.workload.train) if self.study.workload.train is not None else 0
+        own = trial.values.get("samples", 0.0) - before.get("samples", 0.0)
+        return (trial.values["seconds"] - before.get("seconds", 0.0)) / own * examples if own > 0 else 0.0
+
+    def _lacking(self) -> list[str]:
+        """What the fastest that were trained and do not hold the floor lacked, and why they were not carried on."""
+        best = self.allocator.qualified(self.candidates.values())
+        least, unit = best[0].gain if best else 0.0, self.study.workload.metric.unit
+        missed = [c for c in self.candidates.values() if c.trains and c.scores and not c.dead and c.gain > least]
+        return [self._lack(c, unit) for c in sorted(missed, key=self._utility, reverse=True)[:TOLD] if c not in best]
+
+    def _lack(self, candidate: Candidate, unit: str) -> str:
+        rung = max(candidate.scores)
+        lack = -self.allocator.bar.slack(candidate.scores[rung])
+        told = f"{candidate.recipe.name}: {math.exp(candidate.gain):.2f} times as fast as eager PyTorch"
+        told += f", {max(lack, 0.0):.2g} {unit} short of what proves the floor after {self.rungs[rung]:.3g} epochs"
+        if rung == self.allocator.top:
+            return f"{told}, the longest training that was planned"
+        seconds = self._seconds(candidate, rung + 1)
+        late = self._left(candidate, rung + 1) < seconds
+        return f"{told}; " + (
+            f"{self.rungs[rung + 1]:.3g} epochs take {seconds:.0f} s, which were not left"
+            if late
+            else "more would hardly reach it"
+        )
 
     def pace(self, recipe: Recipe) -> float | None:
         """What its training costs per example, over the baseline's; None where it was not timed."""
@@ -355,24 +427,21 @@ def over_limit(study: Study, values: dict[str, float]) -> str:
 
 
 def rungs(study: Study, reserve: float) -> tuple[float, ...]:
-    """Epochs of the three training lengths: the longest is the baseline's own, or shorter, so that eight fit into the budget.
+    """Epochs of the training lengths: the longest is as long as half of what all workers have left, and no longer than
+    `LONGEST` times the baseline's own.
 
     Kept in the store at the first call, since a resumed search has to compare with what was trained before.
     """
     if kept := study.store.get("rungs"):
         return tuple(kept)
-    base = study.baseline.values
-    train = study.workload.train
+    own = trained_epochs(study.workload.baseline)
     if study.options.minimize == "train_cost":
-        return (trained_epochs(study.workload.baseline) or 1.0,)
-    if train is None or not base["samples"]:
-        top = 4.0
-    else:
-        epoch = base["seconds"] / base["samples"] * len(train)
-        share = max(5.0, study.budget.left - reserve) * study.workers
-        top = min(trained_epochs(study.workload.baseline) or 4.0, share / 8 / epoch)
+        return (own or 1.0,)
+    top, epoch = LONGEST * own if own else FREE, epoch_seconds(study)
+    if study.workload.train is not None and epoch:
+        top = min(top, HALF * max(5.0, study.budget.left - reserve) * study.workers / epoch)
     top = max(top, 0.05)
-    lengths = tuple(float(f"{top / ETA**k:.3g}") for k in (2, 1, 0))
+    lengths = tuple(float(f"{top / ETA**k:.3g}") for k in reversed(range(RUNGS)))
     study.store.put("rungs", lengths)
     return lengths
 

@@ -23,6 +23,7 @@ from quadriga.stages.state import Study
 from quadriga.stages.timing import timed
 
 SHARE, ALONE = 0.08, 0.18  # of the budget; the second where hardware is all that is searched
+MOST = 90.0  # seconds that it takes beside a search of all families
 SCORING = 0.04  # of the budget, from that: for the quality of what comes out fastest
 NEAR = 1.8  # times as slow as the leader, by the search's timing, and still in the heat
 ENDINGS = 3  # each with one thread and with as many as its runtime takes
@@ -31,7 +32,9 @@ ENDINGS = 3  # each with one thread and with as many as its runtime takes
 def share(study: Study) -> float:
     """Seconds of the budget that a heat takes."""
     asked = study.options.minimize == "latency" and "hardware" in study.options.families and not study.short
-    return (ALONE if study.options.hardware_alone else SHARE) * study.options.budget if asked else 0.0
+    if not asked:
+        return 0.0
+    return ALONE * study.options.budget if study.options.hardware_alone else min(MOST, SHARE * study.options.budget)
 
 
 def heat(study: Study, explorer: Explorer, reserve: float) -> None:
@@ -40,11 +43,12 @@ def heat(study: Study, explorer: Explorer, reserve: float) -> None:
     Args:
         study: nothing is under way.
         explorer: whose search is over; its candidates' gains become those that are measured here.
-        reserve: seconds of budget to be left.
+        reserve: seconds of budget to be left after the ablation.
     """
     leader = next(iter(explorer.finalists()), None)
     if leader is None or not share(study):
         return
+    reserve += explorer.ablating(leader)
     if (kept := study.store.get("heat")) is None:
         recipes = field_of(study.space, explorer, leader)
         kept = [r.plain() for r in _run(study, explorer, leader, recipes, reserve + SCORING * study.options.budget)]

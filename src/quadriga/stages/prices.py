@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from quadriga.core.recipe import Recipe
 from quadriga.measure.latency import LEAST_RESTARTS
 from quadriga.measure.quality import Scores
+from quadriga.search.space import trained_epochs
 from quadriga.stages.state import Study
 
 RESTARTS = 8  # of the verification
@@ -29,3 +31,33 @@ def hand_over_seconds(study: Study, scores: Mapping[str, Scores]) -> float:
     """Seconds that the artifact takes to be written, loaded and scored in a fresh process, and the report to be written."""
     longest = max((s.seconds for name, s in scores.items() if name.startswith("final")), default=0.0)
     return 2 * study.startup + 1.5 * longest + REPORT
+
+
+ABLATION = 0.15  # of the budget, at the most: the steps that matter come first, and what is not reached is said
+ROUNDS = 6  # restarts of the ablation's timing
+
+
+def ablation_seconds(study: Study, recipe: Recipe | None, training: float) -> float:
+    """What it takes to train and time a recipe without each of its steps, as far as the budget's share for it goes.
+
+    Args:
+        recipe: as a template; None where nothing is found yet, which is priced as a runtime and a precision.
+        training: seconds that its own train steps take.
+    """
+    own = recipe.steps[study.space.fixed(recipe) :] if recipe is not None else ()
+    last = max((i for i, s in enumerate(own) if s.is_train), default=-1)
+    anew = sum(not s.is_train for s in own[: last + 1])
+    arms = min(6, max(3, len(own) - anew))
+    timing = ROUNDS * arms * (study.startup / min(arms, os.cpu_count() or 1) + len(study.batches) * 6 * 0.02 * 1.5)
+    return min(ABLATION * study.options.budget, anew * training / study.workers + timing)
+
+
+def epoch_seconds(study: Study) -> float:
+    """Seconds that a worker takes to train the unchanged model for an epoch; 0 where nobody has timed it."""
+    base, train = study.baseline.values, study.workload.train
+    if train is not None and base.get("samples"):
+        return base["seconds"] / base["samples"] * len(train)
+    for trial in study.stage("pace"):
+        if trial.ok and (epochs := trained_epochs(trial.recipe)):
+            return trial.values["seconds"] / epochs
+    return 0.0
