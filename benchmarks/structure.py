@@ -1,0 +1,179 @@
+"""What the search finds on networks larger than LeNet, beside what a runtime and a precision give alone: one table.
+
+    QUADRIGA_DATA=shipped python benchmarks/structure.py                    # goes on where the last call stopped; two hours
+    python benchmarks/structure.py --only resnet20_fashion --budget 25m     # a part of it
+
+For each workload `quadriga run` searches over all four families. Its artifact is then timed in turn with what the same study
+costed of the unchanged network: its fastest int8 that holds the floor on val, and its fastest export that loses nothing, built
+again from the very weights that this study trained. Each arm has its own process; ratios are of wall time with Student's 99 %
+interval over restarts. Quality is that of the artifacts on the whole test split.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import hardware_peers as peers
+
+from quadriga.core.files import atomic_write, read_json, write_json
+from quadriga.core.recipe import Recipe
+from quadriga.core.workload import Workload
+from quadriga.engine.tasks import Tasks
+from quadriga.measure.latency import paired
+from quadriga.measure.machine import facts
+from quadriga.measure.stats import UNMEASURED
+from quadriga.workloads import load
+
+ROOT = Path(__file__).resolve().parents[1]
+TABLE, KEPT = ROOT / "docs/structure.md", ROOT / "benchmarks/results/structure.json"
+TIMM = "benchmarks/networks/mobilenetv3_fashion.py:workload"
+TASKS = {  # name → workload, floor, budget
+    "resnet20_fashion": ("resnet20_fashion", "-0.5pt", "25m"),
+    "mobilenetv3_fashion": (TIMM, "-0.5pt", "12m"),
+    "mobilenetv2_fashion": ("mobilenetv2_fashion", "-0.5pt", "20m"),
+    "minilm_wordnet": ("minilm_wordnet?examples=3000", "-1pt", "20m"),
+}
+PICK, INT8, LOSSLESS = "quadriga run", "its int8 alone", "its best lossless export"
+Plain = dict[str, Any]
+
+
+def study(reference: str, floor: str, budget: str, out: Path) -> Plain:
+    """What `quadriga run` handed over, once."""
+    if not (out / "result.json").exists():
+        words = ["run", reference, "--floor", floor, "--minimize", "latency", "--budget", budget, "--out", str(out)]
+        subprocess.run([sys.executable, "-m", "quadriga", *words], check=False)
+    found: Plain = read_json(out / "result.json")
+    return found
+
+
+def alone(out: Path, floor: float) -> dict[str, Recipe]:
+    """The study's own candidates that leave the network as it is: the fastest int8 within the floor, the fastest lossless."""
+    trials = [t for t in read_json(out / "records.json")["trials"] if t["status"] == "complete"]
+    base = next(t for t in trials if t["stage"] == "baseline")
+    rest = len(base["recipe"])
+    cost = {_key(t["recipe"]): t["values"] for t in trials if t["stage"] == "cost"}
+    scored = [
+        t
+        for t in trials
+        if t["stage"] in ("search", "ablation") and t["values"]["quality"] >= base["values"]["quality"] - floor
+    ]
+    own = [Recipe.from_plain(t["recipe"][rest:]) for t in scored if t["recipe"][:rest] == base["recipe"]]
+    int8 = [r for r in own if _only(r) and any(s.method == "quantize_int8" for s in r.steps)]
+    plain = [r for r in map(Recipe.from_plain, [t["recipe"] for t in trials if t["stage"] == "cost"]) if _lossless(r)]
+    found = {INT8: int8, LOSSLESS: plain}
+    return {name: max(rs, key=lambda r: _speed(cost, r)) for name, rs in found.items() if rs}
+
+
+def _only(recipe: Recipe) -> bool:
+    return all(s.method in ("quantize_int8", "threads", "onnxruntime", "openvino") for s in recipe.steps)
+
+
+def _lossless(recipe: Recipe) -> bool:
+    return bool(recipe.steps) and all(s.method in ("threads", "onnxruntime", "openvino") for s in recipe.steps)
+
+
+def _speed(cost: Mapping[str, Any], recipe: Recipe) -> float:
+    values = cost.get(_key(recipe.plain())) or next((v for k, v in cost.items() if k.endswith(_key(recipe.plain()))), {})
+    return geometric_mean([v for k, v in values.items() if k.startswith("speed/")] or [1e-9])
+
+
+def _key(steps: Sequence[Mapping[str, Any]]) -> str:
+    """Steps without train steps, as text: costs are known of the untrained recipe."""
+    return str(Recipe.from_plain([s for s in steps if s["method"] != "train"]))
+
+
+def built(workload: Workload, out: Path, baseline: Recipe, recipes: Mapping[str, Recipe]) -> dict[str, Path]:
+    """Each recipe behind the baseline's training, whose weights the study kept."""
+    tasks, folders = Tasks(workload, out, 0), {}
+    for number, (name, recipe) in enumerate(recipes.items()):
+        whole = Recipe((*baseline.steps, *recipe.steps))
+        args = {"recipe": whole.plain(), "hash": whole.hash, "name": f"alone-{number}", "batches": (1, workload.batch_size)}
+        told = tasks.do("realize", args)
+        if told["status"] != "complete":
+            raise SystemExit(f"{name}: {told['reason']}")
+        folders[name] = out / "built" / f"alone-{number}"
+    return folders
+
+
+def compared(name: str, reference: str, floor: str, budget: str, work: Path, restarts: int) -> Plain:
+    """One workload's search and timings, as plain data."""
+    out, workload = (work / name).resolve(), load(reference)
+    found = study(reference, floor, budget, out)
+    margin = abs(float(floor.removesuffix("pt")))
+    folders = built(workload, out, workload.baseline or Recipe(), alone(out, margin)) | {PICK: out / "artifact"}
+    arms = {n: {"kind": "folder", "path": str(f)} for n, f in folders.items()}
+    batches = tuple(sorted({1, workload.batch_size}))
+    inputs = {b: workload.inputs(b) for b in batches}
+    timings = paired(arms, inputs, restarts=restarts, blocks=8, block_seconds=0.05, folder=out / "timing", timeout=600)
+    over = {n: {str(b): timings.ratio(n, PICK, b).plain() for b in batches} for n in folders if n != PICK}
+    winner = found["winner"] or {}
+    steps = Recipe.from_plain(winner.get("recipe", []))
+    return {
+        "name": name, "workload": reference, "floor": floor, "budget": budget, "status": found["status"],
+        "seconds": found["seconds"], "others": timings.disturbed, "machine": facts(), "unit": workload.metric.unit,
+        "families": winner.get("families", []), "recipe": str(steps), "batches": list(batches), "pick over": over,
+        "quality": {n: peers.scored(workload, f).value for n, f in folders.items()},
+        "bytes": {n: peers.size(f) for n, f in folders.items()},
+        "bytes of the baseline": read_json(out / "records.json")["baseline"]["bytes"],
+    }  # fmt: skip
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """As Markdown, below this file's own text."""
+    about = (__doc__ or "").partition("\n\n    QUADRIGA")[0].strip()
+    lines = ["# What the search finds on larger networks", "", about, ""]
+    lines += [(__doc__ or "").partition("a part of it\n\n")[2].strip(), "", "Made by `python benchmarks/structure.py`.", ""]
+    for r in results:
+        lines += _section(r)
+    return "\n".join(lines)
+
+
+def _section(r: Mapping[str, Any]) -> list[str]:
+    heads = [f"the pick over it, batch {b}" for b in r["batches"]]
+    lines = [f"## {r['name']}", "", f"Floor {r['floor']}, budget {r['budget']}, {r['seconds']:.0f} s used: {r['status']}.", ""]
+    lines += [f"- families: {', '.join(r['families']) or 'none'}", f"- recipe: {r['recipe']}"]
+    lines += [f"- other processes took {r['others']:.0%} of the cores while this was timed", ""]
+    lines += [f"| arm | test {r['unit']} | bytes, of the baseline's | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
+    for name in (PICK, INT8, LOSSLESS):
+        if name in r["quality"]:
+            over = [_ratio(r["pick over"].get(name, {}).get(str(b))) for b in r["batches"]]
+            share = r["bytes"][name] / r["bytes of the baseline"]
+            lines.append(f"| {name} | {r['quality'][name]:.2f} | {share:.3f} | {' | '.join(over)} |")
+    return [*lines, ""]
+
+
+def _ratio(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "–"
+    if found["verdict"] == UNMEASURED:
+        return "not measured well enough"
+    return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
+
+
+def main() -> None:
+    """The workloads that are asked for."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--only", action="append", help="a workload of the list, by the beginning of its name")
+    parser.add_argument("--budget", help="of each search, such as 20m")
+    parser.add_argument("--restarts", type=int, default=8)
+    parser.add_argument("--work", type=Path, default=Path("out/structure"))
+    options = parser.parse_args()
+    for name, (reference, floor, budget) in TASKS.items():
+        if options.only and not any(name.startswith(o) for o in options.only):
+            continue
+        result = compared(name, reference, floor, options.budget or budget, options.work, options.restarts)
+        kept = {r["name"]: r for r in read_json(KEPT)["workloads"]} if KEPT.exists() else {}
+        kept[name] = result
+        write_json(KEPT, {"workloads": list(kept.values())})
+        atomic_write(TABLE, table(list(kept.values())))
+        print("\n".join(_section(result)))
+
+
+if __name__ == "__main__":
+    main()
