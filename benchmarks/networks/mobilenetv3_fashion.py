@@ -21,7 +21,7 @@ EXAMPLES, SIDE, BATCH, EPOCHS = 8000, 64, 32, 6
 
 
 def operators() -> torch.library.Library | None:
-    """What torchvision's own library would bring: its names, so that timm can be imported where only its Python part is there."""
+    """The names that torchvision's own library brings, for timm, which can then be imported without it."""
     if hasattr(torch.ops.torchvision, "nms"):
         return None
     found = torch.library.Library("torchvision", "DEF")
