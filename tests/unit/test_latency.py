@@ -14,6 +14,7 @@ import torch
 from quadriga import workloads
 from quadriga.measure.arm import block, load_eager, warm
 from quadriga.measure.latency import arm_spec, paired, write_inputs
+from quadriga.measure.machine import Busy
 from quadriga.measure.memory import peak, peak_resident, resident
 from quadriga.measure.process import ArmFailed, Process, user_environment
 from quadriga.measure.timings import Timings
@@ -38,7 +39,7 @@ class World:
         return SimulatedArm(self, name)
 
     def time(self, named, **options):
-        options = {"restarts": 3, "blocks": 4, "block_seconds": 1.0, **options}
+        options = {"restarts": 3, "blocks": 4, "block_seconds": 1.0, "look": lambda: Busy(0.0, 0.0), **options}
         return paired(named, {1: torch.zeros(1), 8: torch.zeros(8)}, launch=self.launch, clock=lambda: self.now, **options)
 
 
@@ -136,6 +137,40 @@ def test_restarts_go_on_beyond_the_budget_until_they_are_enough(tmp_path):
     assert never.restarts == 6
 
 
+def others(*shares):
+    """A look at the cores: in each restart others take such a share of them; after the last, none."""
+    looks, state = iter(shares), {"work": 0.0, "total": 0.0, "end": False}
+
+    def look():
+        if state["end"]:
+            state["work"] += 100 * next(looks, 0.0)
+            state["total"] += 100
+        state["end"] = not state["end"]
+        return Busy(state["work"], state["total"])
+
+    return look
+
+
+def test_a_disturbed_restart_is_made_again(tmp_path):
+    """Three of six are disturbed: six calm ones count, the others are told of and left out."""
+    world = World({"a": 0.01, "b": 0.01})
+    timings = world.time(arms("ab"), folder=tmp_path, restarts=6, look=others(0.0, 0.5, 0.4, 0.0, 0.3))
+    assert timings.restarts == 6 and [round(x, 1) for x in timings.left_out] == [0.5, 0.4, 0.3]
+    assert timings.disturbed < 0.01 and all(len(timings[b][a]) == 6 for b in (1, 8) for a in "ab")
+    assert sum(event[0] == "launch" for event in world.events) == 2 * 9
+
+
+def test_where_it_never_gets_calm_the_calmest_count(tmp_path):
+    shares = (0.5, 0.2, 0.4, 0.3, 0.6, 0.9)
+    timings = World({"a": 0.01}).time(arms("a"), folder=tmp_path, restarts=3, look=others(*shares))
+    assert [round(x, 1) for x in timings.others] == [0.2, 0.4, 0.3] and len(timings.left_out) == 3
+
+
+def test_disturbed_restarts_are_not_made_again_beyond_the_budget(tmp_path):
+    timings = World({"a": 0.01}).time(arms("a"), folder=tmp_path, restarts=6, budget=0.0, look=others(*[0.5] * 9))
+    assert timings.restarts == 4 and not timings.left_out
+
+
 def test_the_budget_stops_restarts_but_leaves_four(tmp_path):
     two = arms("ab")
     spent = World({"a": 0.01, "b": 0.01})
@@ -229,7 +264,8 @@ def test_real_processes_sleep_while_the_other_is_timed(tmp_path):
         "kind": {"kind": "quantum"},
     }
     inputs = {1: torch.zeros(1, 2), 3: torch.zeros(3, 2)}
-    timings = paired(named, inputs, restarts=2, blocks=3, block_seconds=0.02, folder=tmp_path / "work", timeout=60)
+    calm, work = lambda: Busy(0.0, 0.0), tmp_path / "work"
+    timings = paired(named, inputs, restarts=2, blocks=3, block_seconds=0.02, folder=work, timeout=60, look=calm)
     assert set(timings.errors) == {"crash", "raise", "missing", "kind"}
     assert "status 7" in timings.errors["crash"]
     assert "no such kernel" in timings.errors["raise"]

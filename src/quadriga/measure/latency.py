@@ -16,6 +16,7 @@ from quadriga.measure.timings import Blocks, Timings
 from quadriga.measure.tree import save_tree
 
 Launch = Callable[[str, Mapping[str, Any], Path], Arm]
+AGAIN = 2  # times as many restarts as were asked for, at the most, where other processes disturb them
 LEAST_RESTARTS = 4  # with fewer, a 99 % interval over restarts is seldom narrow enough to be a result
 
 
@@ -56,13 +57,14 @@ def paired(
 
     In each restart every arm gets a fresh process with the user's own environment; all load, then wait blocked on a
     pipe. Block by block each arm is timed alone while the others sleep, in an order that rotates, so that the machine's
-    slow changes fall on all alike. Restarts are the unit that `Timings.ratio` takes its interval over. (Calls interleaved
-    in one process doubled eager's time here: the runtimes' threads spin against each other.)
+    slow changes fall on all alike. Restarts are the unit that `Timings.ratio` takes its interval over; one during which other
+    processes took more than a tenth of the cores is made again while the budget lasts. (Calls interleaved in one process
+    doubled eager's time here: the runtimes' threads spin against each other.)
 
     Args:
         arms: by name, {"kind": "folder", "path"} or {"kind": "eager", "workload", "checkpoint", "recipe", "spec"}.
         inputs: for each batch size, the inputs tree.
-        restarts: fresh processes per arm; 6 to 12.
+        restarts: fresh processes per arm; 6 to 12, and as many again where others disturb.
         blocks: per restart, arm and batch size.
         block_seconds: a block has as many calls as last this long, counted once per arm and batch after warm-up.
         folder: for the inputs and the arms' standard error.
@@ -82,16 +84,19 @@ def paired(
     specs = {name: arm_spec(arm, files) for name, arm in arms.items()}
     session = _Session(Timings.empty(list(inputs), list(arms), restarts), launch, folder, blocks, block_seconds, timeout, look)
     order, start, longest = random.Random(seed), clock(), 0.0
-    for number in range(restarts):
+    for number in range(AGAIN * restarts):
         began, alive = clock(), [name for name in specs if name not in session.timings.errors]
+        if session.timings.calm >= restarts:
+            break
         late = budget is not None and number >= LEAST_RESTARTS and began - start + longest > budget
         if not alive or (late and enough(session.timings)):
             break
-        told(f"restart {number + 1} of {restarts}")
+        again = ", again, since other processes disturbed" if number >= restarts else ""
+        told(f"restart {min(number, restarts - 1) + 1} of {restarts}{again}")
         order.shuffle(alive)
         session.restart({name: specs[name] for name in alive})
         longest = max(longest, clock() - began)
-    return session.timings
+    return session.timings.calmest(restarts, min(restarts, LEAST_RESTARTS))
 
 
 @dataclass

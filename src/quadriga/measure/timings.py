@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from quadriga.core.measurement import Interval, Measurement
 from quadriga.measure.stats import Ratio, ratio, student
 
+CALM = 0.1  # of the cores taken by others: on two cores a second process shows from about here on
 Blocks = list[tuple[float, float]]  # over blocks: (wall, processor) seconds per call
 
 
@@ -29,6 +30,7 @@ class Timings:
         growth: arm → the part of it above torch and the inputs, and what its tensors took on a GPU.
         device: arm → the most bytes that its tensors took on a GPU; 0 where it used none.
         others: for each restart the share of all cores' time that went to other processes or other machines.
+        left_out: the same of restarts that were made again since others took more than `CALM`.
     """
 
     seconds: dict[int, dict[str, list[Blocks]]]
@@ -40,6 +42,7 @@ class Timings:
     growth: dict[str, int] = field(default_factory=dict)
     device: dict[str, int] = field(default_factory=dict)
     others: list[float] = field(default_factory=list)
+    left_out: list[float] = field(default_factory=list)
 
     @classmethod
     def empty(cls, batches: list[int], arms: list[str], planned: int) -> Timings:
@@ -94,6 +97,32 @@ class Timings:
     def disturbed(self) -> float:
         """The share of the cores that others took, in the mean over restarts; 0 where nothing was timed."""
         return sum(self.others) / len(self.others) if self.others else 0.0
+
+    @property
+    def calm(self) -> int:
+        """Restarts during which others left the cores alone."""
+        return sum(share <= CALM for share in self.others)
+
+    def calmest(self, most: int, least: int) -> Timings:
+        """Without disturbed restarts, as far as `least` are left; chosen by what others did, whatever the times were.
+
+        Args:
+            most: restarts that were asked for.
+            least: restarts that are kept, however disturbed.
+        """
+        order = sorted(
+            range(len(self.others)), key=lambda k: (self.others[k] > CALM, self.others[k] * (self.others[k] > CALM), k)
+        )
+        kept = sorted(order[: max(min(self.calm, most), min(least, len(order)))])
+        if len(kept) == len(self.others):
+            return self
+        seconds = {
+            batch: {arm: [blocks[k] for k in kept if k < len(blocks)] for arm, blocks in arms.items()}
+            for batch, arms in self.seconds.items()
+        }
+        out = [share for k, share in enumerate(self.others) if k not in kept]
+        shares = [self.others[k] for k in kept]
+        return replace(self, seconds=seconds, others=shares, left_out=out, restarts=len(kept))
 
     def plain(self) -> dict[str, Any]:
         """As JSON data."""

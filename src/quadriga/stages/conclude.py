@@ -15,13 +15,13 @@ from quadriga.core.trial import Trial
 from quadriga.measure.latency import LEAST_RESTARTS
 from quadriga.measure.quality import Scores
 from quadriga.measure.stats import WIDE
-from quadriga.measure.timings import Timings
+from quadriga.measure.timings import CALM, Timings
 from quadriga.stages.ablate import Ablation
 from quadriga.stages.baseline import fastest, lossless_trials
 from quadriga.stages.prices import BLOCK_SECONDS, BLOCKS, RESTARTS, hand_over_seconds, verification_seconds
 from quadriga.stages.ratios import not_faster, opponents_ratios, surely, unmeasured, widest
 from quadriga.stages.state import LEVEL, Study
-from quadriga.stages.timing import CALM, quiet, timed, wait_for_calm
+from quadriga.stages.timing import quiet, timed, wait_for_calm
 from quadriga.stages.training_cost import time_training
 from quadriga.verify.fake import Worth, told
 from quadriga.verify.quality import compare, without_labels

@@ -195,7 +195,9 @@ def records(
 def _timing(conclusion: Conclusion | None) -> dict[str, Any]:
     """How the verification was timed, and the share of the cores that others took in each restart."""
     found = conclusion.timings if conclusion else None
-    return {"restarts": found.restarts, "planned": found.planned, "others": found.others} if found else {}
+    if not found:
+        return {}
+    return {"restarts": found.restarts, "planned": found.planned, "others": found.others, "left_out": found.left_out}
 
 
 def pareto(study: Study, explorer: Explorer | None, conclusion: Conclusion | None) -> list[dict[str, Any]]:

@@ -9,11 +9,10 @@ from typing import Any
 from quadriga.core.recipe import Recipe
 from quadriga.measure.latency import paired
 from quadriga.measure.machine import Busy, busy, others
-from quadriga.measure.timings import Timings
+from quadriga.measure.timings import CALM, Timings
 from quadriga.stages.state import Study
 
 EXTRA = 120.0  # seconds that the target may take above what the timing is allowed
-CALM = 0.1  # of the cores taken by others: on two cores a second process shows from about here on
 
 
 def quiet(study: Study) -> None:
