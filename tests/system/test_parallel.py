@@ -83,3 +83,12 @@ def test_bad_input_is_said_once_and_not_tried_again(folder):
     said = [line for line in done.stderr.splitlines() if line.startswith("quadriga: ")]
     assert len(said) == 1 and "needs 2 processes, or a multiple, and there are 3" in said[0]
     assert len(done.stdout.strip().splitlines()) == 1 and "3" in json.loads(done.stdout)["error"]["message"]
+
+
+def test_ranks_that_made_different_workloads_do_not_train(folder):
+    """The user's file goes by something that differs in each process; one voice says so, and nothing was trained."""
+    (folder / "w.py").write_text(MODEL.replace("MARK =", 'Y = Y.roll(int(os.environ.get("RANK", "0")))\nMARK ='))
+    done = quadriga(folder, "train", "w.py", "--out", "both", "--nproc", "2")
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("another process made another workload") == 1 and "Traceback" not in done.stderr
+    assert not list((folder / "both").glob("checkpoints/*"))

@@ -352,6 +352,18 @@ def test_a_machine_where_nothing_starts_is_left_out(tmp_path):
     assert dict(engine.resources().machines) == {"host-a": 2} and "ImportError: torch" in engine.machines.notes[-1]
 
 
+def test_a_worker_that_never_has_the_workload_is_ended(tmp_path):
+    """Its machine gets no more than three; what was given to it goes on elsewhere."""
+    cluster = Imitated(A, B)
+    cluster.ready = lambda worker: cluster.where[worker] == "a"
+    engine, _ = made(tmp_path, cluster=cluster, loading=50.0)
+    for _ in range(4):
+        engine.wait(60.0)
+    on_b = {worker for worker, where in cluster.where.items() if where == "b"}
+    assert on_b <= set(cluster.dead) and len(on_b) <= 4 and "not loaded within 50 s" in engine.machines.notes[-1]
+    assert dict(engine.resources().machines) == {"host-a": 2}
+
+
 def test_settings_that_cannot_be_are_refused(tmp_path):
     with pytest.raises(BadInput, match='did you mean "ray"'):
         Where("rey")

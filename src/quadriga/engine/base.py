@@ -9,7 +9,7 @@ from typing import Any, Protocol
 # what a process of one trial computes with; set before torch is imported
 SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
 
-
+LOADING = 900.0  # seconds in which a worker has to have the workload; whole data sets may have to be read over a network
 ANYWHERE = frozenset({"train", "hello"})  # tasks that any machine may do; what is timed, or built to be timed, is the target's
 TOGETHER = "train"  # the task that several ranks can do as one
 

@@ -20,11 +20,10 @@ from quadriga.core.errors import BadInput
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
 from quadriga.engine.admission import fatal
-from quadriga.engine.base import SINGLE, Order, Resources
+from quadriga.engine.base import LOADING, SINGLE, Order, Resources
 from quadriga.measure.machine import facts
 
 LATE, DIED = "late", "died"  # how a process fails
-LOADING = 900.0  # seconds; whole data sets may have to be read over a network
 
 
 class Local:

@@ -16,7 +16,7 @@ from typing import Any
 
 from quadriga.core.errors import BadInput
 from quadriga.core.trial import Status
-from quadriga.engine.base import ANYWHERE, TOGETHER, Order, Resources
+from quadriga.engine.base import ANYWHERE, LOADING, TOGETHER, Order, Resources
 from quadriga.engine.cluster import Cluster, Died, Failed, Machine
 from quadriga.engine.machines import Machines
 
@@ -40,6 +40,7 @@ class Place:
     order: Order | None = None
     tries: int = 0
     began: float = 0.0
+    came: float = 0.0  # when its workers were started
     first: Any = None  # the call whose value counts
     value: dict[str, Any] | None = None
     error: str = ""  # of the first rank that raised one
@@ -65,6 +66,7 @@ class Ray:
         ranks: workers that train a trial together.
         alike: use machines like the target alone, since what trainings cost is compared.
         key: of the driver's workload, which a worker compares with its own; "" to compare with nothing.
+        loading: seconds in which a worker has to have the workload.
         clock: seconds.
 
     Raises:
@@ -73,9 +75,10 @@ class Ray:
 
     def __init__(
         self, cluster: Cluster, reference: str, folder: Path, seed: int, *, target: str | None = None, live: int = LIVE,
-        gpus: float = 0.0, ranks: int = 1, alike: bool = False, key: str = "", clock: Callable[[], float] = time.monotonic,
+        gpus: float = 0.0, ranks: int = 1, alike: bool = False, key: str = "", loading: float = LOADING,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
-        self.cluster, self.gpus, self.ranks, self.clock = cluster, gpus, ranks, clock
+        self.cluster, self.gpus, self.ranks, self.clock, self.loading = cluster, gpus, ranks, clock, loading
         self.spec = {"workload": reference, "folder": str(folder.resolve()), "seed": seed, "key": key}
         self.machines = Machines(cluster, folder.resolve(), target, alike, clock)
         self.target = self.machines.target
@@ -163,7 +166,7 @@ class Ray:
             missing = machine.cpus - sum(p.machine is not None and p.machine.id == machine.id for p in self.places)
             for _ in range(min(missing, free)):
                 worker = self.cluster.start(self.spec, machine, gpus=self.gpus, firm=True)
-                self.places.append(Place(machine, [worker], starting=[self.cluster.call(worker, "ready")]))
+                self.places.append(Place(machine, [worker], starting=[self.cluster.call(worker, "ready")], came=self.clock()))
                 free -= 1
         if not self.places and not self._wanted():
             raise BadInput(
@@ -206,7 +209,7 @@ class Ray:
         for place in idle[: max(missing, 0)]:
             self._drop(place)
         room, workers = self.cluster.group(self.spec, order.ranks, gpus=self.gpus)
-        place = Place(None, workers, room, [self.cluster.call(w, "ready") for w in workers])
+        place = Place(None, workers, room, [self.cluster.call(w, "ready") for w in workers], came=self.clock())
         self.places.append(place)
         return place
 
@@ -233,6 +236,8 @@ class Ray:
         for ref in self.cluster.wait(list(heard), timeout):
             if heard[ref] in self.places:
                 self._heard(heard[ref], ref)
+        for place in [p for p in self.places if p.starting and self.clock() - p.came > self.loading]:
+            self._lost(place, f"the workload was not loaded within {self.loading:.0f} s")
         for place in [p for p in self.places if p.error and self.clock() - p.erred > GRACE]:
             self._failed(place, place.error)
         for place in [p for p in self.places if p.running and p.order and self.clock() - p.began > p.order.limit]:
