@@ -135,8 +135,6 @@ class Bench:
         print(f"[recovery] {said}: {recipe}", file=sys.stderr, flush=True)
         key = name.replace(" ", "-").replace(",", "")
         args = {"recipe": recipe.plain(), "hash": recipe.hash, "name": key, "batches": [1, self.workload.batch_size]}
-        if "baseline" in self.done:
-            args["teacher"] = str(self.folder / "checkpoints" / self.done["baseline"]["checkpoint"])
         made = self.ask("realize", args, said)
         scored = self.ask("score", {**args, "split": "test", "folder": f"built/{key}"}, said)
         values = {**made["values"], "quality": scored["values"]["quality"]}

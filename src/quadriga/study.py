@@ -22,6 +22,7 @@ from quadriga.stages.explore import Explorer, load_portfolio
 from quadriga.stages.handover import Kept, clear, keep
 from quadriga.stages.heat import heat, share
 from quadriga.stages.opening import open_study
+from quadriga.stages.portfolio import adapted
 from quadriga.stages.prices import verification_seconds
 from quadriga.stages.profile import order_profile
 from quadriga.stages.rates import learning_rates
@@ -107,9 +108,7 @@ def optimize(workload: Workload | str, *, budget: str | float = "10m", quiet: bo
 
 def _stations(study: Study) -> dict[str, Any]:
     """All stations in order; each takes up what its trials say was done before."""
-    study.portfolio = [
-        study.space.tuned(study.space.complete(study.space.adapt(r))) for r in load_portfolio(study.options.minimize)
-    ]
+    study.portfolio = adapted(study, load_portfolio(study.options.minimize))
     smallest = check_floor(study)
     try:
         measure_baseline(study)

@@ -76,6 +76,19 @@ def test_a_rank_is_killed_and_the_training_ends_as_in_one_process(folder):
     assert json.loads(again.stdout.strip().splitlines()[-1])["seconds"] == two["seconds"]
 
 
+def test_ranks_come_to_one_teacher(folder):
+    """They train the baseline together, and then learn from it: the outcome is that of one process."""
+    recipe = ['method = "distill"', 'method = "optimizer"\nkind = "adam"\nlr = 0.01', 'method = "train"\nepochs = 2']
+    (folder / "r.toml").write_text("".join(f"[[step]]\n{one}\n" for one in recipe))
+    words = ("train", "w.py", "--recipe", "r.toml", "--json")
+    done = [quadriga(folder, *words, "--out", "alone"), quadriga(folder, *words, "--out", "both", "--nproc", "2")]
+    assert [d.returncode for d in done] == [0, 0], done[1].stderr[-3000:]
+    one, two = (json.loads(d.stdout.strip().splitlines()[-1]) for d in done)
+    assert one["quality"] == two["quality"] and "trained first" in one["note"] and "trained first" in two["note"]
+    kept = [sorted(p.name for p in (folder / out / "checkpoints").iterdir()) for out in ("alone", "both")]
+    assert kept[0] == kept[1] and len(kept[0]) == 2, "the baseline and the recipe"
+
+
 def test_bad_input_is_said_once_and_not_tried_again(folder):
     (folder / "r.toml").write_text('[[step]]\nmethod = "tensor_parallel"\n[[step]]\nmethod = "train"\nepochs = 1\n')
     done = quadriga(folder, "train", "w.py", "--recipe", "r.toml", "--nproc", "3", "--json")

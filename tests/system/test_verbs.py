@@ -77,6 +77,22 @@ ratio = 0.8
 [[step]]
 method = "onnxruntime"
 """
+DISTIL = """
+[[step]]
+method = "shrink"
+features = 0.5
+[[step]]
+method = "distill"
+[[step]]
+method = "optimizer"
+kind = "adam"
+lr = 0.01
+[[step]]
+method = "train"
+epochs = 2
+[[step]]
+method = "onnxruntime"
+"""
 EXPORT = INT8.replace('[[step]]\nmethod = "quantize_int8"\nactivations = "weights"\n', "")
 
 
@@ -152,6 +168,34 @@ def test_a_training_that_breaks_has_failed_and_a_recipe_that_does_not_fit_is_bad
     (folder / "heads.toml").write_text('[[step]]\nmethod = "prune_heads"\n' + EXPORT)
     assert "diverged" in call("train", "mine.py", "--recipe", "high.toml", "--out", "high", status=1)["error"]["message"]
     assert "refused" in call("train", "mine.py", "--recipe", "heads.toml", "--out", "heads", status=2)["error"]["message"]
+
+
+def test_what_a_recipe_is_refused_for_is_said_before_anything_is_trained(call, folder):
+    """By a trait, by a layer, by the export; behind a train step too, and with a remedy each time."""
+    bad = {
+        "heads": '[[step]]\nmethod = "prune_heads"\n' + EXPORT,
+        "flip": '[[step]]\nmethod = "flip"\n' + EXPORT,
+        "late": INT8 + '[[step]]\nmethod = "prune_weights"\n',
+        "again": EXPORT.replace("epochs = 3", "epochs = 3\ncontinue = true"),
+    }
+    step = {"heads": "prune_heads()", "flip": "flip()", "late": "prune_weights()", "again": "train(epochs=3, continue=True)"}
+    for name in ("heads", "flip", "late", "again"):
+        (folder / f"{name}.toml").write_text(bad[name])
+        for words in (("train", "mine.py", "--recipe", f"{name}.toml"), ("compare", f"{name}.toml", "mine.py")):
+            said = call(*words, "--out", f"refused-{name}", status=2)["error"]
+            assert f"before anything was trained: refused at {step[name]}: " in said["message"] and said["remedy"]
+        assert not list((folder / f"refused-{name}").rglob("*.safetensors"))
+
+
+def test_who_is_to_learn_from_the_baseline_has_it_trained_first(call, folder):
+    """From fresh weights there is no teacher yet: it is trained, kept, and told of; its cost is not the recipe's."""
+    (folder / "distil.toml").write_text(DISTIL)
+    found = call("train", "mine.py", "--recipe", "distil.toml", "--out", "taught")
+    assert found["status"] == "complete" and found["samples"] == 2 * 608
+    assert "distill learns from the baseline, so that is trained first" in found["note"]
+    kept = sorted(p.name for p in (folder / "taught" / "checkpoints").iterdir())
+    call("train", "mine.py", "--out", "taught")  # the baseline itself: it is there
+    assert len(kept) == 2 and sorted(p.name for p in (folder / "taught" / "checkpoints").iterdir()) == kept
 
 
 def test_train_again_trains_nothing(call, trained, folder):

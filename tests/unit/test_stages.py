@@ -207,19 +207,6 @@ def test_training_is_timed_in_fresh_processes_and_weighed_by_its_examples(monkey
     assert time_training(study, Recipe(), samples=250.0) is None
 
 
-def test_every_order_knows_the_teacher(tmp_path):
-    """The artifact of a recipe that distils was refused for want of one."""
-    orders = []
-    engine = SimpleNamespace(submit=orders.append, resources=lambda: SimpleNamespace(target={}))
-    with Store(tmp_path) as store:
-        study = Study(tiny_mlp(), Options(FLOOR), tmp_path, store, engine, None, lambda event: None)
-        study.submit("baseline", "train", Recipe())
-        study.add(Trial(0, "baseline", Recipe(), values={"quality": 1.0}, info={"checkpoint": "abc"}))
-        study.submit("artifact", "artifact", Recipe(), args={"folder": "f"})
-    assert [o.args["teacher"] for o in orders] == [None, str(tmp_path / "checkpoints" / "abc")]
-    assert orders[1].args["folder"] == "f"
-
-
 def test_a_long_wait_says_what_is_under_way(tmp_path):
     """No phase of more than five seconds is silent; what is finished is not told of."""
     said, now = [], [0.0]

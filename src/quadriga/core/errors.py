@@ -29,11 +29,14 @@ class NotApplicable(Exception):
     Args:
         reason: the fact that stands in the way; it names the layer where there is one.
         remedy: what would change it, if anything would.
+
+    `place` is the number of the step that refused, from 0, once who walks the recipe has set it.
     """
 
     def __init__(self, reason: str, remedy: str = "") -> None:
         super().__init__(f"{reason} ({remedy})" if remedy else reason)
         self.reason, self.remedy = reason, remedy
+        self.place: int | None = None
 
 
 class Failed(Exception):

@@ -154,17 +154,35 @@ class Method(ABC):
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
 
 
+def invariant(change: str) -> str:
+    """The trait that a change of the input keeps its label, as the workload declares it.
+
+    Example:
+        >>> invariant("horizontal_flip")
+        'INVARIANT_HORIZONTAL_FLIP'
+    """
+    return f"INVARIANT_{change.upper()}"
+
+
+UNDECLARED = 'the workload does not say that {} keeps its label; declare invariances={{"{}"}} if it does'
+CHANGED_IMAGES = {
+    "horizontal_flip": "a mirrored image",
+    "rotation": "a turned image",
+    "translation": "a shifted image",
+    "color": "a recoloured image",
+}
 REMEDIES = {
     "TRAINED": "put a train step before it",
     "TRAIN_DATA": "give the workload training data",
     "FLOAT_WEIGHTS": "put it before quantization",
-    "TEACHER": "the trained baseline serves as teacher; the workload has none",
+    "TEACHER": "the trained baseline teaches, and this one is not trained: give it a train step, or trained=True",
     "PER_EXAMPLE_LOSS": "let the loss return one value per example",
     "LOGITS": "it needs scores of classes and integer targets [batch, ...]; give classes_dim where shapes do not tell",
     "CUDA": "put the step cuda before it, on a machine with an NVIDIA GPU",
     "CLASSES": "it needs class logits [batch, classes] and integer targets [batch]",
     "TOKENS": "it needs token numbers, int64 [batch, length]",
     "IMAGES": "it needs inputs of shape [batch, channels, height, width]",
+    **{invariant(change): UNDECLARED.format(image, change) for change, image in CHANGED_IMAGES.items()},
 }
 
 

@@ -13,6 +13,7 @@ from quadriga.core.batch import Batch, Tree, call, copied, evaluating, primary
 from quadriga.core.classes import class_dim
 from quadriga.core.data import Data
 from quadriga.core.errors import BadInput
+from quadriga.core.method import invariant
 from quadriga.core.metric import Metric
 from quadriga.core.slots import OptimizerSlot, RuntimeSpec, Training
 from quadriga.core.workload import Workload, uses_images, uses_tokens
@@ -24,6 +25,10 @@ Arm = tuple[nn.Module, Tree]  # a model and the inputs it is called with
 def undecided(key: str, compute: Callable[[], Any]) -> Any:
     """The service `decide` where nothing is kept: compute it."""
     return compute()
+
+
+def untold(what: str) -> None:
+    """The service `leave` where nobody asks."""
 
 
 class Kept(Sequence[Batch]):
@@ -87,6 +92,7 @@ class Context:
         runtime: the specification that the whole recipe ends in, as far as its later hardware steps say.
         decide: (key, compute) → plain data: what `compute` returned when this step of this recipe was first applied, so
             that a decision by a measurement is made once, and every process rebuilds the same network.
+        leave: told by a method of what it was asked for and left as it is, with the reason, since the rest of it applies.
         again: makes, in another process, the setup that a train step finds, and the data that it learns from; it can be
             pickled. None where nothing can, and what a worker needs has to be sent.
     """
@@ -108,6 +114,7 @@ class Context:
     pace: Callable[[Sequence[Setup]], list[float]] | None = None
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
     decide: Callable[[str, Callable[[], Any]], Any] = undecided
+    leave: Callable[[str], None] = untold
     again: Callable[[], tuple[Setup, Data]] | None = None
 
     def __post_init__(self) -> None:
@@ -233,7 +240,7 @@ def first_traits(model: nn.Module, workload: Workload, classes: int | None, cont
         "TOKENS": uses_tokens(workload.example),
         "PER_EXAMPLE_LOSS": _per_example(model, workload),
     }
-    return frozenset(name for name, holds in facts.items() if holds)
+    return frozenset(name for name, holds in facts.items() if holds) | {invariant(change) for change in workload.invariances}
 
 
 def _per_example(model: nn.Module, workload: Workload) -> bool:

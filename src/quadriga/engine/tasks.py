@@ -17,11 +17,12 @@ from torch import nn
 
 from quadriga import artifact, runtime
 from quadriga.core.batch import Tree, call
+from quadriga.core.copies import copy_model
 from quadriga.core.errors import BadInput, Diverged, NotApplicable
 from quadriga.core.metric import Metric
 from quadriga.core.products import products_kept
 from quadriga.core.recipe import Recipe
-from quadriga.core.setup import Arm, Context, Setup
+from quadriga.core.setup import PROBE, Arm, Context, Setup
 from quadriga.core.slots import RuntimeSpec
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
@@ -78,7 +79,8 @@ class Desk:
             return {"status": Status.COMPLETE, **getattr(self, f"_{task}")(recipe, args)}
         except NotApplicable as refusal:
             step = getattr(refusal, "__notes__", [None])[-1]
-            return {"status": Status.REFUSED, "reason": refusal.reason, "remedy": refusal.remedy, "step": step}
+            told = {"reason": refusal.reason, "remedy": refusal.remedy, "step": step, "place": refusal.place}
+            return {"status": Status.REFUSED, **told}
         except Diverged as error:
             return {"status": Status.DIVERGED, "reason": str(error)}
         except BadInput as error:
@@ -96,11 +98,11 @@ class Desk:
 
     def _cost(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Bytes, parameters and speed of a recipe whose train steps are skipped; its weights are not trained."""
-        if args.get("objective") != "train_cost":
-            return {"values": self._measure(self._probe(recipe), args)}
-        paces = self._paces(recipe)
-        walked = self._probe(recipe, before_train=paces.note)
-        return {"values": {**self._measure(walked, args), "pace": paces.ratio(PATIENCE)}}
+        paces = self._paces(recipe) if args.get("objective") == "train_cost" else None
+        walked = self._probe(recipe, before_train=paces.note if paces else None)
+        pace = {"pace": paces.ratio(PATIENCE)} if paces else {}
+        left = {"left": [list(pair) for pair in walked.left]} if walked.left else {}
+        return {"values": {**self._measure(walked, args), **pace}, "info": left}
 
     def _measure(self, walked: Walked, args: Mapping[str, Any]) -> dict[str, float]:
         model = walked.setup.model.eval()
@@ -118,9 +120,9 @@ class Desk:
         setup = walked.setup
         try:
             built = runtime.build(setup.model.eval(), setup.runtime, setup.context, folder, (1, self.workload.batch_size))
-        except NotApplicable:
+        except NotApplicable as refusal:
             if setup.runtime.name != "eager" or setup.runtime.quant is not None or setup.runtime.alone is not None:
-                raise
+                raise _blamed(refusal, walked) from refusal.__cause__
             return _Live(runtime.prepare(setup.model.eval(), setup.runtime)), weight_bytes(setup.model)
         run = built.run()
         if not keep:
@@ -175,9 +177,16 @@ class Desk:
         rows = profile(model, self.workload.inputs(batch), repeats=50, seconds=1.0, ceiling=limits)
         return {"batch": batch, "seconds": sum(row["seconds"] for row in rows), "layers": rows}
 
+    def _rehearse(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
+        """What a training of the recipe would be refused for, found on untrained weights: its steps, optimizers and export."""
+        walked = self._probe(recipe, rehearsal=True, before_train=_begun)
+        if PROBE in walked.setup.traits:  # else it was trained before
+            self._executable(walked, f"rehearsal-{recipe.hash}", keep=False)
+        return {"values": {}}
+
     def _follow(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Train, and nothing else: what all processes do that train together."""
-        self._walk(recipe, args)
+        self._walk(recipe)
         return {"values": {}}
 
     def _train(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -185,14 +194,18 @@ class Desk:
 
         With "keep" what was realised stays in built/train-HASH, so that it can become the artifact.
         """
-        walked = self._walk(recipe, args)
+        walked = self._walk(recipe)
         run, size = self._executable(walked, f"train-{args['hash']}", keep=bool(args.get("keep")))
         parts = self._scored_parts(run, "val", f"{args['hash']}.npz", walked.setup.runtime.alone is not None)
         scores = min(parts, key=lambda part: self.workload.metric.gain(part["quality"], 0.0))
         model = walked.setup.model
         sizes = {"bytes": float(size), "parameters": float(parameters(model))}
         values = {"quality": scores["quality"], **sizes, **self._training_cost(walked)}
-        kept = {"checkpoint": _name(walked), "decisions": list(walked.decisions), "notes": list(walked.notes)}
+        kept = {
+            "checkpoint": _name(walked),
+            "decisions": list(walked.decisions),
+            "notes": [*walked.notes, *_passed_over(walked)],
+        }
         if args.get("guess"):
             kept["guess"] = self._guess(run, scores["path"])
         if walked.staleness:
@@ -212,12 +225,9 @@ class Desk:
         seconds = {"seconds": walked.seconds, "cpu_seconds": walked.cpu_seconds}
         return {"samples": float(walked.samples), **seconds, "train_flops": 3.0 * walked.samples * forward}
 
-    def _walk(self, recipe: Recipe, args: Mapping[str, Any]) -> Walked:
-        teacher = Path(args["teacher"]) if args.get("teacher") else None
+    def _walk(self, recipe: Recipe) -> Walked:
         store = self.folder / "checkpoints"
-        return walk(
-            self.workload, recipe, seed=self.seed, store=store, teacher=teacher, progress=self.progress, **self._places()
-        )
+        return walk(self.workload, recipe, seed=self.seed, store=store, progress=self.progress, **self._places())
 
     def _probe(self, recipe: Recipe, **options: Any) -> Walked:
         """A walk that trains nothing. What it decides by measurement, a training of the same recipe takes over."""
@@ -299,7 +309,7 @@ class Desk:
 
     def _realize(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Realise a trained recipe in a folder that stays, and compare it with the model that it came from."""
-        walked = self._walk(recipe, args)
+        walked = self._walk(recipe)
         run, size = self._executable(walked, args["name"], keep=True)
         setup = walked.setup
         if setup.runtime.exact and not isinstance(run, _Live):
@@ -324,7 +334,7 @@ class Desk:
             folder = self.folder / args["folder"]
             run, alone = load_folder(folder), runtime.open_built(folder).spec.alone is not None
         else:
-            model = self._walk(recipe, args).setup.model.eval()
+            model = self._walk(recipe).setup.model.eval()
             run = lambda inputs: call(model, inputs)  # noqa: E731
         parts = self._scored_parts(run, args["split"], f"{args['split']}-{args['name']}.npz", alone)
         info = {"scores": parts[0]["path"], **({"alone": parts[1]["path"]} if alone else {})}
@@ -332,7 +342,7 @@ class Desk:
 
     def _artifact(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Write the artifact of a trained recipe, from what was realised and verified where there is such a folder."""
-        walked = self._walk(recipe, args)
+        walked = self._walk(recipe)
         setup = walked.setup
         built = runtime.open_built(self.folder / args["folder"], setup.runtime) if args.get("folder") else None
         source = self.workload.calibration_source
@@ -381,6 +391,28 @@ def _ended(error: Exception) -> dict[str, Any]:
     if refused := runtime.refusal(error):
         return {"status": Status.REFUSED, "reason": refused.reason, "remedy": refused.remedy, "step": None}
     return {"status": Status.CRASHED, "reason": _brief(error)}
+
+
+def _blamed(refusal: NotApplicable, walked: Walked) -> NotApplicable:
+    """The refusal of a runtime, with the step that it can be laid to: that of the rounding, where there is one."""
+    if walked.rounds is not None and refusal.place is None:
+        refusal.place = walked.rounds[0]
+        refusal.add_note(walked.rounds[1])
+    return refusal
+
+
+def _passed_over(walked: Walked) -> list[str]:
+    return [f"{step} passed over what does not apply: {why}" for step, why in walked.left]
+
+
+def _begun(setup: Setup, index: int) -> None:
+    """Begin a train step on a copy of the model, for what its optimizer and its hooks refuse."""
+    model = copy_model(setup.model)
+    optimizer = setup.optimizer.make(model)
+    for hook in setup.optimizer.make_hooks:
+        hook(model, optimizer)
+    for make in setup.training.make_hooks:
+        make(model)
 
 
 def _name(walked: Walked) -> str | None:

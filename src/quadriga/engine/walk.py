@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,8 +22,9 @@ from quadriga.core.setup import PROBE, Setup
 from quadriga.core.slots import Factors, RuntimeSpec, Schedule
 from quadriga.core.workload import Workload
 from quadriga.engine.decisions import Decisions
+from quadriga.engine.teacher import asks, can_teach, lesson
 from quadriga.methods import build
-from quadriga.train.checkpoint import load_finished, load_model
+from quadriga.train.checkpoint import load_finished
 from quadriga.train.gradients import fisher_diagonal, mean_gradients
 from quadriga.train.loop import fit
 from quadriga.workloads import load
@@ -43,6 +45,8 @@ class Walked:
         decisions: what methods decided by measurement: rows with "step", "key" and "value".
         notes: what happened in train steps, such as a return to an earlier state.
         staleness: of each train step by several workers, as in its outcome.
+        left: what steps were asked for and left as it is: pairs of the step and the reason.
+        rounds: number and name of the last step that set the type of the weights in the runtime, which may refuse it.
     """
 
     setup: Setup
@@ -53,6 +57,8 @@ class Walked:
     decisions: tuple[dict[str, Any], ...] = ()
     notes: tuple[str, ...] = ()
     staleness: tuple[dict[str, Any], ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
+    rounds: tuple[int, str] | None = None
 
 
 def walk(
@@ -61,13 +67,13 @@ def walk(
     *,
     seed: int,
     store: Path | None,
-    teacher: Path | None = None,
     progress: Callable[[float], None] | None = None,
     services: Mapping[str, Any] | None = None,
     decisions: Path | None = None,
     until: int | None = None,
     ready: Path | None = None,
     before_train: Callable[[Setup, int], None] | None = None,
+    rehearsal: bool = False,
 ) -> Walked:
     """Apply every step of a recipe to a fresh setup.
 
@@ -75,41 +81,68 @@ def walk(
     with a common prefix share its training and a killed step goes on where it was. Without a store nothing is trained:
     the walk is a cost probe, which grants TRAINED and can never be verified.
 
+    Where a method requires TEACHER, the baseline is walked first, in the same store: it is trained there once, for every
+    recipe and process that learns from it. A model that comes trained is its own teacher.
+
     Args:
-        teacher: checkpoint of the trained baseline, for methods that require TEACHER.
         services: further fields of the context, such as `evaluate` and `time`.
         decisions: folder of what methods decided by measurement; without one it holds for this walk.
         until: only so many steps are carried out; what the later ones say of the runtime is known all the same.
         ready: where a probe finds checkpoints: a train step that is finished there gives its weights, others are skipped.
-
         before_train: of a probe, called with the setup and the number of the step where a train step stands.
+        rehearsal: of a probe that a training follows: what is decided behind a skipped train step is not kept, since it
+            will be decided on other weights.
 
     Raises:
-        NotApplicable: a method refuses; Diverged: the loss is not finite.
+        NotApplicable: a method refuses, and `place` is the number of its step; Diverged: the loss is not finite.
     """
     assert workload.baseline is not None, "a workload fills in its baseline"
     recipe = recipe.on(workload.baseline)
     methods: list[Method | None] = [None if s.is_train else build(s) for s in recipe.steps]
-    start = _start(workload, seed, methods, teacher, dict(services or {}), probe=store is None)
+    known = dict(services or {})
+    if can_teach(workload) and asks(methods[:until]):
+        taught = lesson(workload, recipe)
+        places: dict[str, Any] = {"store": store, "decisions": decisions, "ready": ready}
+        teacher = walk(workload, taught, seed=seed, progress=progress, services=services, **places).setup.model
+        known["teacher"] = teacher.eval().requires_grad_(False)
+    start = _start(workload, seed, known)
     runtime = final_runtime(start, methods)
     decide = Decisions(decisions, lambda: [workload_key(workload), seed], runtime)
-    start = replace(start, context=replace(start.context, runtime=runtime, decide=decide))
-    walker = _Walker(workload, recipe, seed, store, progress, start, decide, ready, before_train, teacher=teacher)
+    left: list[tuple[str, str]] = []
+    context = replace(start.context, runtime=runtime, decide=decide, leave=lambda why: left.append((str(walker.at), why)))
+    start = replace(start, context=context)
+    walker = _Walker(workload, recipe, seed, store, progress, start, decide, ready, before_train, rehearsal)
     for index, method in enumerate(methods[:until]):
         decide.prefix = shaping(recipe, methods, index)
-        if method is None:
-            walker.train(index)
-        else:
-            walker.apply(method, index)
+        walker.at = recipe.steps[index]
+        with _placed(recipe, index):
+            if method is None:
+                walker.train(index)
+            else:
+                walker.apply(method, index)
     return Walked(
         walker.setup, walker.samples, walker.seconds, walker.cpu_seconds, walker.last, tuple(decide.plain()), walker.notes,
-        walker.staleness,
+        walker.staleness, tuple(left), walker.rounds,
     )  # fmt: skip
+
+
+@contextmanager
+def _placed(recipe: Recipe, index: int) -> Iterator[None]:
+    """A refusal of this step tells its name and its number, for those who may leave it out."""
+    try:
+        yield
+    except NotApplicable as refusal:
+        notes = getattr(refusal, "__notes__", None)
+        if not notes:  # else it is a method that acts in the course of training
+            refusal.add_note(recipe.steps[index].method)
+        named = [k for k, s in enumerate(recipe.steps[: index + 1]) if s.method == refusal.__notes__[-1]]
+        refusal.place = named[-1] if named else index
+        raise
 
 
 @dataclass
 class _Walker:
-    """The setup so far, and what it cost. `changed` names a structure step since the last train step."""
+    """The setup so far, and what it cost; `at` is the step in hand, `changed` a structure step since the last train step."""
 
     workload: Workload
     recipe: Recipe
@@ -120,22 +153,22 @@ class _Walker:
     decisions: Decisions
     ready: Path | None = None
     before_train: Callable[[Setup, int], None] | None = None
+    rehearsal: bool = False
     samples: int = 0
     seconds: float = 0.0
     cpu_seconds: float = 0.0
     notes: tuple[str, ...] = ()
     staleness: tuple[dict[str, Any], ...] = ()
-    teacher: Path | None = None
     last: Path | None = None
     changed: str = ""
+    at: Step | None = None
+    rounds: tuple[int, str] | None = None
 
     def apply(self, method: Method, index: int) -> None:
-        pending = len(self.setup.training.finish)
-        try:
-            self.setup = _apply(method, self.setup)
-        except NotApplicable as refusal:
-            refusal.add_note(method.name)  # which step it was, for those who may leave it out
-            raise
+        pending, before = len(self.setup.training.finish), self.setup.runtime
+        self.setup = _apply(method, self.setup)
+        if (before.quant, before.weights) != (self.setup.runtime.quant, self.setup.runtime.weights):
+            self.rounds = index, method.name
         if method.family is Family.STRUCTURE:
             self.changed = method.name
         if len(self.setup.training.finish) > pending and not any(s.is_train for s in self.recipe.steps[index + 1 :]):
@@ -148,7 +181,7 @@ class _Walker:
             raise NotApplicable("train requires TRAIN_DATA", "give the workload training data")
         if going_on and self.changed:
             raise NotApplicable(f"{self.changed} stands between a train step and its continuation", "put it before both")
-        if going_on and self.last is None and self.store is not None:
+        if going_on and not any(s.is_train for s in self.recipe.steps[:index]):
             raise NotApplicable("train has nothing to continue", "put a train step without continue before it")
         name = prefix_key(self.workload, self.recipe, index, self.seed, self.decisions.mark)
         if self.before_train is not None:
@@ -158,6 +191,8 @@ class _Walker:
         else:
             known = self.ready is not None and load_finished(self.ready / name, self.setup.model)
             self.setup = replace(self.setup, traits=self.setup.traits - {PROBE} if known else self.setup.traits | {PROBE})
+            if self.rehearsal and not known:
+                self.decisions.folder = None
         self.setup, self.changed = _after_train(self.setup, self.workload, keep=_continues(self.recipe, index)), ""
 
     def _fit(self, index: int, folder: Path, epochs: float, going_on: bool) -> None:
@@ -165,7 +200,7 @@ class _Walker:
         if setup.training.asynchronous is not None and self.workload.reference is not None:
             assert self.store is not None
             had = tuple(name for name in SERVICES if getattr(setup.context, name) is not None)
-            places = {"store": self.store, "teacher": self.teacher, "decisions": self.decisions.folder}
+            places = {"store": self.store, "decisions": self.decisions.folder}
             key = workload_key(self.workload)
             again = partial(rebuilt, self.workload.reference, self.recipe, index, self.seed, had, places, key)
             setup = replace(setup, context=replace(setup.context, again=again))
@@ -203,14 +238,7 @@ def rebuilt(
     return walked.setup, workload.train
 
 
-def _start(
-    workload: Workload, seed: int, methods: list[Method | None], teacher: Path | None, services: dict[str, Any], *, probe: bool
-) -> Setup:
-    if any(m is not None and "TEACHER" in m.needs() for m in methods) and (teacher is not None or probe):
-        model = workload.build(seed)
-        if teacher is not None and not probe:
-            load_model(teacher, model)
-        services["teacher"] = model.eval().requires_grad_(False)
+def _start(workload: Workload, seed: int, services: Mapping[str, Any]) -> Setup:
     setup = Setup.of(workload, seed, **services)
     loss, batches = workload.loss, setup.context.calibration
     context = replace(

@@ -55,11 +55,20 @@ class Space:
         steps = self.baseline.steps
         return len(steps) if recipe.steps[: len(steps)] == steps else 0
 
-    def adapt(self, recipe: Recipe) -> Recipe:
-        """Leave out the steps that need a fact which no method can bring about here, such as images."""
+    def lacking(self, recipe: Recipe) -> dict[int, str]:
+        """Steps by number that need a fact which no method can bring about here, such as images; and the fact."""
         reachable = set(self.traits).union({"TRAINED"}, *(c["adds"] for c in self.cards.values()))
-        kept = (s for s in recipe.steps if s.is_train or set(self.cards.get(s.method, {}).get("requires", ())) <= reachable)
-        return Recipe(tuple(kept), recipe.name)
+        found = {}
+        for number, one in enumerate(recipe.steps):
+            needed = () if one.is_train else self.cards.get(one.method, {}).get("requires", ())
+            if missing := sorted(set(needed) - reachable):
+                found[number] = missing[0]
+        return found
+
+    def adapt(self, recipe: Recipe) -> Recipe:
+        """Leave out the steps that need a fact which no method can bring about here."""
+        without = self.lacking(recipe)
+        return Recipe(tuple(s for i, s in enumerate(recipe.steps) if i not in without), recipe.name)
 
     def tuned(self, recipe: Recipe) -> Recipe:
         """Where the recipe goes on from the baseline's training: by the baseline's own optimizer, if that is of Adam's kind.

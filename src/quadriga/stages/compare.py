@@ -24,7 +24,7 @@ from quadriga.measure.quality import Scores
 from quadriga.measure.timings import Timings
 from quadriga.runtime.standalone import Damaged
 from quadriga.stages.state import LEVEL
-from quadriga.stages.verbs import checked, done, folder_for
+from quadriga.stages.verbs import checked, done, folder_for, rehearsed
 from quadriga.verify.fake import Worth, told
 from quadriga.verify.quality import compare as compare_quality
 from quadriga.workloads import load, names
@@ -150,7 +150,9 @@ class Side:
         baseline = desk.workload.baseline or Recipe()
         recipe = Recipe.load(self.text).on(baseline) if self.kind == "recipe" else baseline
         args = {"recipe": recipe.plain(), "name": f"compare-{recipe.hash}", "batches": (1, desk.workload.batch_size)}
-        made = done(desk.do("realize", args), self.text)
+        if self.kind == "recipe":
+            rehearsed(desk, recipe, self.text, lambda event: None)
+        made = done(desk.do("realize", args), self.text, recipe)
         folder, known = desk.folder / "built" / args["name"], {"fakes": tuple(made["info"]["fakes"])}
         if desk.workload.reference is not None and (self.kind == "workload" or made["info"]["live"]):
             return replace(self._live(desk, recipe, made), **known)  # as its user runs it

@@ -17,6 +17,7 @@ from quadriga.search.lead import Lead
 from quadriga.search.propose import Proposer
 from quadriga.search.space import at_rung, trained_epochs
 from quadriga.stages.baseline import bar, gain_of
+from quadriga.stages.portfolio import leave_out, refused_step
 from quadriga.stages.prices import ablation_seconds, epoch_seconds
 from quadriga.stages.state import Study
 
@@ -311,20 +312,23 @@ class Explorer:
         self.known.add(recipe.hash)
         price = math.exp(-gain) if self._cheap_training else None
         self.candidates[recipe.hash] = Candidate(recipe, gain, trains=trains, dead=dead, price=price)
+        for what, why in cost.info.get("left", ()):
+            leave_out(self.study, recipe, what, why)
         if cost.status is Status.REFUSED:
             self._leave_out(recipe, cost)
 
     def _leave_out(self, recipe: Recipe, trial: Trial) -> None:
-        """A recipe of which one step was refused is tried again without that step."""
+        """A recipe of which one step was refused is tried again without that step, before what waits; and so on."""
         fixed = self.study.space.fixed(recipe)
-        for index in range(len(recipe.steps) - 1, fixed - 1, -1):
-            if recipe.steps[index].method == trial.info.get("step"):
-                rest = recipe.without(index)
-                if rest.hash not in self.known and len(rest.steps) > fixed and self.study.space.illegal(rest) is None:
-                    rest = self.study.space.complete(rest)
-                    self.whole.add(rest.hash)
-                    self.queue.append(rest)
-                return
+        index = refused_step(recipe, trial, fixed)
+        if index is None:
+            return
+        rest = recipe.without(index)
+        if len(rest.steps) > fixed and self.study.space.illegal(rest) is None:
+            leave_out(self.study, recipe, str(recipe.steps[index]), trial.reason)
+            rest = self.study.space.complete(rest)
+            self.whole.add(rest.hash)
+            self.queue.insert(0, rest)
 
     def _score(self, trial: Trial) -> None:
         recipe = Recipe.from_plain(trial.info["template"], trial.recipe.name)

@@ -20,6 +20,7 @@ from quadriga.engine.base import Engine
 from quadriga.engine.local import Inline
 from quadriga.engine.opening import Where, open_engine
 from quadriga.engine.store import Store
+from quadriga.engine.teacher import TEACHER, can_teach
 from quadriga.engine.walk import workload_key
 from quadriga.measure.machine import fingerprint
 from quadriga.search.space import Space
@@ -51,7 +52,7 @@ def open_study(
             raise BadInput(f"{out} holds a study with another {', '.join(differs)}", "choose another --out folder")
         store.put("identity", identity)
         model = workload.build(options.seed)
-        traits = Setup.of(workload, options.seed, model).traits | {"TEACHER"}
+        traits = Setup.of(workload, options.seed, model).traits | ({TEACHER} if can_teach(workload) else set())
         cards = {c["name"]: _for_search(c, options.families) for c in methods.cards()}
         space = Space(
             cards, traits, workload.baseline or Recipe(), frozenset(options.families), options.minimize == "train_cost"
@@ -119,7 +120,7 @@ def _left_out(space: Space) -> list[str]:
     reachable = set(space.traits).union({"TRAINED", "TRAIN_DATA"}, *(c["adds"] for c in space.cards.values()))
     lacking: dict[str, list[str]] = {}
     for name, card in sorted(space.cards.items()):
-        for fact in sorted(set(card["requires"]) - reachable) if card["family"] in space.families else ():
+        for fact in sorted(set(card["requires"]) - reachable)[:1] if card["family"] in space.families else ():
             lacking.setdefault(fact, []).append(name)
     notes = [f"not searched, since {fact} is lacking: {', '.join(n)}; {REMEDIES.get(fact, '')}" for fact, n in lacking.items()]
     return notes + [f"not searched: {name}, since {why}" for name, card in space.cards.items() if (why := card["unsearched"])]

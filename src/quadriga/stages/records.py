@@ -16,6 +16,7 @@ from quadriga.stages.ablate import Ablation
 from quadriga.stages.conclude import OPPONENTS, Conclusion, Finalist
 from quadriga.stages.explore import Explorer
 from quadriga.stages.handover import Kept
+from quadriga.stages.portfolio import left_out
 from quadriga.stages.profile import profile_of
 from quadriga.stages.state import LEVEL, NothingToFind, Study
 
@@ -184,7 +185,7 @@ def records(
         "opponents": opponents(conclusion),
         "refused": refused(study),
         "not_allowed": not_allowed(study, explorer, conclusion),
-        "notes": list(dict.fromkeys(study.notes)),
+        "notes": list(dict.fromkeys([*study.notes, *left_out(study)])),
         "environment": dict(study.machine),
         "seeds": [options.seed],
         "timing": _timing(conclusion),

@@ -159,6 +159,7 @@ class Study:
         self.progress = progress
         self.machine = engine.resources().target  # facts of the one machine whose timings are compared
         self.notes: list[str] = []
+        self.left_out: dict[tuple[str, str], dict[str, None]] = {}  # what of a recipe, and why → names of the recipes
         self.portfolio: list[Recipe] = []
         self.later: list[tuple[str, str, Recipe]] = []  # stage, task and recipe of opponents that are probed during the search
         self._orders: dict[int, tuple[str, Recipe, dict[str, Any]]] = {}
@@ -199,7 +200,6 @@ class Study:
             "batches": self.batches,
             "objective": self.options.minimize,
             "floor": self._floor(),
-            "teacher": self._teacher(),
         }
         args = {"recipe": recipe.plain(), "hash": recipe.hash, **always, **info.pop("args", {})}
         self._orders[self._count] = (stage, recipe, info)
@@ -226,11 +226,6 @@ class Study:
         margin = self.options.floor.margin(quality)
         narrow = margin - abs(margin) / 2  # val is no proof of what holds on test
         return {"quality": quality, "margin": narrow, "scores": found.info.get("scores")}
-
-    def _teacher(self) -> str | None:
-        """The checkpoint of the trained baseline: whatever walks a recipe may have to distil from it."""
-        kept = next((t.info.get("checkpoint") for t in self.trials if t.stage == "baseline" and t.ok), None)
-        return str(self.folder / "checkpoints" / kept) if kept else None
 
     @property
     def workers(self) -> int:
@@ -344,4 +339,5 @@ class Study:
 
 
 def _extra(result: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: result[k] for k in ("remedy", "spec", "bad_input", "step", "machine") if result.get(k)}
+    kept = ("remedy", "spec", "bad_input", "step", "place", "machine")
+    return {k: result[k] for k in kept if result.get(k) not in (None, "")}

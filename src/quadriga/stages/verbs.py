@@ -18,10 +18,12 @@ from quadriga.core.roofline import bounds
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
 from quadriga.engine.tasks import Desk
+from quadriga.engine.teacher import pupils
 from quadriga.engine.together import follow, planned
 from quadriga.measure.ceilings import ceilings
 from quadriga.measure.roofline import profile as layers
 from quadriga.measure.scores import Scores
+from quadriga.parallel import group
 from quadriga.report.profiled import write as write_profile
 from quadriga.runtime import open_built
 from quadriga.train.track import Tracker, open_tracker, tracking
@@ -54,7 +56,7 @@ def train(
     others are done: they return an empty result. A recipe without a plan for them is trained data-parallel.
 
     Raises:
-        BadInput: the recipe does not apply to this workload.
+        BadInput: the recipe does not apply to this workload; nothing was trained.
         Failed: the training diverged, crashed or ran out of memory.
     """
     say = progress or (lambda event: None)
@@ -63,9 +65,14 @@ def train(
     recipe = baseline if recipe is None else recipe.on(baseline)
     folder = folder_for(out)
     desk = Desk(workload, folder, seed, lambda part: say(_course(part)))
-    say({"stage": "train", "text": f"{recipe} on {_examples(workload)}"})
-    if (here := world.found()).size > 1:
+    here = world.found()
+    if here.size > 1:
         recipe = planned(recipe)
+        group.join()
+    notes += rehearsed(desk, recipe, "the recipe", say)
+    say({"stage": "train", "text": f"{recipe} on {_examples(workload)}"})
+    notes += _taught(workload, recipe, say)
+    if here.size > 1:
         _train_together(desk, recipe, open_tracker(track, folder / "track", recipe.hash) if track and here.first else None)
         if not here.first:
             return {}
@@ -93,6 +100,37 @@ def checked(workload: Workload, say: Callable[[Mapping[str, Any]], None]) -> lis
     for note in notes:
         say({"stage": "check", "text": f"note: {note}", "keep": True})
     return notes
+
+
+def rehearsed(desk: Desk, recipe: Recipe, what: str, say: Callable[[Mapping[str, Any]], None]) -> list[str]:
+    """Carry out a recipe without its training, so that what it is refused for is said before anything is trained.
+
+    Of processes that train together the first one does so.
+
+    Returns:
+        a note, where that came to no good end: its training is worth a try all the same.
+
+    Raises:
+        BadInput: the recipe does not apply to this workload.
+    """
+    say({"stage": "check", "text": "its steps and its export once on untrained weights, for what the recipe may be refused"})
+    found = group.same(lambda: desk.do("rehearse", {"recipe": recipe.plain()}))
+    if found["status"] in (Status.COMPLETE, Status.REFUSED) or "bad_input" in found:
+        done(found, f"{what}, before anything was trained", recipe)
+        return []
+    note = f"untrained, the recipe's steps or its export did not come to an end: {found['status']}: {found['reason']}"
+    say({"stage": "warning", "text": note, "keep": True})
+    return [note]
+
+
+def _taught(workload: Workload, recipe: Recipe, say: Callable[[Mapping[str, Any]], None]) -> list[str]:
+    """Say that the baseline is trained first, where the recipe learns from it and does not begin with it."""
+    found = pupils(workload, recipe)
+    if not found:
+        return []
+    note = f"{' and '.join(dict.fromkeys(found))} learns from the baseline, so that is trained first, unless it was before"
+    say({"stage": "train", "text": f"{note}: {workload.baseline}", "keep": True})
+    return [f"{note}; it is no part of what the recipe's training cost"]
 
 
 def _course(part: float) -> dict[str, Any]:
@@ -175,8 +213,12 @@ def _train_together(desk: Desk, recipe: Recipe, tracker: Tracker | None) -> None
         done(follow(desk, recipe), "the recipe")
 
 
-def done(result: Mapping[str, Any], what: str) -> Mapping[str, Any]:
+def done(result: Mapping[str, Any], what: str, recipe: Recipe | None = None) -> Mapping[str, Any]:
     """A desk's result, if the task was completed.
+
+    Args:
+        what: was asked for, in words.
+        recipe: whose steps it carried out; then a refusal names the very step, and never is without a remedy.
 
     Raises:
         BadInput: it was refused, because of what the user gave; the text says why.
@@ -184,12 +226,15 @@ def done(result: Mapping[str, Any], what: str) -> Mapping[str, Any]:
     """
     if result["status"] == Status.COMPLETE:
         return result
-    step = f" at {result['step']}" if result.get("step") else ""
+    step, remedy = f" at {result['step']}" if result.get("step") else "", result.get("remedy", "")
+    if recipe is not None and result.get("place") is not None:
+        step = f" at {recipe.steps[result['place']]}"
+        remedy = remedy or "leave this step out, or change its fields"
     if "bad_input" in result:
         problem, remedy = result["bad_input"]
         raise BadInput(f"{what}{step}: {problem}", remedy)
     kind = BadInput if result["status"] == Status.REFUSED else Failed
-    raise kind(f"{what}: {result['status']}{step}: {result['reason']}", result.get("remedy", ""))
+    raise kind(f"{what}: {result['status']}{step}: {result['reason']}", remedy)
 
 
 def folder_for(out: str | Path) -> Path:

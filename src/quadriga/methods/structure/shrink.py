@@ -8,13 +8,10 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
-from torch import nn
-
 from quadriga.core.axes import AxisGraph, Group, Patch, opened, select
 from quadriga.core.axes.chain import fewer_hidden
 from quadriga.core.axes.importance import best, magnitude, rounded
 from quadriga.core.axes.kernels import smaller_kernels
-from quadriga.core.batch import Tree
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
@@ -87,7 +84,7 @@ class Shrink(Method):
 
     Kernels are cropped to their centre, and padding with them; without padding the map grows, and the FC layer that
     reads it is built for the new size, its old weights in the centre. Widths keep the units with the largest weights.
-    Order: kernels, blocks, hidden layers, widths. A field that finds nothing is passed over (and logged); if none finds
+    Order: kernels, blocks, hidden layers, widths. A field that finds nothing is passed over (and told of); if none finds
     anything, it is refused with the reasons.
 
     Args:
@@ -144,14 +141,14 @@ class Shrink(Method):
                 "shrink was given nothing to change", "give kernel, filters, features, embeddings, blocks, width or hidden"
             )
         with opened(setup.model):
-            self._shrink(setup.model, setup.context.example, stages)
+            self._shrink(setup, stages)
         return replace(setup, model=setup.model)
 
     @staticmethod
-    def _shrink(model: nn.Module, example: Tree, stages: Sequence[Callable[[AxisGraph], object]]) -> None:
+    def _shrink(setup: Setup, stages: Sequence[Callable[[AxisGraph], object]]) -> None:
         reasons = []
         for stage in stages:
-            graph = AxisGraph.trace(model, example)  # every stage sees the model as it is by then
+            graph = AxisGraph.trace(setup.model, setup.context.example)  # every stage sees the model as it is by then
             try:
                 stage(graph)
             except NotApplicable as error:
@@ -159,7 +156,7 @@ class Shrink(Method):
         if len(reasons) == len(stages):
             raise NotApplicable("; ".join(reasons))
         for reason in reasons:
-            log.info("shrink passes over: %s", reason)
+            setup.context.leave(reason)
 
     def _stages(self) -> list[Callable[[AxisGraph], object]]:
         stages: list[Callable[[AxisGraph], object]] = []

@@ -1,4 +1,4 @@
-"""What transforms of images share: rectangles as masks, pairs to be mixed, declared invariances."""
+"""What transforms of images share: rectangles as masks, pairs to be mixed."""
 
 from __future__ import annotations
 
@@ -8,25 +8,8 @@ import torch
 from torch import Tensor
 
 from quadriga.core.batch import Tree, tensors, tree_map
-from quadriga.core.errors import NotApplicable
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Moment, Transform
-
-
-def demand(setup: Setup, invariance: str, image: str) -> None:
-    """Refuse a setup whose workload does not declare the invariance.
-
-    Args:
-        setup: what a method is applied to.
-        invariance: "horizontal_flip", "rotation", "translation" or "color".
-        image: the changed image in words, such as "a mirrored image".
-
-    Raises:
-        NotApplicable: it is not declared.
-    """
-    if invariance not in setup.context.invariances:
-        reason = f"the workload does not say that {image} keeps its label"
-        raise NotApplicable(reason, f'declare invariances={{"{invariance}"}} if it does')
 
 
 def with_transform(setup: Setup, transform: Transform) -> Setup:

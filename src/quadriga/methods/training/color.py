@@ -12,10 +12,10 @@ from torch import Tensor
 
 from quadriga.core.batch import Batch, tree_map
 from quadriga.core.errors import BadInput, NotApplicable
-from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.method import Family, Method, Numerics, invariant
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Moment
-from quadriga.methods.training._images import along, demand, with_transform
+from quadriga.methods.training._images import along, with_transform
 
 LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 TO_YUV = (LUMA, (-0.147, -0.289, 0.436), (0.615, -0.515, -0.100))
@@ -90,7 +90,7 @@ class Color(Method):
     numerics = Numerics.CHANGED
     source = "arXiv:1312.5402"
     search: ClassVar = {"brightness": (0.2, 0.0, 0.4), "contrast": (0.2, 0.0, 0.4), "saturation": (0.2, 0.0, 0.4)}
-    requires = frozenset({"IMAGES", "TRAIN_DATA"})
+    requires = frozenset({"IMAGES", "TRAIN_DATA", invariant("color")})
 
     brightness: float = 0.2
     contrast: float = 0.2
@@ -105,7 +105,6 @@ class Color(Method):
                 raise BadInput(f"color.{field.name} is {value}", f"give a number from 0 to {most}")
 
     def apply(self, setup: Setup) -> Setup:
-        demand(setup, "color", "a recoloured image")
         channels: list[int] = []
         tree_map(lambda t: channels.append(t.shape[1]), setup.context.example)
         if not (self.brightness or self.contrast or (3 in channels and (self.saturation or self.hue))):

@@ -11,10 +11,10 @@ from torch.nn import functional
 
 from quadriga.core.batch import Batch, tree_map
 from quadriga.core.errors import BadInput, NotApplicable
-from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.method import Family, Method, Numerics, invariant
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Moment
-from quadriga.methods.training._images import demand, with_transform
+from quadriga.methods.training._images import with_transform
 
 MODES = {"zero": "constant", "edge": "replicate", "reflect": "reflect"}
 
@@ -53,7 +53,7 @@ class Crop(Method):
     numerics = Numerics.CHANGED
     source = "arXiv:1512.03385"
     search: ClassVar = {"padding": (2, 1, 4)}
-    requires = frozenset({"IMAGES", "TRAIN_DATA"})
+    requires = frozenset({"IMAGES", "TRAIN_DATA", invariant("translation")})
 
     padding: int = 2
     border: Literal["edge", "zero", "reflect"] = "edge"
@@ -63,7 +63,6 @@ class Crop(Method):
             raise BadInput(f"crop.padding is {self.padding}", "give at least 1 pixel")
 
     def apply(self, setup: Setup) -> Setup:
-        demand(setup, "translation", "a shifted image")
         sizes: list[int] = []
         tree_map(lambda t: sizes.extend(t.shape[2:]), setup.context.example)
         if self.padding >= min(sizes):

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from quadriga.core.batch import Batch, tree_map
 from quadriga.core.errors import BadInput
-from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.method import Family, Method, Numerics, invariant
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Moment
-from quadriga.methods.training._images import demand, with_transform
+from quadriga.methods.training._images import with_transform
 
 
 def flip(images: Tensor, chosen: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class Flip(Method):
     numerics = Numerics.CHANGED
     source = "https://papers.nips.cc/paper/4824-imagenet-classification-with-deep-convolutional-neural-networks"
     search: ClassVar = {"kind": ("random", "alternating"), "probability": (0.5,)}
-    requires = frozenset({"IMAGES", "TRAIN_DATA"})
+    requires = frozenset({"IMAGES", "TRAIN_DATA", invariant("horizontal_flip")})
 
     kind: Literal["random", "alternating"] = "random"
     probability: float = 0.5
@@ -68,7 +68,6 @@ class Flip(Method):
             raise BadInput(problem, 'leave it out, or take kind = "random"')
 
     def apply(self, setup: Setup) -> Setup:
-        demand(setup, "horizontal_flip", "a mirrored image")
         return with_transform(setup, partial(self.transform, seed=setup.context.seed))
 
     def transform(self, batch: Batch, moment: Moment, seed: int = 0) -> Batch:

@@ -13,10 +13,10 @@ from torch.nn import functional
 
 from quadriga.core.batch import Batch, tree_map
 from quadriga.core.errors import BadInput
-from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.method import Family, Method, Numerics, invariant
 from quadriga.core.setup import Setup
 from quadriga.core.slots import Moment
-from quadriga.methods.training._images import demand, with_transform
+from quadriga.methods.training._images import with_transform
 
 MODES = {"edge": "border", "zero": "zeros", "reflect": "reflection"}
 
@@ -63,7 +63,7 @@ class Rotate(Method):
     numerics = Numerics.CHANGED
     source = "https://doi.org/10.1109/ICDAR.2003.1227801"
     search: ClassVar = {"degrees": (5.0, 10.0, 15.0)}
-    requires = frozenset({"IMAGES", "TRAIN_DATA"})
+    requires = frozenset({"IMAGES", "TRAIN_DATA", invariant("rotation")})
 
     degrees: float = 5.0
     border: Literal["edge", "zero", "reflect"] = "edge"
@@ -73,7 +73,6 @@ class Rotate(Method):
             raise BadInput(f"rotate.degrees is {self.degrees}", "give a number in (0, 180]")
 
     def apply(self, setup: Setup) -> Setup:
-        demand(setup, "rotation", "a turned image")
         return with_transform(setup, self.transform)
 
     def transform(self, batch: Batch, moment: Moment) -> Batch:

@@ -1,0 +1,108 @@
+"""Each shipped recipe through `quadriga train`, on few examples: it ends with an artifact, or is refused before it trains."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from quadriga import Recipe
+from quadriga.artifact import Announcement, Report
+from quadriga.cli import app
+from quadriga.engine import tasks
+from quadriga.exits import guarded
+from quadriga.runtime import open_built
+from quadriga.stages import verbs
+from quadriga.testing.setups import fake_time
+
+RECIPES = {path.stem: path for path in sorted((Path(__file__).parents[2] / "recipes").glob("*.toml"))}
+LENET = "lenet_fashion?examples=128&held_out=64"
+VIT = """
+import torch
+from torch import nn
+from quadriga import Recipe, Workload, step
+from quadriga.testing.workloads import TinyBlock
+
+class Vit(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.patches = nn.Conv2d(1, 16, 7, 7)
+        self.blocks = nn.ModuleList(TinyBlock(16, 2) for _ in range(2))
+        self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x).mean(1))
+
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(256, 1, 28, 28, generator=G), torch.randint(4, (256,), generator=G)
+
+def workload():
+    return Workload(
+        model=Vit, train=(X[:128], Y[:128]), val=(X[128:192], Y[128:192]), test=(X[192:], Y[192:]), name="vit",
+        invariances=frozenset({"horizontal_flip"}),
+        baseline=Recipe((step("optimizer", kind="adamw", lr=0.003), step("train", epochs=2))),
+    )
+"""
+# What a LeNet does not have.
+REFUSED = {
+    "14-thin-blocks": ("prune_heads(ratio=0.5)", "attention"),
+    "15-fewer-blocks": ("prune_blocks(ratio=0.5)", "block"),
+}
+FOR_TRANSFORMERS = sorted(REFUSED)
+COUNTS = {"heads": 1, "hidden": 16, "blocks": 1}
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, capsys):
+    """Run `quadriga train` in this process, without the fresh process that loads the artifact, and with a clock that needs no
+    time: what is tested is that each recipe is carried out. Gives the JSON object with the exit status."""
+    monkeypatch.setenv("QUADRIGA_DATA", "shipped")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "vit.py").write_text(VIT)
+    monkeypatch.setattr(tasks, "PATIENCE", 0.2)
+    monkeypatch.setattr(tasks.Desk, "_time", lambda self, arms, spec: fake_time(arms, spec))
+    fine = Announcement(Report(ok=True, message="", files=1, seconds=0.0), {}, None, "")
+    monkeypatch.setattr(verbs, "announced", lambda *_, **__: fine)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def run(workload, name):
+        status = guarded(app, ["train", workload, "--recipe", str(RECIPES[name]), "--json"])
+        return {**json.loads(capsys.readouterr().out.strip().splitlines()[-1]), "exit status": status}
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if n not in REFUSED])
+def test_a_shipped_recipe_ends_with_an_artifact(train, name):
+    found = train(LENET, name)
+    assert (found["exit status"], found["status"], found.get("artifact")) == (0, "complete", "artifact"), found
+    asked = Recipe.load(RECIPES[name])
+    last = asked.steps[-1].method
+    assert open_built(Path("out/artifact")).spec.name == (last if last in ("onnxruntime", "openvino") else "eager")
+    pupils = {s.method for s in asked.steps} & {"distill"}
+    assert bool(pupils) == (name in ("11-prune-distil", "13-half-latency", "14-thin-blocks", "15-fewer-blocks"))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_recipe_that_cannot_be_is_refused_before_anything_is_trained(train, name):
+    found = train(LENET, name)
+    step, word = REFUSED[name]
+    said = found["error"]
+    assert found["exit status"] == 2 and f"before anything was trained: refused at {step}: " in said["message"]
+    assert word in said["message"] and said["remedy"]
+    assert not list(Path("out").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", FOR_TRANSFORMERS)
+def test_what_is_for_transformers_cuts_one(train, name):
+    found = train("vit.py", name)
+    assert (found["exit status"], found["status"], found.get("artifact")) == (0, "complete", "artifact"), found
+    whole = train("vit.py", "01-lossless")
+    assert found["parameters"] < whole["parameters"]
