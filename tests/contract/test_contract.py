@@ -102,6 +102,18 @@ class Thaws(Good):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Lies(Good):
+    """Promise close outputs and move a bias. Args: by: a divisor. Source: none."""
+
+    family = Family.STRUCTURE
+    numerics = Numerics.CLOSE
+
+    def apply(self, setup):
+        setup.model[0].bias.data.add_(0.1)
+        return replace(setup, model=setup.model)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Infinite(Good):
     """A loss that is infinite. Args: by: a divisor. Source: none."""
 
@@ -162,6 +174,7 @@ BROKEN = [
     (WritesModel, "check_input_unchanged", "changed the model"),
     (WritesRuntime, "check_slots", "does not own"),
     (OtherOutputs, "check_interface", "at batch 1"),
+    (Lies, "check_promise", "promises close outputs"),
     (Thaws, "check_frozen", "weights are learned"),
     (Infinite, "check_training_step", "inf"),
     (Unseeded, "check_deterministic", "unequal weights"),

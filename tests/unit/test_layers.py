@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parents[2] / "src" / "quadriga"
 PLAIN = {f"core.{name}" for name in ("recipe", "measurement", "trial", "method", "errors", "files", "roofline")}
 RULES = {
     "core": {"core"},
-    "methods": {"core", "methods"},
+    "methods": {"core", "methods", "verify.promise"},  # which reads core alone
     "workloads": {"core", "workloads"},
     "parallel": {"core", "parallel"},
     "train": {"core", "parallel", "train"},
@@ -24,7 +24,7 @@ RULES = {
     "engine": {"core", "parallel", "train", "runtime", "measure", "verify", "artifact", "methods", "workloads", "engine"},
     "stages": {"core", "parallel", "train", "runtime", "measure", "verify", "artifact", "methods", "workloads", "engine"}
     | {"search", "report", "stages"},
-    "testing": {"core", "parallel", "train", "runtime", "measure", "methods", "engine", "testing", "workloads"},
+    "testing": {"core", "parallel", "train", "runtime", "measure", "methods", "engine", "testing", "verify", "workloads"},
 }
 NO_TORCH = sorted(PLAIN | {"search", "report", "methods"})
 

@@ -27,6 +27,7 @@ from quadriga.methods import build
 from quadriga.train.checkpoint import load_finished
 from quadriga.train.gradients import fisher_diagonal, mean_gradients
 from quadriga.train.loop import fit
+from quadriga.verify.promise import hold
 from quadriga.workloads import load
 from quadriga.workloads.identity import identity
 from quadriga.workloads.suspects import suspect
@@ -294,7 +295,7 @@ def final_runtime(setup: Setup, methods: Iterable[Method | None]) -> RuntimeSpec
 
 def _apply(method: Method, setup: Setup) -> Setup:
     ties = _ties(setup.model) if method.family is Family.STRUCTURE else set()
-    after = method(setup)
+    after = hold(method, setup)
     if "TIED" in after.traits and len(_ties(after.model)) < len(ties):
         raise NotApplicable(f"{method.name} breaks the tie of {' and '.join(sorted(ties)[0])}", "leave these layers out")
     return after

@@ -28,6 +28,7 @@ from torch.distributed.tensor.parallel import (
 from quadriga.core.axes import AxisGraph, Group
 from quadriga.core.batch import Tree, tensors
 from quadriga.core.errors import BadInput, NotApplicable, did_you_mean
+from quadriga.core.plain import is_plain
 from quadriga.core.slots import ParallelSpec
 from quadriga.core.stacks import Block, blocks_of
 from quadriga.parallel.place import shard
@@ -226,7 +227,7 @@ def sequence_plan(model: nn.Module, linears: set[str], example: Tree, ranks: int
         if len(needed) != 1:
             raise NotApplicable(f"{block.name} takes {len(needed)} inputs, and one can be cut along time", "leave sequence out")
         for name, module in block.module.named_modules(prefix=block.name):
-            if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+            if is_plain(module, nn.LayerNorm, nn.RMSNorm):
                 plan[name] = SequenceParallel()
             elif name not in linears and any(True for _ in module.parameters(recurse=False)):
                 raise NotApplicable(f"{name} would see a part of the time", "leave sequence out")

@@ -21,6 +21,7 @@ from quadriga.core.slots import Factors, Hook, Moment
 from quadriga.testing.setups import MakeSetup, fingerprint, make_setups
 from quadriga.train.loop import fit
 from quadriga.train.outcome import Outcome
+from quadriga.verify.promise import Witness
 
 Check = Callable[[Method, Mapping[str, MakeSetup]], None]
 
@@ -139,6 +140,20 @@ def check_interface(method: Method, setups: Mapping[str, MakeSetup]) -> None:
         for batch, expected in was.items():
             found = shapes(after.model, after.context.example, batch)
             assert found == expected, f"{method.name} on {name}: outputs {found} at batch {batch}, were {expected}"
+
+
+def check_promise(method: Method, setups: Mapping[str, MakeSetup]) -> None:
+    """One that promises equal outputs and writes the model gives them: on the example, and on random inputs."""
+    if method.numerics is Numerics.CHANGED or "model" not in {method.family.slot, *method.writes}:
+        return
+    for name, make in setups.items():
+        before = make()
+        witness = Witness(before.model, before.context.example, method.numerics)
+        try:
+            problem = witness.broken(method(before).model)
+        except NotApplicable:
+            continue
+        assert not problem, f"{method.name} on {name} promises {method.numerics} outputs: {problem}"
 
 
 def shapes(model: nn.Module, example: Tree, batch: int) -> list[tuple[tuple[int, ...], str]]:
@@ -288,6 +303,7 @@ CHECKS: tuple[Check, ...] = (
     check_input_unchanged,
     check_slots,
     check_interface,
+    check_promise,
     check_frozen,
     check_training_step,
     check_deterministic,

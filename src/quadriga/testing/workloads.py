@@ -149,7 +149,8 @@ def _quadrants(count: int, generator: torch.Generator) -> Split:
     return images, classes
 
 
-def _of_images(build: Callable[[], nn.Module], sizes: tuple[int, int, int], trained: bool, seed: int, name: str) -> Workload:
+def of_images(build: Callable[[], nn.Module], sizes: tuple[int, int, int], trained: bool, seed: int, name: str) -> Workload:
+    """The images of `tiny_cnn` for any network of four classes."""
     data, invariances = _splits(_quadrants, sizes), ALL_INVARIANCES
     return Workload(model=_module(build, seed), **data, batch_size=16, invariances=invariances, trained=trained, name=name)
 
@@ -162,23 +163,29 @@ def tiny_cnn(sizes: tuple[int, int, int] = (96, 48, 48), *, trained: bool = Fals
         trained: whether the model passes as trained.
         seed: of its weights.
     """
-    return _of_images(TinyCnn, sizes, trained, seed, "tiny_cnn")
+    return of_images(TinyCnn, sizes, trained, seed, "tiny_cnn")
 
 
 def tiny_pooled(sizes: tuple[int, int, int] = (96, 48, 48), *, trained: bool = False, seed: int = 0) -> Workload:
     """The images of `tiny_cnn`, for a residual network that takes any size."""
-    return _of_images(TinyPooled, sizes, trained, seed, "tiny_pooled")
+    return of_images(TinyPooled, sizes, trained, seed, "tiny_pooled")
 
 
 def tiny_mlp(sizes: tuple[int, int, int] = (96, 48, 48), *, trained: bool = False, seed: int = 0) -> Workload:
     """Vectors [10] whose class is the sign of their sum."""
 
+    build = lambda: nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 2))  # noqa: E731
+    return of_vectors(build, sizes, trained, seed, "tiny_mlp")
+
+
+def of_vectors(build: Callable[[], nn.Module], sizes: tuple[int, int, int], trained: bool, seed: int, name: str) -> Workload:
+    """The vectors of `tiny_mlp` for any network of two classes."""
+
     def make(count: int, generator: torch.Generator) -> Split:
         x = torch.randn(count, 10, generator=generator)
         return x, (x.sum(1) > 0).long()
 
-    model = _module(lambda: nn.Sequential(nn.Linear(10, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 2)), seed)
-    return Workload(model=model, **_splits(make, sizes), batch_size=16, trained=trained, name="tiny_mlp")
+    return Workload(model=_module(build, seed), **_splits(make, sizes), batch_size=16, trained=trained, name=name)
 
 
 def tiny_lstm(sizes: tuple[int, int, int] = (96, 48, 48), *, trained: bool = False, seed: int = 0) -> Workload:

@@ -11,6 +11,7 @@ from quadriga.core.axes.graph import AxisGraph
 from quadriga.core.axes.patch import Patch
 from quadriga.core.axes.walk import flat, op_name
 from quadriga.core.errors import NotApplicable
+from quadriga.core.plain import is_plain
 
 IDEMPOTENT = ("relu", "relu6", "hardtanh", "clamp_min", "relu_", "relu6_", "hardtanh_")  # f(f(x)) = f(x)
 NO_EFFECT = ("dropout", "dropout_", "contiguous", "clone", "detach")
@@ -53,7 +54,7 @@ def _plain(graph: AxisGraph, node: fx.Node) -> bool:
     module = graph.model.get_submodule(graph.traced.layer(node))
     path, traced = graph.traced.layer(node), graph.traced
     uses = [n for n in traced.graph.nodes if n.op == "call_function" and traced.layer(n) == path]
-    return type(module) is nn.Linear and len(uses) == 1 and all(len(traced.names[id(p)]) == 1 for p in module.parameters())
+    return is_plain(module, nn.Linear) and len(uses) == 1 and all(len(traced.names[id(p)]) == 1 for p in module.parameters())
 
 
 def fewer_hidden(graph: AxisGraph, hidden: int) -> Patch:

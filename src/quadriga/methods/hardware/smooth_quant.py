@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quadriga.core.batch import Batch, call, evaluating, primary
 from quadriga.core.errors import NotApplicable
 from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.plain import is_plain
 from quadriga.core.setup import Setup
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
@@ -56,9 +57,9 @@ def readers(model: nn.Module, batches: Sequence[Batch]) -> list[Reader]:
     def put_out(module: nn.Module, args: Any, output: Tensor) -> None:
         made[id(output)] = (module, output)  # held, so that no other tensor gets its identity
 
-    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+    def read(module: nn.Linear, args: tuple[Any, ...]) -> None:
         norm, output = made.get(id(args[0]), (None, None))
-        if norm is None or output is None or not isinstance(module, nn.Linear):
+        if norm is None or output is None:
             return
         largest = output.detach().abs().flatten(0, -2).amax(0)
         one = found.setdefault(id(norm), Reader(norm, [], largest))
@@ -68,9 +69,9 @@ def readers(model: nn.Module, batches: Sequence[Batch]) -> list[Reader]:
 
     with ExitStack() as stack, torch.no_grad(), evaluating(model):
         for module in model.modules():
-            if isinstance(module, NORMS) and isinstance(module.weight, nn.Parameter) and module.weight.dim() == 1:
+            if is_plain(module, *NORMS) and isinstance(module.weight, nn.Parameter) and module.weight.dim() == 1:
                 stack.callback(module.register_forward_hook(put_out).remove)
-            elif isinstance(module, nn.Linear):
+            elif is_plain(module, nn.Linear):
                 stack.callback(module.register_forward_pre_hook(read).remove)
         for batch in batches:
             made.clear()

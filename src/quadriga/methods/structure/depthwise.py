@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._replace import Layer, plain_layers, replace_layers
+from quadriga.methods.structure._replace import Layer, kind_of, plain_layers, replace_layers
 
 
 def separate(conv: nn.Conv1d | nn.Conv2d, rank: int = 1) -> tuple[nn.Module, nn.Module]:
@@ -38,8 +38,8 @@ def separate(conv: nn.Conv1d | nn.Conv2d, rank: int = 1) -> tuple[nn.Module, nn.
     half = s[:, :rank].sqrt()
     like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     geometry: dict[str, Any] = {k: getattr(conv, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-    first = type(conv)(inside, inside * rank, groups=inside, bias=False, **geometry, **like)
-    second = type(conv)(inside * rank, out, 1, bias=conv.bias is not None, **like)
+    first = kind_of(conv)(inside, inside * rank, groups=inside, bias=False, **geometry, **like)
+    second = kind_of(conv)(inside * rank, out, 1, bias=conv.bias is not None, **like)
     first.weight.data.copy_((half[:, :, None] * v[:, :rank]).reshape(first.weight.shape))
     second.weight.data.copy_((u[:, :, :rank] * half[:, None]).permute(1, 0, 2).reshape(second.weight.shape))
     if conv.bias is not None and second.bias is not None:

@@ -12,7 +12,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._moments import Moments, moments
-from quadriga.methods.structure._replace import Layer, plain_layers, replace_layers
+from quadriga.methods.structure._replace import Layer, kind_of, plain_layers, replace_layers
 
 Conv = nn.Conv1d | nn.Conv2d
 BATCHES = 8  # of calibration data
@@ -37,7 +37,7 @@ def in_groups(conv: Conv, groups: int, seen: Moments) -> Conv:
         second = second - centre.outer(centre)
     like: dict[str, Any] = {"device": conv.weight.device, "dtype": conv.weight.dtype, "bias": conv.bias is not None}
     geometry: dict[str, Any] = {k: getattr(conv, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-    new = type(conv)(conv.in_channels, conv.out_channels, groups=groups, **geometry, **like)
+    new = kind_of(conv)(conv.in_channels, conv.out_channels, groups=groups, **geometry, **like)
     parts = [_regress(w, second, own) for w, own in zip(weight.chunk(groups), _own(weight.shape[1], groups), strict=True)]
     new.weight.data.copy_(torch.cat(parts).reshape(new.weight.shape))
     if conv.bias is not None and new.bias is not None:

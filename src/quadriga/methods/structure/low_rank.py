@@ -16,7 +16,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Arm, Setup
 from quadriga.methods.structure._moments import moments
-from quadriga.methods.structure._replace import Layer, plain_layers, replace_layers
+from quadriga.methods.structure._replace import Layer, kind_of, plain_layers, replace_layers
 
 BATCHES = 8  # of calibration data for covariances
 
@@ -69,8 +69,9 @@ def _pair(layer: Layer, rank: int) -> tuple[Layer, Layer]:
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features, rank, bias=False, **like), nn.Linear(rank, layer.out_features, bias=bias, **like)
     geometry: dict[str, Any] = {k: getattr(layer, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-    down = type(layer)(layer.in_channels, rank, bias=False, **geometry, **like)
-    return down, type(layer)(rank, layer.out_channels, 1, bias=bias, **like)
+    kind = kind_of(layer)
+    down = kind(layer.in_channels, rank, bias=False, **geometry, **like)
+    return down, kind(rank, layer.out_channels, 1, bias=bias, **like)
 
 
 def break_even(weight: Tensor) -> float:

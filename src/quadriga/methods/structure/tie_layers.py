@@ -16,6 +16,7 @@ from torch.nn import functional
 from quadriga.core.axes import Patch, Reference, check_interface
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
+from quadriga.core.plain import is_plain
 from quadriga.core.setup import Setup
 from quadriga.core.stacks import Block, blocks_of
 from quadriga.methods.structure._replace import plain_layers
@@ -104,7 +105,7 @@ def tie(model: nn.Module, run: Sequence[Block], rank: int, patch: Patch) -> None
         patch.data(first, mean)
         for block, (module, key), value in zip(run, slots, values, strict=True):
             path = f"{block.name}.{name}".rpartition(".")[0]
-            if rank and type(module) is nn.Linear and rank < min(value.shape):
+            if rank and is_plain(module, nn.Linear) and rank < min(value.shape):
                 patch.module(model, path, Adapted(module, first, value - mean, rank))
             else:
                 patch.parameter(module, key, first)

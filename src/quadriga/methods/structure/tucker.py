@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._replace import Layer, plain_layers, replace_layers
+from quadriga.methods.structure._replace import Layer, kind_of, plain_layers, replace_layers
 
 Conv = nn.Conv1d | nn.Conv2d
 
@@ -36,9 +36,9 @@ def tucker2(conv: Conv, ranks: tuple[int, int]) -> tuple[nn.Module, nn.Module, n
     (core, (left, right)), _ = partial_tucker(weight.double().cpu().numpy(), rank=list(ranks), modes=[0, 1], init="svd")
     like: dict[str, Any] = {"device": weight.device, "dtype": weight.dtype}
     geometry: dict[str, Any] = {k: getattr(conv, k) for k in ("kernel_size", "stride", "padding", "dilation", "padding_mode")}
-    first = type(conv)(weight.shape[1], ranks[1], 1, bias=False, **like)
-    middle = type(conv)(ranks[1], ranks[0], bias=False, **geometry, **like)
-    last = type(conv)(ranks[0], weight.shape[0], 1, bias=conv.bias is not None, **like)
+    first = kind_of(conv)(weight.shape[1], ranks[1], 1, bias=False, **like)
+    middle = kind_of(conv)(ranks[1], ranks[0], bias=False, **geometry, **like)
+    last = kind_of(conv)(ranks[0], weight.shape[0], 1, bias=conv.bias is not None, **like)
     for layer, value in ((first, right.T), (middle, core), (last, left)):
         layer.weight.data.copy_(torch.as_tensor(value.copy()).reshape(layer.weight.shape))
     if conv.bias is not None and last.bias is not None:

@@ -1,0 +1,52 @@
+"""is_plain: what computes something else than its class in torch.nn is told from what does not."""
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from quadriga.core.plain import is_plain, plain_kind
+
+
+class Standardized(nn.Conv2d):
+    """Its weight has mean 0, by the method that `forward` calls."""
+
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight - weight.mean((1, 2, 3), keepdim=True), bias)
+
+
+class Made(nn.Linear):
+    """A weight that is computed when it is asked for."""
+
+    @property
+    def weight(self):
+        return self.given * 2
+
+    @weight.setter
+    def weight(self, value):
+        self.given = value
+
+
+class Named(nn.Conv2d):
+    """Another constructor, and nothing else."""
+
+    def __init__(self, width):
+        super().__init__(width, width, 1)
+        self.width = width
+
+
+def test_a_subclass_without_a_forward_of_its_own_is_plain():
+    assert plain_kind(Named(2), nn.Linear, nn.Conv2d) is nn.Conv2d
+    attention = nn.MultiheadAttention(4, 2)
+    assert plain_kind(attention.out_proj, nn.Linear) is nn.Linear and not is_plain(attention.out_proj, nn.Conv2d)
+
+
+def test_whatever_changes_what_is_computed_is_not_plain():
+    hook, pre, patched = nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 2)
+    hook.register_forward_hook(lambda module, args, output: -output)
+    pre.register_forward_pre_hook(lambda module, args: (-args[0],))
+    patched.forward = lambda x: x
+    masked = prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5)
+    others = (hook, pre, patched, masked, parametrizations.weight_norm(nn.Linear(2, 2)), Standardized(1, 1, 1), Made(2, 2))
+    assert not [m for m in others if is_plain(m, nn.Linear, nn.Conv2d)]
+    with torch.no_grad():  # and each of them does compute something else
+        assert all(is_plain(m, type(m)) for m in (nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LayerNorm(2)))
