@@ -40,7 +40,7 @@ class Walked:
         seconds: of training, cached steps included.
         cpu_seconds: processor time of training, cached steps included.
         checkpoint: folder of the last train step, or None.
-        decisions: what methods decided by measurement: rows with "step", "key" and "value".
+        decisions: what methods decided by measurement: rows with "index" and "step", "key" and "value".
         notes: what happened in train steps, such as a return to an earlier state.
         staleness: of each train step by several workers, as in its outcome.
     """
@@ -96,7 +96,7 @@ def walk(
     start = replace(start, context=replace(start.context, runtime=runtime, decide=decide))
     walker = _Walker(workload, recipe, seed, store, progress, start, decide, ready, before_train, teacher=teacher)
     for index, method in enumerate(methods[:until]):
-        decide.prefix = shaping(recipe, methods, index)
+        decide.prefix, decide.at = shaping(recipe, methods, index), index
         if method is None:
             walker.train(index)
         else:
@@ -176,7 +176,7 @@ class _Walker:
         self.staleness += (dict(outcome.staleness),) if outcome.staleness else ()
 
 
-SERVICES = ("evaluate", "enough", "time", "pace")
+SERVICES = ("evaluate", "enough", "time", "pace", "granules")
 
 
 def rebuilt(
@@ -249,7 +249,7 @@ def final_runtime(setup: Setup, methods: Iterable[Method | None]) -> RuntimeSpec
         methods: all of the recipe; train steps are None. Traits that a step needs are granted, one that refuses is left out.
     """
     silent = replace(
-        setup.context, time=None, pace=None, evaluate=None, enough=None
+        setup.context, time=None, pace=None, evaluate=None, enough=None, granules=None
     )  # nothing is measured to know what is asked
     setup = replace(setup, context=silent, traits=setup.traits | {PROBE})
     for method in methods:
