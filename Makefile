@@ -1,6 +1,9 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines bench-user-models bench-timm matrix bench-gpu kills clean
+.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines bench-user-models bench-timm bench-widths matrix bench-gpu kills clean
+=======
+.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines bench-user-models bench-widths matrix bench-gpu kills clean
+>>>>>>> struct-a
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -99,6 +102,7 @@ bench-engines: .venv/.dev-stamp  ## what it costs to hand out trials: the local 
 bench-user-models: .venv/.dev-stamp  ## models as people bring them, through check, train in four runtimes and a short run (3 hours)
 	$(BIN)/python benchmarks/user_models.py
 
+<<<<<<< HEAD
 bench-timm: .venv/.dev-stamp  ## the smallest network of each of timm's modules: exports, folding, pruning, low rank, int8 (3 hours)
 	@$(PIP) --no-deps timm
 	@test -d out/timm || $(PIP) --no-deps --target out/timm torchvision  # apart: a build for another torch breaks what looks for it

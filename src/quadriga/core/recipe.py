@@ -152,8 +152,20 @@ class Recipe:
     def to_toml(self) -> str:
         """The file form, which `from_toml` reads back equal."""
         head = [f"name = {json.dumps(self.name)}", ""] if self.name else []
-        tables = ["\n".join(["[[step]]", *(f"{k} = {json.dumps(v)}" for k, v in row.items())]) for row in self.plain()]
+        tables = ["\n".join(["[[step]]", *(f"{k} = {_toml(v)}" for k, v in row.items())]) for row in self.plain()]
         return "\n".join(head) + "\n".join(t + "\n" for t in tables)
+
+
+def _toml(value: Any) -> str:
+    """A value as TOML writes it.
+
+    Example:
+        >>> _toml({"conv1": 8, "a.b": 4}), _toml([1, 2])
+        ('{"conv1" = 8, "a.b" = 4}', '[1, 2]')
+    """
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    return json.dumps(value)
 
 
 def _check_train(number: int, fields: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, overload
 
@@ -90,6 +90,8 @@ class Context:
             timed in turn, block by block, so that their ratios can be trusted more than their values.
         pace: (setups) → processor seconds per training step of each, on copies of their models, timed in turn.
         runtime: the specification that the whole recipe ends in, as far as its later hardware steps say.
+        granules: (sides of layers, spec) → for each the step of width in which its cost goes in that runtime and precision, by
+            a measurement on this machine; None where nothing can be measured. See `core.granules`.
         decide: (key, compute) → plain data: what `compute` returned when this step of this recipe was first applied, so
             that a decision by a measurement is made once, and every process rebuilds the same network.
         leave: told by a method of what it was asked for and left as it is, with the reason, since the rest of it applies.
@@ -113,6 +115,7 @@ class Context:
     time: Callable[[Sequence[Arm], RuntimeSpec], list[float]] | None = None
     pace: Callable[[Sequence[Setup]], list[float]] | None = None
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)
+    granules: Callable[[Collection[str], RuntimeSpec], Mapping[str, int]] | None = None
     decide: Callable[[str, Callable[[], Any]], Any] = undecided
     leave: Callable[[str], None] = untold
     again: Callable[[], tuple[Setup, Data]] | None = None

@@ -5,15 +5,17 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from quadriga.core.files import read_json, write_json
-from quadriga.core.recipe import Recipe
+from quadriga.core.recipe import Recipe, Step
 from quadriga.core.slots import RuntimeSpec
 from quadriga.parallel import group
+
+SETTLED = ("round_to", "widths")  # fields of methods that a decision of that name can fill in
 
 
 class Decisions:
@@ -38,7 +40,9 @@ class Decisions:
     def __init__(self, folder: Path | None, whose: Callable[[], list[Any]], spec: RuntimeSpec) -> None:
         self.folder, self.whose, self.spec = folder, whose, spec
         self.prefix = Recipe()  # what shapes the network, up to the step that is being applied; the walker moves it on
+        self.at = 0  # the number of that step in the recipe
         self.made: dict[str, dict[str, Any]] = {}
+        self.places: dict[str, int] = {}  # name of a decision → number of the step that asked
 
     def __call__(self, key: str, compute: Callable[[], Any]) -> Any:
         """What `compute` returned when this was first asked."""
@@ -51,16 +55,21 @@ class Decisions:
         name = digest(asked)
         if name not in self.made:
             self.made[name] = group.same(lambda: self._kept(name, asked, compute))
+            self.places[name] = self.at
         return json.loads(json.dumps(self.made[name]["value"]))
 
     @property
     def mark(self) -> str:
-        """A hash of all decisions so far, "" without any: weights trained behind them depend on what was decided."""
-        return digest([[name, row["value"]] for name, row in self.made.items()]) if self.made else ""
+        """A hash of all decisions so far, "" without any: weights trained behind them depend on what was decided.
+
+        They do not depend on what it was decided for: recipes for two runtimes that decide alike share their training.
+        """
+        return digest([[row["steps"], row["key"], row["value"]] for row in self.made.values()]) if self.made else ""
 
     def plain(self) -> list[dict[str, Any]]:
-        """All decisions so far, for reports: the step that asked, its key and the value."""
-        return [{"step": row["steps"][-1], "key": row["key"], "value": row["value"]} for row in self.made.values()]
+        """All decisions so far, for reports: the step that asked and its number, its key and the value."""
+        rows = [(self.places[name], row) for name, row in self.made.items()]
+        return [{"index": at, "step": row["steps"][-1], "key": row["key"], "value": row["value"]} for at, row in rows]
 
     def _kept(self, name: str, asked: dict[str, Any], compute: Callable[[], Any]) -> dict[str, Any]:
         if self.folder is None:
@@ -72,6 +81,26 @@ class Decisions:
             if not path.exists():
                 write_json(path, _row(asked, compute))
         return read_json(path)
+
+
+def settled(recipe: Recipe, decisions: Iterable[Mapping[str, Any]], before: int = 0) -> Recipe:
+    """The recipe with what was decided written out where a field of its step can say it: it rebuilds the network anywhere.
+
+    Args:
+        recipe: as it was walked.
+        decisions: rows of `Decisions.plain`.
+        before: how many more steps the recipe had when it was walked, with the workload's own training written out.
+
+    Example:
+        >>> decided = {"index": 0, "value": {"round_to": {"dense_out": 8}}}
+        >>> str(settled(Recipe((Step("prune_channels", {"ratio": 0.5}),)), [decided]))
+        "prune_channels(ratio=0.5, round_to={'dense_out': 8})"
+    """
+    for row in decisions:
+        at, value = row["index"] - before, row["value"]
+        told = {name: value[name] for name in SETTLED if isinstance(value, Mapping) and value.get(name)}
+        recipe = recipe.replaced(at, Step(recipe.steps[at].method, {**recipe.steps[at].fields, **told}))
+    return recipe
 
 
 def _row(asked: dict[str, Any], compute: Callable[[], Any]) -> dict[str, Any]:

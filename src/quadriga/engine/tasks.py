@@ -26,6 +26,8 @@ from quadriga.core.setup import PROBE, Arm, Context, Setup
 from quadriga.core.slots import RuntimeSpec
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
+from quadriga.engine.decisions import settled
+from quadriga.engine.granules import Granules
 from quadriga.engine.pace import Paces, paced
 from quadriga.engine.timing import ROUGH, in_turn, timed
 from quadriga.engine.walk import Walked, walk
@@ -66,6 +68,7 @@ class Desk:
         self._plain: Setup | None = None
         self._floor: Mapping[str, Any] | None = None  # {"quality", "margin", "scores"} of the baseline on val, once known
         self._scrap: list[Path] = []
+        self.granules = Granules()
         self.machine = fingerprint()
 
     def do(self, task: str, args: Mapping[str, Any]) -> dict[str, Any]:
@@ -238,7 +241,7 @@ class Desk:
         """What methods may ask of a model on their way, its quality on val and its latency; and where decisions are kept."""
         enough = self._enough if self._floor else None
         services = {"evaluate": self._quality, "enough": enough, "time": self._time, "pace": self._step_seconds}
-        return {"services": services, "decisions": self.folder / "decisions"}
+        return {"services": {**services, "granules": self.granules}, "decisions": self.folder / "decisions"}
 
     def _quality(self, model: nn.Module) -> float:
         return score(model, self.workload.val, self.workload.metric).value
@@ -347,8 +350,10 @@ class Desk:
         built = runtime.open_built(self.folder / args["folder"], setup.runtime) if args.get("folder") else None
         source = self.workload.calibration_source
         probes = source.fixed(torch.arange(min(64, len(source)))).inputs
+        written_out = len(recipe.on(self.workload.baseline or Recipe()).steps) - len(recipe.steps)
         folder = artifact.write(
-            self.folder / "artifact", setup.model.eval(), setup.runtime, setup.context, recipe=recipe, built=built,
+            self.folder / "artifact", setup.model.eval(), setup.runtime, setup.context,
+            recipe=settled(recipe, walked.decisions, written_out), built=built,
             evidence=args["evidence"], probes_inputs=probes, batches=args["batches"], card=args.get("card"),
         )  # fmt: skip
         return {"values": {"bytes": float(artifact.bytes_of(folder))}}

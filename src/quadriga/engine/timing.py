@@ -46,7 +46,7 @@ def timed(arms: Sequence[Arm], spec: RuntimeSpec, context: Context, folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     scrap = Path(tempfile.mkdtemp(prefix="timed-", dir=folder))
     try:
-        with _as_it_was(arms), _one_registry(), torch.inference_mode():
+        with as_it_was(arms), one_registry(), torch.inference_mode():
             calls = [_call(arm, spec, context, scrap / str(k)) for k, arm in enumerate(arms)]
             return in_turn(calls, rounds=CAREFUL if len(arms) <= FEW else ROUGH)
     finally:
@@ -76,7 +76,7 @@ def _seen(inputs: Tree, context: Context) -> Context:
 
 
 @contextmanager
-def _as_it_was(arms: Sequence[Arm]) -> Iterator[None]:
+def as_it_was(arms: Sequence[Arm]) -> Iterator[None]:
     """Afterwards models have their modes back, and the process its threads and matmul precision."""
     threads = torch.get_num_threads()
     with products_kept(), ExitStack() as stack:
@@ -89,7 +89,7 @@ def _as_it_was(arms: Sequence[Arm]) -> Iterator[None]:
 
 
 @contextmanager
-def _one_registry() -> Iterator[None]:
+def one_registry() -> Iterator[None]:
     """PyTorch's ONNX exporter reads all its operators' definitions at each export, three quarters of a small one's time."""
     try:
         from torch.onnx._internal.exporter._registration import ONNXRegistry

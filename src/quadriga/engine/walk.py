@@ -43,7 +43,7 @@ class Walked:
         seconds: of training, cached steps included.
         cpu_seconds: processor time of training, cached steps included.
         checkpoint: folder of the last train step, or None.
-        decisions: what methods decided by measurement: rows with "step", "key" and "value".
+        decisions: what methods decided by measurement: rows with "index" and "step", "key" and "value".
         notes: what happened in train steps, such as a return to an earlier state.
         staleness: of each train step by several workers, as in its outcome.
         left: what steps were asked for and left as it is: pairs of the step and the reason.
@@ -114,7 +114,7 @@ def walk(
     start = replace(start, context=context)
     walker = _Walker(workload, recipe, seed, store, progress, start, decide, ready, before_train, rehearsal)
     for index, method in enumerate(methods[:until]):
-        decide.prefix = shaping(recipe, methods, index)
+        decide.prefix, decide.at = shaping(recipe, methods, index), index
         walker.at = recipe.steps[index]
         with _placed(recipe, index):
             if method is None:
@@ -212,7 +212,7 @@ class _Walker:
         self.staleness += (dict(outcome.staleness),) if outcome.staleness else ()
 
 
-SERVICES = ("evaluate", "enough", "time", "pace")
+SERVICES = ("evaluate", "enough", "time", "pace", "granules")
 
 
 def rebuilt(
@@ -278,7 +278,7 @@ def final_runtime(setup: Setup, methods: Iterable[Method | None]) -> RuntimeSpec
         methods: all of the recipe; train steps are None. Traits that a step needs are granted, one that refuses is left out.
     """
     silent = replace(
-        setup.context, time=None, pace=None, evaluate=None, enough=None
+        setup.context, time=None, pace=None, evaluate=None, enough=None, granules=None
     )  # nothing is measured to know what is asked
     setup = replace(setup, context=silent, traits=setup.traits | {PROBE})
     for method in methods:

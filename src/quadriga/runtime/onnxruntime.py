@@ -11,6 +11,7 @@ from quadriga.runtime._capture import Capture
 from quadriga.runtime._types import Probe, package_probe
 
 NAME = "onnxruntime"
+DYNAMIC_OPERATORS = True  # dynamic int8 is realised with operators of the file
 
 
 def probe() -> Probe:
@@ -22,13 +23,16 @@ def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -
     """Write model.onnx, quantized as asked. Weights stored in half precision become float32 when they are loaded."""
     from quadriga.runtime._onnx import write_onnx
 
-    write_onnx(taken, spec, folder / "model.onnx", dynamic_operators=True)
+    write_onnx(taken, spec, folder / "model.onnx", dynamic_operators=DYNAMIC_OPERATORS)
     quantized = spec.quant is not None and spec.quant.activations != "none"
-    # Weights only: the stored int8 becomes float once, at load, so that products are float products.
-    folded = {"session.disable_quant_qdq": "1"} if spec.quant is not None and spec.quant.activations != "static" else {}
     return {
         "files": ["model.onnx"],
-        "session": folded,
+        "session": session(spec),
         "tolerance": 0.1 if quantized else 1e-4,
         "needs": ["torch", "safetensors", f"onnxruntime>={metadata.version('onnxruntime')}"],
     }
+
+
+def session(spec: RuntimeSpec) -> dict[str, str]:
+    """Settings of its session. Weights only: the stored int8 becomes float once, at load, so that products are in float."""
+    return {"session.disable_quant_qdq": "1"} if spec.quant is not None and spec.quant.activations != "static" else {}

@@ -16,6 +16,7 @@ from quadriga.runtime._types import Probe, package_probe
 from quadriga.runtime.standalone import difference, openvino_core, openvino_request
 
 NAME = "openvino"
+DYNAMIC_OPERATORS = False  # dynamic int8 is its own setting
 
 
 def probe() -> Probe:
@@ -24,21 +25,26 @@ def probe() -> Probe:
 
 
 def write(taken: Capture, spec: RuntimeSpec, folder: Path, batches: list[int]) -> dict[str, Any]:
-    """Write model.onnx. Products are float32, and bfloat16 for such weights (OpenVINO's own default on some CPUs)."""
+    """Write model.onnx."""
     from quadriga.runtime._onnx import write_onnx
 
-    precision = "bf16" if spec.weights == "bf16" else "f32"
-    write_onnx(taken, spec, folder / "model.onnx", dynamic_operators=False)
-    activations = spec.quant.activations if spec.quant is not None else "none"
-    group = "32" if activations == "dynamic" else "0"  # its own dynamic int8 acts on compressed weights
+    write_onnx(taken, spec, folder / "model.onnx", dynamic_operators=DYNAMIC_OPERATORS)
+    exact = spec.weights != "bf16" and (spec.quant is None or spec.quant.activations == "none")
     entry = {
         "files": ["model.onnx"],
-        "session": {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": group},
-        "tolerance": stored_tolerance(computes(taken)) if precision == "f32" and activations == "none" else 0.1,
+        "session": session(spec),
+        "tolerance": stored_tolerance(computes(taken)) if exact else 0.1,
         "needs": ["torch", "safetensors", f"openvino>={metadata.version('openvino').split('-')[0]}"],
     }
     _readable(folder / "model.onnx", entry)
     return {**entry, "batches": _agreeing(folder, entry, taken, batches)}
+
+
+def session(spec: RuntimeSpec) -> dict[str, str]:
+    """Settings of its session. Products are float32, and bfloat16 for such weights (OpenVINO's own default on some CPUs)."""
+    dynamic = spec.quant is not None and spec.quant.activations == "dynamic"  # its own, which acts on compressed weights
+    precision = "bf16" if spec.weights == "bf16" else "f32"
+    return {"INFERENCE_PRECISION_HINT": precision, "DYNAMIC_QUANTIZATION_GROUP_SIZE": "32" if dynamic else "0"}
 
 
 def _readable(path: Path, entry: dict[str, Any]) -> None:

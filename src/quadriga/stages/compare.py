@@ -18,6 +18,7 @@ from quadriga.core.recipe import Recipe
 from quadriga.core.setup import Setup
 from quadriga.core.slots import RuntimeSpec
 from quadriga.core.workload import Workload
+from quadriga.engine.decisions import settled
 from quadriga.engine.tasks import Desk
 from quadriga.measure.latency import paired
 from quadriga.measure.quality import Scores
@@ -159,9 +160,9 @@ class Side:
         return replace(_in_folder(folder, self.text, recipe), **known, runtime=made["info"]["realized"][0])
 
     def _live(self, desk: Desk, recipe: Recipe, made: Mapping[str, Any]) -> Ready:
-        kept = made["info"]["checkpoint"]
+        kept, decided = made["info"]["checkpoint"], settled(recipe, made["info"]["decisions"])  # the arm decides nothing anew
         arm = {
-            "kind": "eager", "workload": desk.workload.reference, "seed": desk.seed, "recipe": recipe.plain(),
+            "kind": "eager", "workload": desk.workload.reference, "seed": desk.seed, "recipe": decided.plain(),
             "checkpoint": os.path.abspath(desk.folder / "checkpoints" / kept) if kept else None,
         }  # fmt: skip
         return Ready(arm, int(made["values"]["bytes"]), recipe)

@@ -28,6 +28,9 @@ SMALL = 0.03  # of the pieces' time: the cheapest pieces, together, that are tak
 def candidates(size: int, steps: int, round_to: int = 1) -> list[int]:
     """Widths to choose from: even steps, and the multiples of 8 (of 4, in narrow groups) beside them.
 
+    With granules only whole ones, and the full width: at others a runtime may be slower than at the full one, and a law fitted
+    through them would be wrong everywhere.
+
     Example:
         >>> candidates(20, 4), candidates(4, 8), candidates(64, 4, round_to=16)
         ([2, 4, 5, 8, 10, 15, 16, 20], [1, 2, 3, 4], [16, 32, 48, 64])

@@ -22,6 +22,9 @@ from quadriga.methods.structure._scores import score_of
 log = logging.getLogger(__name__)
 
 
+Grain = Mapping[str, int]  # name of a width → units that go at once
+
+
 class Pruner(Protocol):
     """What a method says of its units. Fields as in `PruneChannels`."""
 
@@ -34,10 +37,13 @@ class Pruner(Protocol):
     @property
     def gradual(self) -> float: ...
 
+    def grain(self, model: nn.Module, groups: Collection[Group], setup: Setup) -> Grain:
+        """For each width, by its name, how many units go at once."""
+
     def groups(self, graph: AxisGraph) -> list[Group]:
         """The widths that it acts on. Raises NotApplicable with the reason if there is none."""
 
-    def kept(self, scores: Mapping[Group, Tensor], ratio: float) -> dict[Group, int]:
+    def kept(self, scores: Mapping[Group, Tensor], ratio: float, grain: Mapping[Group, int]) -> dict[Group, int]:
         """How many units of each width stay when this share of them goes."""
 
 
@@ -50,20 +56,21 @@ def prune(pruner: Pruner, setup: Setup) -> Setup:
     example = setup.context.example
     with opened(setup.model):
         graph = AxisGraph.trace(setup.model, example)
+        grain = pruner.grain(graph.model, pruner.groups(graph), setup)
         if not pruner.gradual:
-            cut(pruner, graph, score_of(pruner.importance, graph, setup))
+            cut(pruner, graph, score_of(pruner.importance, graph, setup), grain)
             return replace(setup, model=graph.model)
-        patch, names = cut(pruner, graph, (bn_scale if pruner.importance == "bn_scale" else magnitude)(graph))
+        patch, names = cut(pruner, graph, (bn_scale if pruner.importance == "bn_scale" else magnitude)(graph), grain)
         patch.undo()
     training = replace(
         setup.training,
-        make_hooks=(*setup.training.make_hooks, lambda model: UnitFade(model, pruner, names, example)),
-        finish=(*setup.training.finish, partial(take_zeros, pruner, names, example)),
+        make_hooks=(*setup.training.make_hooks, lambda model: UnitFade(model, pruner, names, example, grain)),
+        finish=(*setup.training.finish, partial(take_zeros, pruner, names, example, grain)),
     )
     return replace(setup, training=training)
 
 
-def cut(pruner: Pruner, graph: AxisGraph, score: Score) -> tuple[Patch, set[str]]:
+def cut(pruner: Pruner, graph: AxisGraph, score: Score, grain: Grain) -> tuple[Patch, set[str]]:
     """Cut by a score; returns what was changed and the names of the widths.
 
     Raises:
@@ -72,22 +79,32 @@ def cut(pruner: Pruner, graph: AxisGraph, score: Score) -> tuple[Patch, set[str]
     scores = {g: s for g in pruner.groups(graph) if (s := score(g)) is not None}
     if not scores:
         raise NotApplicable("no width that matches has a batch normalization", 'use importance = "magnitude"')
-    kept = pruner.kept(scores, pruner.ratio)
+    kept = pruner.kept(scores, pruner.ratio, _by_group(scores, grain))
     choices = {g: best(s, kept[g]) for g, s in scores.items() if kept[g] < g.size}
     if not choices:
-        raise NotApplicable(f"at ratio {pruner.ratio} no width changes ({why_not(scores)})", "raise ratio")
+        raise NotApplicable(f"at ratio {pruner.ratio} no width changes ({why_not(scores, grain)})", _remedy(grain))
     patch, reasons = graph.cut_each(choices)
     for reason in reasons:
         log.info("%s leaves %s", pruner.name, reason)
     return patch, {g.name for g in choices if not any(r.startswith(f"{g.name}: ") for r in reasons)}
 
 
-def why_not(groups: Collection[Group]) -> str:
+def _by_group(groups: Collection[Group], grain: Grain) -> dict[Group, int]:
+    return {g: grain.get(g.name, 1) for g in groups}
+
+
+def why_not(groups: Collection[Group], grain: Grain | None = None) -> str:
     """The first three groups, and why each is left, for a refusal."""
-    return "; ".join([f"{g.name}: {g.fixed or g.split or f'{g.size} {g.kind}'}" for g in groups][:3])
+    steps = {name: f" in steps of {n}" for name, n in (grain or {}).items() if n > 1}
+    told = (g.fixed or g.split or f"{g.size} {g.kind}{steps.get(g.name, '')}" for g in groups)
+    return "; ".join([f"{g.name}: {why}" for g, why in zip(groups, told, strict=True)][:3])
 
 
-def take_zeros(pruner: Pruner, names: Collection[str], example: Tree, model: nn.Module) -> nn.Module:
+def _remedy(grain: Grain) -> str:
+    return "raise ratio, or set round_to = 1" if any(n > 1 for n in grain.values()) else "raise ratio"
+
+
+def take_zeros(pruner: Pruner, names: Collection[str], example: Tree, grain: Grain, model: nn.Module) -> nn.Module:
     """Cut the units that are zero in every weight. Where none is, as in a network that was not trained, cut by magnitude."""
     graph = AxisGraph.trace(model, example)
     score = magnitude(graph)
@@ -95,7 +112,7 @@ def take_zeros(pruner: Pruner, names: Collection[str], example: Tree, model: nn.
     found: dict[Group, Tensor] = {g: n for g, n in norms.items() if n is not None}
     choices = {g: n.nonzero().flatten() for g, n in found.items() if bool(n.any()) and not bool(n.all())}
     if not choices:
-        kept = pruner.kept(found, pruner.ratio)
+        kept = pruner.kept(found, pruner.ratio, _by_group(found, grain))
         choices = {g: best(n, kept[g]) for g, n in found.items() if kept[g] < g.size}
     if choices:
         graph.cut_each(choices)
@@ -110,11 +127,12 @@ class UnitFade(Thinning):
         pruner: says which widths, how many and by what.
         names: of the widths that a trial could cut.
         example: inputs to trace with.
+        grain: for each width the units that go at once.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner, names: Collection[str], example: Tree) -> None:
+    def __init__(self, model: nn.Module, pruner: Pruner, names: Collection[str], example: Tree, grain: Grain) -> None:
         super().__init__(pruner.gradual)
-        self.pruner, self.graph = pruner, AxisGraph.trace(model, example)
+        self.pruner, self.graph, self.grain = pruner, AxisGraph.trace(model, example), grain
         self.groups = {g.name: g for g in pruner.groups(self.graph) if g.name in names}
         self.alive = {name: torch.ones(g.size, dtype=torch.bool) for name, g in self.groups.items()}
         members = [m for g in self.groups.values() for m in g.members if isinstance(m.tensor, nn.Parameter)]
@@ -135,7 +153,7 @@ class UnitFade(Thinning):
         """The least important units go; what is gone stays gone."""
         score = self._score()
         scores = {g: s * self.alive[n] for n, g in self.groups.items() if (s := score(g)) is not None}
-        kept = self.pruner.kept(scores, self.pruner.ratio * share)
+        kept = self.pruner.kept(scores, self.pruner.ratio * share, _by_group(scores, self.grain))
         for name, group in self.groups.items():
             if group in scores and kept[group] < int(self.alive[name].sum()):
                 order = scores[group].masked_fill(~self.alive[name], -1)

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.methods.structure._granules import RoundTo, check_round_to, granules
 from quadriga.methods.structure._moments import Moments, moments
 from quadriga.methods.structure._replace import Layer, kind_of, plain_layers, replace_layers
 
 Conv = nn.Conv1d | nn.Conv2d
 BATCHES = 8  # of calibration data
+SIDES = ("grouped_in", "grouped_out")
 
 
 def in_groups(conv: Conv, groups: int, seen: Moments) -> Conv:
@@ -63,10 +65,13 @@ def _regress(weight: Tensor, second: Tensor, own: slice) -> Tensor:
 class Grouped(Method):
     """Replace dense convolutions by grouped ones, starting from the best fit to their outputs on calibration data.
 
-    Training has to follow. Layers whose channels `groups` does not divide, depthwise and grouped ones, and tied ones are left.
+    Training has to follow. Layers whose channels `groups` does not divide, depthwise and grouped ones, and tied ones are left;
+    so are those whose channels are whole granules, and those of a group would not be.
 
     Args:
         groups: number of groups.
+        round_to: the granule of the channels of a group. "auto": the steps of width that the recipe's runtime takes
+            at full speed in its precision, measured once on a machine. A table gives them by kind of layer.
         only: layers to act on: globs of names, comma-separated.
 
     Source: Xie et al. 2017, ResNeXt, arXiv:1611.05431; the fit is a regression.
@@ -79,21 +84,29 @@ class Grouped(Method):
     search: ClassVar = {"groups": (2, 4)}
 
     groups: int = 2
+    round_to: RoundTo = "auto"
     only: str = "*"
 
     def __post_init__(self) -> None:
         if self.groups < 2:
             raise BadInput(f"grouped.groups is {self.groups!r}", "give at least 2")
+        check_round_to(self.name, self.round_to)
 
     def apply(self, setup: Setup) -> Setup:
         layers = {n: m for n, m in plain_layers(setup.model, self.only) if not isinstance(m, nn.Linear)}
         seen = moments(setup.model, layers, setup.context.calibration[:BATCHES])
+        grain = granules(self.round_to, SIDES if layers else (), setup)
 
         def make(name: str, layer: Layer) -> nn.Module:
             assert not isinstance(layer, nn.Linear)
             if layer.in_channels % self.groups or layer.out_channels % self.groups:
                 channels = f"{layer.in_channels} → {layer.out_channels}"
                 raise NotApplicable(f"{name} ({channels} channels) does not divide into {self.groups} groups")
+            for width, side in zip((layer.in_channels, layer.out_channels), SIDES, strict=True):
+                if width % grain[side] == 0 and width // self.groups % grain[side]:
+                    raise NotApplicable(
+                        f"{name} would have groups of {width // self.groups} channels, off the step {grain[side]}"
+                    )
             if name not in seen:
                 raise NotApplicable(f"{name} is never called")
             return in_groups(layer, self.groups, seen[name])

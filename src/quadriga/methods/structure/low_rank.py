@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import lcm
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from quadriga.core.batch import Tree, call, evaluating, resize
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Arm, Setup
+from quadriga.methods.structure._granules import RoundTo, check_round_to, granules, layer_sides, up
 from quadriga.methods.structure._moments import moments
 from quadriga.methods.structure._replace import Layer, kind_of, plain_layers, replace_layers
 
@@ -105,6 +107,9 @@ class LowRank(Method):
             whose two layers are that fast, timed at batch 1 in the runtime that the recipe ends in.
         whiten: weigh errors by the covariance of what the layer reads, over calibration data, so that its outputs change
             least, and energy is theirs.
+        round_to: ranks are multiples, rounded up for energy and down for ratio and latency. "auto": the steps of width that the
+            recipe's runtime takes at full speed in its precision, measured once on a machine. A table gives them by kind of
+            layer.
         only: layers to act on: globs of names, comma-separated.
 
     Source: Denton et al. 2014, arXiv:1404.0736; Eckart and Young 1936; Wang et al. 2024, SVD-LLM, arXiv:2403.07378 (whiten).
@@ -120,12 +125,14 @@ class LowRank(Method):
     ratio: float | None = None
     latency: float | None = None
     whiten: bool = False
+    round_to: RoundTo = "auto"
     only: str = "*"
 
     def __post_init__(self) -> None:
         for name in ("energy", "ratio", "latency"):
             if (value := getattr(self, name)) is not None and not 0 < value < 1:
                 raise BadInput(f"low_rank.{name} is {value!r}", "it is a share between 0 and 1")
+        check_round_to(self.name, self.round_to)
         if self.ratio is not None and self.latency is not None:
             raise BadInput("low_rank has both ratio and latency", "give one of them")
 
@@ -136,14 +143,17 @@ class LowRank(Method):
     def _factorize(self, setup: Setup) -> Setup:
         layers = dict(plain_layers(setup.model, self.only))
         roots = self._roots(setup, layers)
-        ranks = self._timed(setup, layers) if self.latency is not None else {}
+        grain = self._grain(setup, layers)
+        ranks = self._timed(setup, layers, grain) if self.latency is not None else {}
 
         def make(name: str, layer: Layer) -> nn.Module:
-            rank, limit = ranks[name] if name in ranks else self._rank(layer, roots.get(name)), break_even(layer.weight)
+            rank = ranks[name] if name in ranks else self._rank(layer, roots.get(name), grain[name])
+            limit = break_even(layer.weight)
             if not rank:
                 raise NotApplicable(f"{name}: two thin layers do not take {self.latency} of its time at any rank")
             if rank >= limit:
-                raise NotApplicable(f"{name} needs rank {rank}, break-even is {limit:.1f}")
+                steps = f" in steps of {grain[name]}" if grain[name] > 1 else ""
+                raise NotApplicable(f"{name} needs rank {rank}{steps}, break-even is {limit:.1f}")
             return nn.Sequential(*factorize(layer, rank, roots.get(name)))
 
         return replace_layers(setup, layers, make, "low rank pays in no layer", "untied Linear or convolution")
@@ -154,12 +164,18 @@ class LowRank(Method):
         found = moments(setup.model, layers, setup.context.calibration[:BATCHES])
         return {name: torch.linalg.cholesky(m.second()) for name, m in found.items()}
 
-    def _rank(self, layer: Layer, root: Tensor | None) -> int:
-        if self.ratio is not None:
-            return max(1, int(self.ratio * break_even(layer.weight)))
-        return rank_by_energy(layer.weight, self.energy, root)
+    def _grain(self, setup: Setup, layers: Mapping[str, Layer]) -> dict[str, int]:
+        """For each layer the step of its rank, which one thin layer writes and the other reads."""
+        ends = {name: [*layer_sides(layer, "out"), *_second(layer)] for name, layer in layers.items()}
+        known = granules(self.round_to, {side for sides in ends.values() for side in sides}, setup)
+        return {name: lcm(*(known[side] for side in sides)) for name, sides in ends.items()}
 
-    def _timed(self, setup: Setup, layers: Mapping[str, Layer]) -> dict[str, int]:
+    def _rank(self, layer: Layer, root: Tensor | None, grain: int) -> int:
+        if self.ratio is not None:
+            return max(grain, int(self.ratio * break_even(layer.weight)) // grain * grain)
+        return up(rank_by_energy(layer.weight, self.energy, root), grain)
+
+    def _timed(self, setup: Setup, layers: Mapping[str, Layer], grain: Mapping[str, int]) -> dict[str, int]:
         """The largest rank of each layer that is fast enough, 0 if none; measured once, and another process is told."""
         time, spec = setup.context.time, setup.context.runtime
         if time is None:
@@ -167,7 +183,8 @@ class LowRank(Method):
 
         def measured() -> dict[str, int]:
             inputs = inputs_of(setup.model, layers, resize(setup.context.example, 1))
-            return {n: fast_rank(layers[n], x, self.latency or 1, lambda arms: time(arms, spec)) for n, x in inputs.items()}
+            share = self.latency or 1
+            return {n: fast_rank(layers[n], x, share, lambda arms: time(arms, spec), grain[n]) for n, x in inputs.items()}
 
         return setup.context.decide(f"low_rank {self.latency} {self.only}", measured)  # type: ignore[no-any-return]
 
@@ -183,8 +200,16 @@ def inputs_of(model: nn.Module, layers: Mapping[str, Layer], example: Tree) -> d
     return found
 
 
-def fast_rank(layer: Layer, x: Tensor, share: float, time: Callable[[Sequence[Arm]], list[float]]) -> int:
+def _second(layer: Layer) -> list[str]:
+    """What the second thin layer reads by: a convolution's is 1×1."""
+    return ["linear_in" if isinstance(layer, nn.Linear) else "pointwise_in"]
+
+
+def fast_rank(layer: Layer, x: Tensor, share: float, time: Callable[[Sequence[Arm]], list[float]], grain: int = 1) -> int:
     """The largest of eight ranks up to break-even whose two layers take at most this share of the layer's time; 0 if none."""
-    ranks = sorted({max(1, int(break_even(layer.weight) * k / 8)) for k in range(1, 9)})
+    ranks = sorted({max(grain, int(break_even(layer.weight) * k / 8) // grain * grain) for k in range(1, 9)})
+    ranks = [rank for rank in ranks if rank <= min(layer.weight.flatten(1).shape)]
+    if not ranks:
+        return 0
     whole, *thin = time([(layer, x), *((nn.Sequential(*factorize(layer, rank)), x) for rank in ranks)])
     return max((rank for rank, seconds in zip(ranks, thin, strict=True) if seconds <= share * whole), default=0)

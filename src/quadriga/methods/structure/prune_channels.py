@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quadriga.core.axes import AxisGraph, Group, select
 from quadriga.core.computed import computed
@@ -14,6 +14,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._gradual import check_gradual
+from quadriga.methods.structure._granules import RoundTo, check_round_to, of_groups
 from quadriga.methods.structure._scores import Importance, nonzero, widths
 from quadriga.methods.structure._units import prune, why_not
 
@@ -34,7 +35,9 @@ class PruneChannels(Method):
             (curvature times squared weight), both from calibration data, or "bn_scale" (scale of the batch normalization;
             layers without one stay).
         scope: "global" ranks the channels of all layers together, "layer" takes the same share of each.
-        round_to: widths are rounded to the nearest multiple.
+        round_to: channels go in granules of so many, the least important granules first; one at least stays in each layer.
+            "auto": the steps of width that the recipe's runtime takes at full speed in its precision, measured once on a
+            machine. A table gives them by kind of layer ("dense_out", "linear_in", …).
         gradual: part of the train step that follows in which ever more channels are set to zero, from 0 (cut at once) to 1;
             at the end they are cut. "taylor" and "hessian" then go by the gradients of that training.
         only: layers to act on: globs of names, comma-separated.
@@ -60,15 +63,14 @@ class PruneChannels(Method):
     zeros: bool = False
     importance: Importance = "magnitude"
     scope: Literal["global", "layer"] = "global"
-    round_to: int = 1
+    round_to: RoundTo = "auto"
     gradual: float = 0.0
     only: str = "*"
 
     def __post_init__(self) -> None:
         if not 0 < self.ratio < 1:
             raise BadInput(f"prune_channels.ratio is {self.ratio!r}", "it is the share that goes, between 0 and 1")
-        if self.round_to < 1:
-            raise BadInput(f"prune_channels.round_to is {self.round_to!r}", "give at least 1")
+        check_round_to(self.name, self.round_to)
         check_gradual(self.name, self.gradual)
         if self.zeros and (self.importance != "magnitude" or self.gradual):
             raise BadInput("prune_channels.zeros goes by weights, at once", 'use importance = "magnitude" and gradual = 0')
@@ -85,9 +87,13 @@ class PruneChannels(Method):
             raise NotApplicable(f"no channels can be pruned ({why_not(matching) or 'no layer matches'}){computed(graph.model)}")
         return found
 
-    def kept(self, scores: Mapping[Group, Tensor], ratio: float) -> dict[Group, int]:
+    def grain(self, model: nn.Module, groups: Collection[Group], setup: Setup) -> dict[str, int]:
+        """What `round_to` says."""
+        return of_groups(self.round_to, model, groups, setup)
+
+    def kept(self, scores: Mapping[Group, Tensor], ratio: float, grain: Mapping[Group, int]) -> dict[Group, int]:
         """How many channels of each width stay."""
-        return nonzero(scores, self.round_to) if self.zeros else widths(scores, ratio, self.scope, self.round_to)
+        return nonzero(scores, grain) if self.zeros else widths(scores, ratio, self.scope, grain)
 
     def apply(self, setup: Setup) -> Setup:
         return prune(self, setup)

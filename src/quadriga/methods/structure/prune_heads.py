@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from quadriga.core.axes import AxisGraph, Group
 from quadriga.core.axes.importance import best
@@ -89,7 +89,11 @@ class PruneHeads(Method):
             raise NotApplicable(f"no head can be taken out ({why_not(heads)})")
         return [g for g in heads if not g.fixed]
 
-    def kept(self, scores: Mapping[Group, Tensor], ratio: float) -> dict[Group, int]:
+    def grain(self, model: nn.Module, groups: Collection[Group], setup: Setup) -> dict[str, int]:
+        """A head is a granule."""
+        return {}
+
+    def kept(self, scores: Mapping[Group, Tensor], ratio: float, grain: Mapping[Group, int]) -> dict[Group, int]:
         """How many heads of each attention stay."""
         return {g: len(heads_kept(s, ratio)) for g, s in scores.items()}
 

@@ -16,9 +16,11 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.core.stacks import Block, blocks_of
+from quadriga.methods.structure._granules import RoundTo, check_round_to, of_groups
 from quadriga.methods.structure._stacks import take_out
 
 log = logging.getLogger(__name__)
+Stage = Callable[[AxisGraph, Setup], object]
 FILTERS, FEATURES = ("conv",), ("linear", "recurrent")
 
 
@@ -96,7 +98,9 @@ class Shrink(Method):
         width: absolute width instead of a ratio; needs `only`.
         hidden: number of hidden Linear layers that stay in the chain before the output; the first ones do.
         only: layers to act on (kernels and widths): globs of names, comma-separated.
-        round_to: widths are rounded to the nearest multiple.
+        round_to: widths are rounded to the nearest multiple, and what is no wider stays. "auto": the steps of width that the
+            recipe's runtime takes at full speed in its precision, measured once on a machine; an absolute `width` is then
+            taken as it is. A table gives them by kind of layer.
 
     Source: LeCun et al. 1990, Optimal Brain Damage, for structure with inherited weights; Li et al. 2017,
     arXiv:1608.08710, for filters by norm; coupled layers as in Fang et al. 2023, arXiv:2301.12900.
@@ -122,15 +126,16 @@ class Shrink(Method):
     width: int | None = None
     hidden: int | None = None
     only: str = "*"
-    round_to: int = 1
+    round_to: RoundTo = "auto"
 
     def __post_init__(self) -> None:
         for name in ("filters", "features", "embeddings", "blocks"):
             if not 0 < getattr(self, name) <= 1:
                 raise BadInput(f"shrink.{name} is {getattr(self, name)!r}", "it is the ratio that stays, above 0 and at most 1")
-        for name, least in (("kernel", 1), ("width", 1), ("hidden", 0), ("round_to", 1)):
+        for name, least in (("kernel", 1), ("width", 1), ("hidden", 0)):
             if (value := getattr(self, name)) is not None and value < least:
                 raise BadInput(f"shrink.{name} is {value!r}", f"give at least {least}")
+        check_round_to(self.name, self.round_to)
         if self.width is not None and self.only == "*":
             raise BadInput(f"shrink.width is {self.width} for every layer", 'name the layers with only = "..."')
 
@@ -145,12 +150,12 @@ class Shrink(Method):
         return replace(setup, model=setup.model)
 
     @staticmethod
-    def _shrink(setup: Setup, stages: Sequence[Callable[[AxisGraph], object]]) -> None:
+    def _shrink(setup: Setup, stages: Sequence[Stage]) -> None:
         reasons = []
         for stage in stages:
             graph = AxisGraph.trace(setup.model, setup.context.example)  # every stage sees the model as it is by then
             try:
-                stage(graph)
+                stage(graph, setup)
             except NotApplicable as error:
                 reasons.append(str(error))
         if len(reasons) == len(stages):
@@ -158,33 +163,38 @@ class Shrink(Method):
         for reason in reasons:
             setup.context.leave(reason)
 
-    def _stages(self) -> list[Callable[[AxisGraph], object]]:
-        stages: list[Callable[[AxisGraph], object]] = []
+    def _stages(self) -> list[Stage]:
+        stages: list[Stage] = []
         if self.kernel is not None:
             kernel = self.kernel
-            stages.append(lambda graph: smaller_kernels(graph, kernel, self.only))
+            stages.append(lambda graph, setup: smaller_kernels(graph, kernel, self.only))
         if self.blocks < 1:
-            stages.append(lambda graph: fewer_blocks(graph, self.blocks, self.only))
+            stages.append(lambda graph, setup: fewer_blocks(graph, self.blocks, self.only))
         if self.hidden is not None:
             hidden = self.hidden
-            stages.append(lambda graph: fewer_hidden(graph, hidden))
+            stages.append(lambda graph, setup: fewer_hidden(graph, hidden))
         if self.filters < 1:
-            stages.append(lambda graph: self._narrow(graph, FILTERS, "filters", self.filters))
+            stages.append(lambda graph, setup: self._narrow(graph, setup, FILTERS, "filters", self.filters))
         if self.features < 1:
-            stages.append(lambda graph: self._narrow(graph, FEATURES, "features", self.features))
+            stages.append(lambda graph, setup: self._narrow(graph, setup, FEATURES, "features", self.features))
         if self.embeddings < 1:
-            stages.append(lambda graph: self._narrow(graph, ("embedding",), "embeddings", self.embeddings))
+            stages.append(lambda graph, setup: self._narrow(graph, setup, ("embedding",), "embeddings", self.embeddings))
         if self.width is not None:
-            stages.append(lambda graph: self._narrow(graph, FILTERS + FEATURES, "width", None))
+            stages.append(lambda graph, setup: self._narrow(graph, setup, FILTERS + FEATURES, "width", None))
         return stages
 
-    def _narrow(self, graph: AxisGraph, kinds: tuple[str, ...], field: str, ratio: float | None) -> Patch:
+    def _narrow(self, graph: AxisGraph, setup: Setup, kinds: tuple[str, ...], field: str, ratio: float | None) -> Patch:
         groups = select(graph.groups(), self.only, kinds)
         if not groups:
             raise NotApplicable(f"shrink.{field}: {_why_none(graph, self.only, kinds)}")
-        width = self.width or 1
+        asked = 1 if ratio is None and self.round_to == "auto" else self.round_to
+        grain = of_groups(asked, graph.model, groups, setup)
+
+        def width(group: Group) -> int:
+            return rounded(group.size * ratio if ratio else self.width or 1, group.size, grain[group.name])
+
         try:
-            return narrow(graph, groups, lambda g: rounded(g.size * ratio if ratio else width, g.size, self.round_to))
+            return narrow(graph, groups, width)
         except NotApplicable as error:
             raise NotApplicable(f"shrink.{field}: {error.reason}", error.remedy) from error
 

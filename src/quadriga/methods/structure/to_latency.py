@@ -20,6 +20,7 @@ from quadriga.core.copies import copy_model
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
+from quadriga.methods.structure._granules import RoundTo, check_round_to, of_groups
 from quadriga.methods.structure._latency_pieces import pieces
 from quadriga.methods.structure._latency_solve import Choice, Round, approach, solve
 from quadriga.methods.structure._latency_table import Array, Meter, Time, candidates, measure
@@ -28,6 +29,7 @@ from quadriga.methods.structure._scores import Importance, score_of
 log = logging.getLogger(__name__)
 KINDS = ("conv", "linear", "recurrent", "embedding")
 ROUNDS = 8
+ENDS = (0.0, 0.25, 0.5)  # shares of all widths that are measured first: the smallest network need not be the fastest
 FINE = 48  # a network of few groups has so many widths in all, or no choice would come near the target
 
 
@@ -70,7 +72,8 @@ class ToLatency(Method):
             batch normalization; other layers stay).
         tolerance: allowed relative difference between the measured ratio and the target.
         steps: widths per group to choose from, multiples of 8 beside them; more where there are few groups.
-        round_to: widths are multiples of this.
+        round_to: widths are multiples of this, or stay. "auto": the steps of width that the recipe's runtime takes at full
+            speed in its precision, measured once on a machine. A table gives them by kind of layer.
         widths: layer → units to keep, as decided before; then nothing is measured, and target and batch do not matter.
         only: layers to act on: globs of names, comma-separated.
 
@@ -89,7 +92,7 @@ class ToLatency(Method):
     importance: Importance = "magnitude"
     tolerance: float = 0.1
     steps: int = 8
-    round_to: int = 1
+    round_to: RoundTo = "auto"
     widths: Mapping[str, int] | None = None
     only: str = "*"
 
@@ -97,9 +100,10 @@ class ToLatency(Method):
         for name in ("target", "tolerance"):
             if not 0 < getattr(self, name) < 1:
                 raise BadInput(f"to_latency.{name} is {getattr(self, name)!r}", "it is a share between 0 and 1")
-        for name, least in (("batch", 1), ("steps", 2), ("round_to", 1)):
+        for name, least in (("batch", 1), ("steps", 2)):
             if getattr(self, name) < least:
                 raise BadInput(f"to_latency.{name} is {getattr(self, name)!r}", f"give at least {least}")
+        check_round_to(self.name, self.round_to)
         for layer, width in (self.widths or {}).items():
             if not isinstance(width, int) or width < 1:
                 raise BadInput(f"to_latency.widths has {layer} = {width!r}", "give the number of units that stay")
@@ -132,11 +136,12 @@ class ToLatency(Method):
     def _decide(self, setup: Setup, graph: AxisGraph, scores: Mapping[Group, Tensor]) -> dict[str, int]:
         """The widths, measured once; another process is told what was found."""
         asked = json.dumps({k: getattr(self, k) for k in self.fields() if k != "widths"}, sort_keys=True)
+        grain = of_groups(self.round_to, graph.model, scores, setup)
 
         def measured() -> dict[str, Any]:
             if setup.context.time is None:
                 raise NotApplicable("to_latency measures, and there is no clock here", "run it in a study, or give widths")
-            return _Search(self, setup, graph, scores, setup.context.time).found()
+            return _Search(self, setup, graph, scores, setup.context.time, grain).found()
 
         found = setup.context.decide(f"to_latency {asked}", measured)
         if found["refused"]:
@@ -165,8 +170,16 @@ def named(graph: AxisGraph, scores: Mapping[Group, Tensor], widths: Mapping[str,
 class _Search:
     """Measures, solves and corrects; `found` is plain data."""
 
-    def __init__(self, method: ToLatency, setup: Setup, graph: AxisGraph, scores: Mapping[Group, Tensor], time: Time) -> None:
-        self.method, self.graph, self.scores = method, graph, scores
+    def __init__(
+        self,
+        method: ToLatency,
+        setup: Setup,
+        graph: AxisGraph,
+        scores: Mapping[Group, Tensor],
+        time: Time,
+        grain: Mapping[str, int],
+    ) -> None:
+        self.method, self.graph, self.scores, self.grain = method, graph, scores, grain
         self.spec = replace(setup.context.runtime, storage="plain")
         inputs = resize(setup.context.example, method.batch)
         self.meter = Meter(time, self.spec, setup.model, inputs, method.batch)
@@ -178,11 +191,11 @@ class _Search:
         """Widths and the log of every round; or why no network meets the target."""
         m = self.method
         self._offer(list(self.scores))
-        smallest, full = tuple(0 for _ in self.groups), tuple(len(w) - 1 for w in self.sizes)
-        half = tuple(int(np.argmin([abs(x - w[-1] / 2) for x in w])) for w in self.sizes)
-        ends = dict(zip((smallest, half), self.meter.ratios([self._cut(c) for c in (smallest, half)]), strict=True))
-        if ends[smallest] > m.target * (1 + m.tolerance):
-            return self._refuse(f"the smallest network that is allowed has {ends[smallest]:.2f}×", ends, [], None)
+        full = tuple(len(w) - 1 for w in self.sizes)
+        alike = list(dict.fromkeys(map(self._alike, ENDS)))
+        ends = dict(zip(alike, self.meter.ratios([self._cut(c) for c in alike]), strict=True))
+        if min(ends.values()) > m.target * (1 + m.tolerance):
+            return self._refuse(f"the smallest network that is allowed has {ends[alike[0]]:.2f}×", ends, [], None)
         keep_float = self.spec.quant.keep_float if self.spec.quant else ()
         table = measure(pieces(self.graph, self.groups, keep_float), self.sizes, self.meter)
         values = [worth(self.scores[g], w, len(g.layers)) for g, w in zip(self.groups, self.sizes, strict=True)]
@@ -201,10 +214,14 @@ class _Search:
             return self._refuse(f"after {len(rounds)} rounds", dict((c, r) for r, c in made), rounds, how)
         return self._row(choice, ratio, rounds, how)
 
+    def _alike(self, share: float) -> Choice:
+        """The same share of every width, as near as its choices come."""
+        return tuple(int(np.argmin([abs(x - share * w[-1]) for x in w])) for w in self.sizes)
+
     def _offer(self, groups: list[Group]) -> None:
         """The groups that can be cut, in half and to the least, and the widths that each offers."""
         steps = max(self.method.steps, FINE // len(groups))
-        sizes = {g: candidates(g.size, steps, self.method.round_to) for g in groups}
+        sizes = {g: candidates(g.size, steps, self.grain[g.name]) for g in groups}
         groups = [g for g in groups if len(sizes[g]) > 1]
         for share in (0.5, 0.0):
             widths = {g: next(w for w in sizes[g] if w >= share * g.size) for g in groups}
