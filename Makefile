@@ -1,9 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines bench-user-models bench-timm bench-widths matrix bench-gpu kills clean
-=======
-.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines bench-user-models bench-widths matrix bench-gpu kills clean
->>>>>>> struct-a
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -102,11 +99,14 @@ bench-engines: .venv/.dev-stamp  ## what it costs to hand out trials: the local 
 bench-user-models: .venv/.dev-stamp  ## models as people bring them, through check, train in four runtimes and a short run (3 hours)
 	$(BIN)/python benchmarks/user_models.py
 
-<<<<<<< HEAD
 bench-timm: .venv/.dev-stamp  ## the smallest network of each of timm's modules: exports, folding, pruning, low rank, int8 (3 hours)
 	@$(PIP) --no-deps timm
 	@test -d out/timm || $(PIP) --no-deps --target out/timm torchvision  # apart: a build for another torch breaks what looks for it
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/timm_networks.py
+
+bench-widths: .venv/.dev-stamp  ## widths that each runtime runs fast, and networks pruned to them (25 minutes)
+	@$(PIP) --no-deps timm
+	$(BIN)/python benchmarks/widths.py
 
 matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (half an hour)
 	$(BIN)/python benchmarks/matrix.py --jobs 2
