@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from networks.of_timm import load_timm
 from torch import nn
 
 from quadriga import methods, runtime, workloads
@@ -95,22 +96,9 @@ def _images(model: nn.Module, channels: int, size: int) -> Workload:
     return Workload(model=model, train=(x, y), val=(x, y), test=(x, y), trained=True)
 
 
-@cache
-def _torchvision() -> Any:
-    """The operators that importing timm asks for, where no torchvision fits this PyTorch; they have to be kept."""
-    if find_spec("torchvision") is None:
-        return None
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-    return library
-
-
 def _timm(name: str, channels: int, size: int, **more: Any) -> Callable[[], Workload]:
     def make() -> Workload:
-        _torchvision()
-        import timm
-
+        timm = load_timm()
         torch.manual_seed(0)
         return _images(timm.create_model(name, num_classes=10, in_chans=channels, **more), channels, size)
 

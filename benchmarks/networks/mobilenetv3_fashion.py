@@ -3,7 +3,7 @@
     python benchmarks/networks/mobilenetv3_fashion.py      # six epochs of AdamW, once; keeps the weights under out/networks/
     quadriga run benchmarks/networks/mobilenetv3_fashion.py:workload --floor -0.5pt --minimize latency --budget 12m
 
-Needs `timm` and `torchvision`, of which Quadriga asks for neither.
+Needs `timm` and `torchvision`, of which Quadriga asks for neither; `make bench-timm` brings both.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from of_timm import load_timm
 from torch import nn
 
 from quadriga import Workload
@@ -20,24 +21,9 @@ WEIGHTS = Path(__file__).resolve().parents[2] / "out/networks/mobilenetv3_fashio
 EXAMPLES, SIDE, BATCH, EPOCHS = 8000, 64, 32, 6
 
 
-def operators() -> torch.library.Library | None:
-    """The names that torchvision's own library brings, for timm, which can then be imported without it."""
-    if hasattr(torch.ops.torchvision, "nms"):
-        return None
-    found = torch.library.Library("torchvision", "DEF")
-    found.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    found.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    return found
-
-
-KEPT = operators()  # the names are gone with it
-
-
 def network() -> nn.Module:
     """Untrained."""
-    import timm
-
-    return timm.create_model("mobilenetv3_small_050", in_chans=1, num_classes=10)
+    return load_timm().create_model("mobilenetv3_small_050", in_chans=1, num_classes=10)
 
 
 def data() -> Splits:
