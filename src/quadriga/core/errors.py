@@ -39,6 +39,10 @@ class NotApplicable(Exception):
         self.place: int | None = None
 
 
+class NotWorthwhile(NotApplicable):
+    """A step that was to act only where that pays, and it was measured that it does not: a recipe goes on without it."""
+
+
 class Failed(Exception):
     """What was asked for was begun, and came to no good end. Exit status 1.
 

@@ -18,7 +18,7 @@ from torch import nn
 from quadriga import artifact, runtime
 from quadriga.core.batch import Tree, call
 from quadriga.core.copies import copy_model
-from quadriga.core.errors import BadInput, Diverged, NotApplicable
+from quadriga.core.errors import BadInput, Diverged, NotApplicable, NotWorthwhile
 from quadriga.core.metric import Metric
 from quadriga.core.products import products_kept
 from quadriga.core.recipe import Recipe
@@ -83,7 +83,7 @@ class Desk:
         except NotApplicable as refusal:
             step = getattr(refusal, "__notes__", [None])[-1]
             told = {"reason": refusal.reason, "remedy": refusal.remedy, "step": step, "place": refusal.place}
-            return {"status": Status.REFUSED, **told}
+            return {"status": Status.REFUSED, **told, "idle": isinstance(refusal, NotWorthwhile)}
         except Diverged as error:
             return {"status": Status.DIVERGED, "reason": str(error)}
         except BadInput as error:

@@ -25,7 +25,7 @@ from quadriga.measure.quality import Scores
 from quadriga.measure.timings import Timings
 from quadriga.runtime.standalone import Damaged
 from quadriga.stages.state import LEVEL
-from quadriga.stages.verbs import checked, done, folder_for, rehearsed
+from quadriga.stages.verbs import checked, completed, done, folder_for, rehearsed
 from quadriga.verify.fake import Worth, told
 from quadriga.verify.quality import compare as compare_quality
 from quadriga.workloads import load, names
@@ -148,11 +148,10 @@ class Side:
             return _in_folder(Path(self.text), self.text)
         if self.kind == "onnx":
             return self._onnx(desk)
-        baseline = desk.workload.baseline or Recipe()
-        recipe = Recipe.load(self.text).on(baseline) if self.kind == "recipe" else baseline
+        recipe = completed(desk.workload, Recipe.load(self.text) if self.kind == "recipe" else None)
         args = {"recipe": recipe.plain(), "name": f"compare-{recipe.hash}", "batches": (1, desk.workload.batch_size)}
         if self.kind == "recipe":
-            rehearsed(desk, recipe, self.text, lambda event: None)
+            recipe, _ = rehearsed(desk, recipe, self.text, lambda event: None)
         made = done(desk.do("realize", args), self.text, recipe)
         folder, known = desk.folder / "built" / args["name"], {"fakes": tuple(made["info"]["fakes"])}
         if desk.workload.reference is not None and (self.kind == "workload" or made["info"]["live"]):

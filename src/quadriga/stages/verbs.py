@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from quadriga.engine.together import follow, planned
 from quadriga.measure.ceilings import ceilings
 from quadriga.measure.roofline import profile as layers
 from quadriga.measure.scores import Scores
+from quadriga.methods import cards
 from quadriga.parallel import group
 from quadriga.report.profiled import write as write_profile
 from quadriga.runtime import open_built
+from quadriga.search.space import Space
 from quadriga.train.track import Tracker, open_tracker, tracking
 from quadriga.workloads.check import check
 
@@ -46,7 +49,8 @@ def train(
 
     Args:
         workload: what to train.
-        recipe: the workload's baseline by default.
+        recipe: the workload's baseline by default, whose training also stands in front of a recipe that has none, or that
+            begins with a step for trained models, as in a study.
         out: folder for checkpoints and the artifact.
         seed: of everything random.
         track: "jsonl", "tensorboard" or "mlflow": where the course of the training is written, below out/track.
@@ -61,15 +65,16 @@ def train(
     """
     say = progress or (lambda event: None)
     notes = checked(workload, say)
-    baseline = workload.baseline or Recipe()
-    recipe = baseline if recipe is None else recipe.on(baseline)
+    given, recipe = recipe, completed(workload, recipe)
+    notes += _begins(workload, given, recipe, say)
     folder = folder_for(out)
     desk = Desk(workload, folder, seed, lambda part: say(_course(part)))
     here = world.found()
     if here.size > 1:
         recipe = planned(recipe)
         group.join()
-    notes += rehearsed(desk, recipe, "the recipe", say)
+    recipe, found = rehearsed(desk, recipe, "the recipe", say)
+    notes += found
     say({"stage": "train", "text": f"{recipe} on {_examples(workload)}"})
     notes += _taught(workload, recipe, say)
     if here.size > 1:
@@ -102,25 +107,56 @@ def checked(workload: Workload, say: Callable[[Mapping[str, Any]], None]) -> lis
     return notes
 
 
-def rehearsed(desk: Desk, recipe: Recipe, what: str, say: Callable[[Mapping[str, Any]], None]) -> list[str]:
+def completed(workload: Workload, recipe: Recipe | None) -> Recipe:
+    """The recipe as a study carries it out: behind the baseline's training, where it starts from a trained model.
+
+    Args:
+        recipe: None for the baseline itself.
+    """
+    baseline = workload.baseline or Recipe()
+    if recipe is None:
+        return baseline
+    traits = frozenset({"TRAINED"} if workload.trained else ())
+    return Space({c["name"]: c for c in cards()}, traits, baseline, frozenset()).complete(recipe)
+
+
+def _begins(workload: Workload, given: Recipe | None, recipe: Recipe, say: Callable[[Mapping[str, Any]], None]) -> list[str]:
+    """Say that the baseline's training was put in front of a recipe."""
+    if given is None or recipe.steps == given.on(workload.baseline or Recipe()).steps:
+        return []
+    note = "the recipe starts from a trained model, so the baseline's training is carried out in front of it"
+    say({"stage": "train", "text": note, "keep": True})
+    return [note]
+
+
+def rehearsed(desk: Desk, recipe: Recipe, what: str, say: Callable[[Mapping[str, Any]], None]) -> tuple[Recipe, list[str]]:
     """Carry out a recipe without its training, so that what it is refused for is said before anything is trained.
 
     Of processes that train together the first one does so.
 
     Returns:
-        a note, where that came to no good end: its training is worth a try all the same.
+        the recipe without the steps that were to act only where that pays and do not; and notes of them, and of an end that
+        is no refusal, after which its training is worth a try all the same.
 
     Raises:
         BadInput: the recipe does not apply to this workload.
     """
     say({"stage": "check", "text": "its steps and its export once on untrained weights, for what the recipe may be refused"})
-    found = group.same(lambda: desk.do("rehearse", {"recipe": recipe.plain()}))
-    if found["status"] in (Status.COMPLETE, Status.REFUSED) or "bad_input" in found:
+    notes: list[str] = []
+    while True:
+        found = group.same(partial(desk.do, "rehearse", {"recipe": recipe.plain()}))
+        if found["status"] == Status.COMPLETE:
+            return recipe, notes
+        if not found.get("idle") or found.get("place") is None:
+            break
+        notes.append(f"{recipe.steps[found['place']]} is left out: {found['reason']}")
+        say({"stage": "check", "text": notes[-1], "keep": True})
+        recipe = recipe.without(found["place"])
+    if found["status"] == Status.REFUSED or "bad_input" in found:
         done(found, f"{what}, before anything was trained", recipe)
-        return []
-    note = f"untrained, the recipe's steps or its export did not come to an end: {found['status']}: {found['reason']}"
-    say({"stage": "warning", "text": note, "keep": True})
-    return [note]
+    notes.append(f"untrained, the recipe's steps or its export did not come to an end: {found['status']}: {found['reason']}")
+    say({"stage": "warning", "text": notes[-1], "keep": True})
+    return recipe, notes
 
 
 def _taught(workload: Workload, recipe: Recipe, say: Callable[[Mapping[str, Any]], None]) -> list[str]:

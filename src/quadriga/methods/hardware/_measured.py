@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from quadriga.core import cuda
-from quadriga.core.errors import NotApplicable
+from quadriga.core.errors import NotApplicable, NotWorthwhile
 from quadriga.core.half import HALF
 from quadriga.core.setup import Setup
 from quadriga.methods.hardware._needs import ends_on
@@ -27,13 +27,16 @@ def faster(setup: Setup, what: str, **settings: Any) -> None:
     is measured is decided once for a recipe. Without the service `pace` nothing is measured, and the setting is taken.
 
     Raises:
-        NotApplicable: it is not faster, with the measured ratio.
+        NotWorthwhile: it is not faster, with the measured ratio.
     """
     pace = setup.context.pace
     if pace is None:
         return
     if settings.get("autocast") in HALF:  # without such products a few steps would take minutes
-        native(settings["autocast"], ends_on(setup))
+        try:
+            native(settings["autocast"], ends_on(setup))
+        except NotApplicable as error:
+            raise NotWorthwhile(error.reason, error.remedy) from error
     final = replace(setup.context.runtime, device=ends_on(setup))
     plain = {name: getattr(setup.runtime, name) for name in settings}
     arms = [replace(setup, runtime=replace(final, **values)) for values in (plain, settings)]
@@ -45,7 +48,7 @@ def faster(setup: Setup, what: str, **settings: Any) -> None:
     gain = setup.context.decide(f"gain of {what}", measure)
     if gain < GAIN:
         reason = f"{what} is not faster here: a training step takes {1 / gain:.2f} of its time"
-        raise NotApplicable(reason, 'leave it out, or set keep="always"')
+        raise NotWorthwhile(reason, 'leave it out, or set keep="always"')
 
 
 def product_speed(dtype: torch.dtype, clock: Callable[[], float] = time.process_time, size: int = 256) -> float:
