@@ -118,12 +118,12 @@ def run(modules: list[str], again: set[str], tests: list[str], seconds: float, g
     known: dict[str, Row] = json.loads(STATE.read_text()) if STATE.exists() else {}
     for module in modules:
         row = known.setdefault(module, {})
-        if row.get("network", {}).get("status") != "works":
+        if row.get("network", {}).get("status") not in ("works", "refused"):
             row["network"] = apart(lambda module=module: chosen(module), 3 * seconds, gigabytes)
             write_json(STATE, known)
-    ready = [m for m in modules if known[m]["network"]["status"] == "works"]
-    for module in sorted(ready, key=lambda m: known[m]["network"]["parameters"]):
-        row = known[module]
+        if row["network"]["status"] != "works":
+            print(f"{module}: {row['network']['reason']}", file=sys.stderr, flush=True)
+            continue
         for name in tests:
             if name not in row or row[name]["status"] in again:
                 row[name] = apart(lambda row=row, name=name: cell(row["network"], name), seconds, gigabytes)
