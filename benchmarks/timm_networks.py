@@ -33,6 +33,7 @@ import torch
 from timm_cells import TESTS, Cells, Choice, choose, load_timm
 
 from quadriga.core.files import atomic_write, write_json
+from quadriga.core.quiet import quiet
 
 ROOT = Path(__file__).parents[1]
 STATE, RESULTS, TABLE = Path("out/timm.json"), ROOT / "benchmarks/results/timm.json", ROOT / "docs/timm.md"
@@ -198,6 +199,8 @@ def main() -> int:
     if not given.table:
         for name in ("onnxruntime", "onnxscript", "openvino", "torch.onnx"):  # each child has them then
             importlib.import_module(name)
+        with quiet():  # what an export imports on its way
+            torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), dynamo=True, verbose=False)
         modules = given.only.split(",") if given.only else timm.list_modules()
         run(modules, set(given.again.split(",")), given.tests.split(","), given.seconds, given.gigabytes)
         known = json.loads(STATE.read_text())
