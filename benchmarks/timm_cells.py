@@ -173,9 +173,9 @@ class Cells:
         setup = self.walked(step(name))
         return self.equal_export(setup.model, setup)
 
-    def changed(self, **fields: Any) -> Result:
+    def changed(self, method: str, **fields: Any) -> Result:
         """A structure method: as many outputs, finite, the export equal; the number is the share of parameters left."""
-        setup = self.walked(step(**fields))
+        setup = self.walked(step(method, **fields))
         for batch in BATCHES:
             found, was = (self._outputs(m, batch) for m in (setup.model, self.before))
             if [t.shape for t in found] != [t.shape for t in was] or not all(bool(t.isfinite().all()) for t in found):
@@ -238,11 +238,11 @@ TESTS: dict[str, Callable[[Cells], Result]] = {
     "onnxruntime": lambda c: c.exported("onnxruntime"),
     "openvino": lambda c: c.exported("openvino"),
     "fold_batchnorm": Cells.folded,
-    "prune_channels": lambda c: c.changed(method="prune_channels"),
-    "prune_blocks": lambda c: c.changed(method="prune_blocks"),
-    "prune_heads": lambda c: c.changed(method="prune_heads"),
-    "prune_hidden": lambda c: c.changed(method="prune_hidden"),
-    "low_rank": lambda c: c.changed(method="low_rank", ratio=0.5),
+    "prune_channels": lambda c: c.changed("prune_channels"),
+    "prune_blocks": lambda c: c.changed("prune_blocks"),
+    "prune_heads": lambda c: c.changed("prune_heads"),
+    "prune_hidden": lambda c: c.changed("prune_hidden"),
+    "low_rank": lambda c: c.changed("low_rank", ratio=0.5),
     "static_int8": Cells.int8,
 }
 

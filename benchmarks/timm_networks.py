@@ -33,6 +33,7 @@ import torch
 from timm_cells import TESTS, Cells, Choice, choose, load_timm
 
 from quadriga.core.files import atomic_write, write_json
+from quadriga.core.quiet import quiet
 
 ROOT = Path(__file__).parents[1]
 STATE, RESULTS, TABLE = Path("out/timm.json"), ROOT / "benchmarks/results/timm.json", ROOT / "docs/timm.md"
@@ -118,12 +119,12 @@ def run(modules: list[str], again: set[str], tests: list[str], seconds: float, g
     known: dict[str, Row] = json.loads(STATE.read_text()) if STATE.exists() else {}
     for module in modules:
         row = known.setdefault(module, {})
-        if row.get("network", {}).get("status") != "works":
+        if row.get("network", {}).get("status") not in ("works", "refused"):
             row["network"] = apart(lambda module=module: chosen(module), 3 * seconds, gigabytes)
             write_json(STATE, known)
-    ready = [m for m in modules if known[m]["network"]["status"] == "works"]
-    for module in sorted(ready, key=lambda m: known[m]["network"]["parameters"]):
-        row = known[module]
+        if row["network"]["status"] != "works":
+            print(f"{module}: {row['network']['reason']}", file=sys.stderr, flush=True)
+            continue
         for name in tests:
             if name not in row or row[name]["status"] in again:
                 row[name] = apart(lambda row=row, name=name: cell(row["network"], name), seconds, gigabytes)
@@ -198,6 +199,8 @@ def main() -> int:
     if not given.table:
         for name in ("onnxruntime", "onnxscript", "openvino", "torch.onnx"):  # each child has them then
             importlib.import_module(name)
+        with quiet():  # what an export imports on its way
+            torch.onnx.export(torch.nn.Linear(2, 2), (torch.ones(1, 2),), dynamo=True, verbose=False)
         modules = given.only.split(",") if given.only else timm.list_modules()
         run(modules, set(given.again.split(",")), given.tests.split(","), given.seconds, given.gigabytes)
         known = json.loads(STATE.read_text())

@@ -46,8 +46,14 @@ def own(model):
     return {name: type(m) for name, m in model.named_modules() if type(m).__module__ == "quadriga.testing.own_layers"}
 
 
-@pytest.mark.parametrize("name", sorted({*STRUCTURE, *PROMISING}))
-@pytest.mark.parametrize("kind", OWN_LAYERS)
+def cases():
+    """Every method on every kind; three kinds for each method are part of `make test`, the others of `make test-all`."""
+    for place, name in enumerate(sorted({*STRUCTURE, *PROMISING})):
+        for number, kind in enumerate(OWN_LAYERS):
+            yield pytest.param(kind, name, marks=() if (number - place) % 3 == 0 else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("kind", "name"), list(cases()))
 def test_it_works_or_is_refused_with_a_reason(kind, name):
     """Applied as a walk does: the same interface, finite outputs and a finite step of training; or a reason."""
     one = start(kind, name)

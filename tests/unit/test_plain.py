@@ -1,10 +1,15 @@
 """is_plain: what computes something else than its class in torch.nn is told from what does not."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+from quadriga.core.errors import NotApplicable
 from quadriga.core.plain import is_plain, plain_kind
+from quadriga.core.slots import ParallelSpec
+from quadriga.parallel.replicate import with_synced_norms
+from quadriga.testing.own_layers import NormAct
 
 
 class Standardized(nn.Conv2d):
@@ -50,3 +55,13 @@ def test_whatever_changes_what_is_computed_is_not_plain():
     assert not [m for m in others if is_plain(m, nn.Linear, nn.Conv2d)]
     with torch.no_grad():  # and each of them does compute something else
         assert all(is_plain(m, type(m)) for m in (nn.Linear(2, 2), nn.BatchNorm1d(2), nn.LayerNorm(2)))
+
+
+def test_a_norm_with_an_activation_is_not_synchronized_without_it():
+    """PyTorch's conversion makes a plain norm of every subclass."""
+    spec, device = ParallelSpec(options={"sync_batchnorm": True}), torch.device("cuda")
+    model = with_synced_norms(nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)), spec, device)
+    assert type(model[1]) is nn.SyncBatchNorm
+    assert type(nn.SyncBatchNorm.convert_sync_batchnorm(NormAct(2))) is nn.SyncBatchNorm
+    with pytest.raises(NotApplicable, match=r"1 \(NormAct\) computes more than a batch normalization"):
+        with_synced_norms(nn.Sequential(nn.Conv2d(1, 2, 1), NormAct(2)), spec, device)

@@ -66,6 +66,21 @@ class Tied(nn.Module):
         return self.out(torch.relu(self.inner(self.table(tokens))))
 
 
+class Biased(nn.Module):
+    """Fused attention with a bias that is looked up by distance, as in T5 and in vision transformers."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.out, self.table = nn.Linear(12, 36), nn.Linear(12, 4), nn.Embedding(11, 3)
+        self.register_buffer("distance", torch.arange(6)[:, None] - torch.arange(6) + 5)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).reshape(x.shape[0], 6, 3, 3, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        bias = self.table(self.distance).permute(2, 0, 1).unsqueeze(0).contiguous()
+        mixed = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return self.out(mixed.transpose(1, 2).reshape(x.shape[0], 6, 12))[:, 0]
+
+
 def bert():
     from transformers import BertConfig, BertForSequenceClassification
 
@@ -78,6 +93,7 @@ MODELS = {
     "recurrent": (Recurrent, lambda: torch.randint(0, 50, (64, 7))),
     "tied": (Tied, lambda: torch.randint(0, 300, (64, 6))),
     "tuple": (TwoInputs, lambda: (torch.randn(64, 8), torch.randn(64, 3))),
+    "biased": (Biased, lambda: torch.randn(64, 6, 12)),
     "bert": (
         bert,
         lambda: {

@@ -12,19 +12,26 @@ from torch.nn.parallel import DistributedDataParallel
 
 from quadriga.core.errors import NotApplicable
 from quadriga.core.norms import BATCH_NORMS
+from quadriga.core.plain import is_plain
 from quadriga.core.slots import ParallelSpec
+
+PLAIN_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 def with_synced_norms(model: nn.Module, spec: ParallelSpec, device: torch.device) -> nn.Module:
     """Batch normalizations over the ranks' whole batch, where the plan asks for it.
 
     Raises:
-        NotApplicable: on the CPU, where PyTorch has none.
+        NotApplicable: on the CPU, where PyTorch has none; or a norm has a forward of its own, which the conversion would lose.
     """
-    if not spec.options.get("sync_batchnorm") or not any(isinstance(m, BATCH_NORMS) for m in model.modules()):
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, BATCH_NORMS)}
+    if not spec.options.get("sync_batchnorm") or not norms:
         return model
     if device.type == "cpu":
         raise NotApplicable("PyTorch synchronizes batch normalization on GPUs only", "leave sync_batchnorm out")
+    if own := [name for name, m in norms.items() if not is_plain(m, *PLAIN_NORMS)]:
+        what = f"{own[0]} ({type(norms[own[0]]).__name__}) computes more than a batch normalization"
+        raise NotApplicable(f"{what}, and would lose it when it is synchronized", "leave sync_batchnorm out")
     return nn.SyncBatchNorm.convert_sync_batchnorm(model)
 
 

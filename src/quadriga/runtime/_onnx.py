@@ -53,7 +53,7 @@ def export(taken: Capture) -> Any:
     Raises:
         NotApplicable: an operation has no ONNX form; the reason names it.
     """
-    with quiet():
+    with quiet(), torch.no_grad():  # as it was captured: a learned attention bias takes attention apart, in other strides
         try:
             made = torch.onnx.export(opened(taken.program), (), dynamo=True, external_data=False, verbose=False, optimize=True)
         except Exception as error:  # the exporter raises many types

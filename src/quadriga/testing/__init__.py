@@ -9,15 +9,18 @@ def test_contract(check):
 """
 
 from quadriga.testing.contract import CHECKS, check_method, starting
+from quadriga.testing.own_layers import OWN_LAYERS, own_layers
 from quadriga.testing.setups import fingerprint, make_setups
 from quadriga.testing.workloads import TINY, tiny_attention, tiny_cnn, tiny_lstm, tiny_mlp, tiny_transformer
 
 __all__ = [
     "CHECKS",
+    "OWN_LAYERS",
     "TINY",
     "check_method",
     "fingerprint",
     "make_setups",
+    "own_layers",
     "starting",
     "tiny_attention",
     "tiny_cnn",

@@ -45,6 +45,7 @@ def fold(layer: nn.Module, statistics: Statistics, patch: Patch, axis: int = 0) 
         axis: of the outputs in the weight: 0, or 1 in a transposed convolution.
 
     Example:
+        >>> import torch
         >>> layer, norm, x = nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4).eval(), torch.randn(5, 3)
         >>> before = norm(layer(x))
         >>> fold(layer, Statistics(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps), Patch())
