@@ -69,6 +69,13 @@ def test_steps_that_can_never_apply_are_left_out():
     assert space(("TEACHER", "FLOAT_WEIGHTS")).adapt(recipe) == recipe
 
 
+def test_recipes_go_without_hardware_where_it_is_not_searched():
+    recipe = Recipe((step("shrink"), step("train", epochs=1), step("quantize"), step("onnx")))
+    searched = space(families=frozenset(("structure", "training")))
+    assert searched.adapt(recipe).steps == recipe.steps[:2] and searched.illegal(searched.adapt(recipe)) is None
+    assert space().adapt(recipe) == recipe
+
+
 def test_cost_probes_are_shared_by_recipes_that_differ_in_training_only():
     one = Recipe((step("shrink", filters=0.5), step("optimizer", lr=0.1), step("train", epochs=1), step("onnx")))
     other = Recipe((step("shrink", filters=0.5), step("distil"), step("train", epochs=9), step("onnx")))

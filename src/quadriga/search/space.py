@@ -66,9 +66,14 @@ class Space:
         return found
 
     def adapt(self, recipe: Recipe) -> Recipe:
-        """Leave out the steps that need a fact which no method can bring about here."""
+        """Leave out the steps that need a fact which no method can bring about here, and hardware where it is not searched."""
         without = self.lacking(recipe)
+        if "hardware" not in self.families:
+            without |= {i: "hardware" for i, s in enumerate(recipe.steps) if self._family(s) == "hardware"}
         return Recipe(tuple(s for i, s in enumerate(recipe.steps) if i not in without), recipe.name)
+
+    def _family(self, one: Step) -> str:
+        return str(self.cards.get(one.method, {}).get("family", ""))
 
     def tuned(self, recipe: Recipe) -> Recipe:
         """Where the recipe goes on from the baseline's training: by the baseline's own optimizer, if that is of Adam's kind.
