@@ -149,7 +149,7 @@ def test_the_shipped_recipes_lose_what_the_workload_does_not_declare(tmp_path):
         assert not any(s.method == "flip" for r in found for s in r.steps)
         assert any(s.method == "distill" for r in found for s in r.steps)
         (line,) = left_out(study)
-        assert line.startswith('left out of "well trained", ') and "more: flip()" in line
+        assert line.startswith('left out of "half of the channels", ') and "more: flip()" in line
         assert "the workload does not say that a mirrored image keeps its label" in line
 
 
@@ -166,7 +166,7 @@ def test_a_field_that_finds_nothing_is_told_of_and_the_rest_of_the_step_acts():
     from quadriga.testing.workloads import tiny_pooled
 
     task = tiny_pooled(trained=True)
-    walked = walk(task, Recipe((step("shrink", filters=0.5, features=0.5),)), seed=0, store=None)
+    walked = walk(task, Recipe((step("shrink", filters=0.5, features=0.5, round_to=1),)), seed=0, store=None)
     ((said, why),) = walked.left
-    assert said == "shrink(filters=0.5, features=0.5)" and why == "shrink.features: fc: it is the model's output"
+    assert said == "shrink(filters=0.5, features=0.5, round_to=1)" and why == "shrink.features: fc: it is the model's output"
     assert walked.setup.model.conv1.out_channels == 3
