@@ -38,6 +38,7 @@ class Walk:
         values: node → axes of its output; nodes with several outputs have a list of them.
         producers: (id of a weight, dimension, kind) in the order of execution: where widths come from.
         readers: (id of a weight, dimension): where widths are summed over.
+        computed: (id of a weight, dimension): where they are summed over in what is computed from the weight, not linearly.
         numbers: whether sizes stand where no check of the outputs finds them: in a norm without weights, in `split(8)`.
     """
 
@@ -48,6 +49,7 @@ class Walk:
         self.values: dict[fx.Node, Any] = {}
         self.producers: list[tuple[int, int, str]] = []
         self.readers: set[tuple[int, int]] = set()
+        self.computed: set[tuple[int, int]] = set()
         self.numbers = False
         self._state_of: dict[fx.Node, int] = {}
         for node in traced.graph.nodes:
@@ -68,21 +70,60 @@ class Walk:
     def produce(self, node: Any, dim: int, kind: str) -> None:
         """A weight whose dimension `dim` decides a width; `kind` is conv, linear, recurrent or embedding.
 
-        A matrix may come transposed, as in `x @ weight.T`.
+        A matrix may come transposed, as in `x @ weight.T`, or be computed from the weight (scaled, standardized).
         """
-        if isinstance(node, fx.Node) and op_name(node) in TURNED and len(self.shape(node)) == 2:
-            self.produce(node.args[0], 1 - dim, kind)
-        if isinstance(node, fx.Node) and node in self._state_of:
-            entry = (self._state_of[node], dim, kind)
+        for state, own in self._origins(node, dim):
+            entry = (state, own, kind)
             if entry not in self.producers:
                 self.producers.append(entry)
 
     def read(self, node: Any, dim: int) -> None:
         """A weight whose dimension `dim` is summed over: what it holds of a unit says how much of the unit is read."""
-        if isinstance(node, fx.Node) and op_name(node) in TURNED and len(self.shape(node)) == 2:
-            self.read(node.args[0], 1 - dim)
-        if isinstance(node, fx.Node) and node in self._state_of:
-            self.readers.add((self._state_of[node], dim))
+        linear = self._unscaled(node)
+        (self.readers if linear else self.computed).update(self._origins(linear or node, dim))
+
+    def _origins(self, node: Any, dim: int) -> list[tuple[int, int]]:
+        """(id of a weight, its dimension) that a dimension of what an operator gets is; [] of what inputs decide."""
+        if not isinstance(node, fx.Node):
+            return []
+        if node in self._state_of:
+            return [(self._state_of[node], dim)]
+        if op_name(node) in TURNED and len(self.shape(node)) == 2:
+            return self._origins(node.args[0], 1 - dim)
+        axis = self.axes(node)[dim]
+        if not isinstance(axis, Tensor) or not (states := self._sources(node)):
+            return []
+        roots, size = self.units.roots(axis), len(axis)
+        matrices = [(s, d, own) for s in states if len(self.states[s]) > 1 for d, own in enumerate(self.states[s])]
+        return [
+            (s, d) for s, d, own in matrices if isinstance(own, Tensor) and len(own) == size and self.units.roots(own) == roots
+        ]
+
+    def _sources(self, node: fx.Node) -> list[int]:
+        """The states that a value is computed from; [] if inputs have a part in it."""
+        found, seen, waiting = list[int](), {node}, [node]
+        while waiting:
+            one = waiting.pop()
+            if one in self._state_of:
+                found.append(self._state_of[one])
+            elif one.op == "placeholder" and self.traced.states.get(one.name) is None:
+                return []
+            new = [n for n in flat([one.args, one.kwargs]) if n not in seen]
+            seen.update(new)
+            waiting += new
+        return found
+
+    def _unscaled(self, node: Any) -> fx.Node | None:
+        """The weight itself, behind factors that are no weights of its shape; None where it is computed in another way."""
+        while isinstance(node, fx.Node) and node not in self._state_of:
+            name, first = op_name(node), node.args[0] if node.args else None
+            factors = [n for n in flat(node.args) if isinstance(n.meta.get("val"), Tensor)] if name in ("mul", "div") else []
+            shaped = [n for n in factors if self.shape(n) == self.shape(node)]
+            turned = name in TURNED and len(self.shape(node)) == 2
+            if turned and isinstance(first, fx.Node) and first in self._state_of:
+                return node
+            node = shaped[0] if len(shaped) == 1 and (name == "mul" or shaped[0] is first) else None
+        return node if isinstance(node, fx.Node) else None
 
     def pin(self, node: Any, reason: str) -> None:
         """Fix all axes of a tensor (or list of tensors)."""
