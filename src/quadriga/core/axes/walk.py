@@ -114,16 +114,22 @@ class Walk:
         return found
 
     def _unscaled(self, node: Any) -> fx.Node | None:
-        """The weight itself, behind factors that are no weights of its shape; None where it is computed in another way."""
+        """The weight itself, behind factors that are no weights of its shape; None where it is computed in another way.
+
+        A factor that is computed from the weight, as a spectral norm is, makes it another way.
+        """
+        others = list[fx.Node]()
         while isinstance(node, fx.Node) and node not in self._state_of:
             name, first = op_name(node), node.args[0] if node.args else None
+            if name in TURNED and len(self.shape(node)) == 2 and isinstance(first, fx.Node) and first in self._state_of:
+                break
             factors = [n for n in flat(node.args) if isinstance(n.meta.get("val"), Tensor)] if name in ("mul", "div") else []
             shaped = [n for n in factors if self.shape(n) == self.shape(node)]
-            turned = name in TURNED and len(self.shape(node)) == 2
-            if turned and isinstance(first, fx.Node) and first in self._state_of:
-                return node
+            others += [n for n in factors if n not in shaped]
             node = shaped[0] if len(shaped) == 1 and (name == "mul" or shaped[0] is first) else None
-        return node if isinstance(node, fx.Node) else None
+        if not isinstance(node, fx.Node) or any({*self._sources(node)} & {*self._sources(n)} for n in others):
+            return None
+        return node
 
     def pin(self, node: Any, reason: str) -> None:
         """Fix all axes of a tensor (or list of tensors)."""
