@@ -9,12 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from quadriga.core.axes.nodes import bind as bind
+from quadriga.core.axes.nodes import flat as flat
+from quadriga.core.axes.nodes import op_name as op_name
+from quadriga.core.axes.origins import origins, unscaled
 from quadriga.core.axes.trace import Traced
 from quadriga.core.axes.units import Axes, Mismatch, Units
 
 Rule = Callable[["Walk", fx.Node, dict[str, Any]], Any]  # → Axes, or a list of Axes for several outputs
 RULES: dict[str, Rule] = {}
-TURNED = ("t", "transpose", "permute", "numpy_T", "mT")
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -72,64 +75,19 @@ class Walk:
 
         A matrix may come transposed, as in `x @ weight.T`, or be computed from the weight (scaled, standardized).
         """
-        for state, own in self._origins(node, dim):
+        for state, own in origins(self, node, dim):
             entry = (state, own, kind)
             if entry not in self.producers:
                 self.producers.append(entry)
 
     def read(self, node: Any, dim: int) -> None:
         """A weight whose dimension `dim` is summed over: what it holds of a unit says how much of the unit is read."""
-        linear = self._unscaled(node)
-        (self.readers if linear else self.computed).update(self._origins(linear or node, dim))
+        linear = unscaled(self, node)
+        (self.readers if linear else self.computed).update(origins(self, linear or node, dim))
 
-    def _origins(self, node: Any, dim: int) -> list[tuple[int, int]]:
-        """(id of a weight, its dimension) that a dimension of what an operator gets is; [] of what inputs decide."""
-        if not isinstance(node, fx.Node):
-            return []
-        if node in self._state_of:
-            return [(self._state_of[node], dim)]
-        if op_name(node) in TURNED and len(self.shape(node)) == 2:
-            return self._origins(node.args[0], 1 - dim)
-        axis = self.axes(node)[dim]
-        if not isinstance(axis, Tensor) or not (states := self._sources(node)):
-            return []
-        roots, size = self.units.roots(axis), len(axis)
-        matrices = [(s, d, own) for s in states if len(self.states[s]) > 1 for d, own in enumerate(self.states[s])]
-        return [
-            (s, d) for s, d, own in matrices if isinstance(own, Tensor) and len(own) == size and self.units.roots(own) == roots
-        ]
-
-    def _sources(self, node: fx.Node) -> list[int]:
-        """The states that a value is computed from; [] if inputs have a part in it."""
-        found, seen, waiting = list[int](), {node}, [node]
-        while waiting:
-            one = waiting.pop()
-            if one in self._state_of:
-                found.append(self._state_of[one])
-            elif one.op == "placeholder" and self.traced.states.get(one.name) is None:
-                return []
-            new = [n for n in flat([one.args, one.kwargs]) if n not in seen]
-            seen.update(new)
-            waiting += new
-        return found
-
-    def _unscaled(self, node: Any) -> fx.Node | None:
-        """The weight itself, behind factors that are no weights of its shape; None where it is computed in another way.
-
-        A factor that is computed from the weight, as a spectral norm is, makes it another way.
-        """
-        others = list[fx.Node]()
-        while isinstance(node, fx.Node) and node not in self._state_of:
-            name, first = op_name(node), node.args[0] if node.args else None
-            if name in TURNED and len(self.shape(node)) == 2 and isinstance(first, fx.Node) and first in self._state_of:
-                break
-            factors = [n for n in flat(node.args) if isinstance(n.meta.get("val"), Tensor)] if name in ("mul", "div") else []
-            shaped = [n for n in factors if self.shape(n) == self.shape(node)]
-            others += [n for n in factors if n not in shaped]
-            node = shaped[0] if len(shaped) == 1 and (name == "mul" or shaped[0] is first) else None
-        if not isinstance(node, fx.Node) or any({*self._sources(node)} & {*self._sources(n)} for n in others):
-            return None
-        return node
+    def state(self, node: fx.Node) -> int | None:
+        """The id of the state that a placeholder stands for; None for other nodes."""
+        return self._state_of.get(node)
 
     def pin(self, node: Any, reason: str) -> None:
         """Fix all axes of a tensor (or list of tensors)."""
@@ -180,29 +138,6 @@ def _lookup(node: fx.Node) -> Rule | None:
     found = RULES.get(name) or RULES.get(name.rstrip("_"))
     if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return RULES["pointwise"]
-    return found
-
-
-def op_name(node: fx.Node) -> str:
-    """The operator's name without name space and overload, such as "conv2d"."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an operator by name, defaults included."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {}
-    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    bound.update({a.name: v for a, v in zip(schema.arguments, node.args, strict=False)})
-    return {**bound, **node.kwargs}
-
-
-def flat(node: Any) -> list[fx.Node]:
-    """All nodes in nested arguments, in order."""
-    found: list[fx.Node] = []
-    fx.node.map_arg(node, found.append)
     return found
 
 
