@@ -120,3 +120,21 @@ def test_smooth_quant_takes_no_norm_and_no_linear_layer_with_a_forward_of_its_ow
     (make,) = setups_of(kind).values()
     with pytest.raises(NotApplicable, match="no normalization is read by linear layers alone"):
         methods.available()["smooth_quant"]()(make())
+
+
+@pytest.mark.parametrize("kind", OWN_LAYERS)
+def test_a_wider_network_is_the_same_function(kind):
+    """Whatever a layer computes from its weight: units that are copied are shared out among its readers, or left."""
+    (make,) = setups_of(kind).values()
+    setup = make()
+    witness, before = Witness(setup.model, setup.context.example), sum(p.numel() for p in setup.model.parameters())
+    model = methods.available()["widen"]()(setup).model
+    assert witness.broken(model) == "" and sum(p.numel() for p in model.parameters()) > before
+
+
+def test_channels_of_standardized_convolutions_are_pruned():
+    (make,) = setups_of("standardized").values()
+    setup = make()
+    widths = [m.out_channels for m in setup.model if isinstance(m, nn.Conv2d)]
+    model = methods.available()["prune_channels"](scope="layer")(setup).model
+    assert [m.out_channels for m in model if isinstance(m, nn.Conv2d)] == [n // 2 for n in widths]

@@ -90,3 +90,30 @@ def test_a_larger_network_that_the_recipe_trains_teaches_a_small_one(tmp_path):
 def test_a_factor_that_does_not_widen_is_bad_input(factor):
     with pytest.raises(BadInput, match=r"widen\.factor"):
         Widen(factor=factor)
+
+
+class Gained(nn.Linear):
+    """A weight with a learned factor."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.gain = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.gain * self.weight, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("reader", "widened"), [(Gained(8, 4), True), (nn.utils.parametrizations.spectral_norm(nn.Linear(8, 4)), False)]
+)
+def test_units_are_shared_out_among_scaled_readers_and_left_where_a_weight_is_computed_otherwise(reader, widened):
+    net, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), reader, nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(5, 6)
+    before, graph = net(x).detach(), AxisGraph.trace(net, x)
+    copies = {graph.group("0"): torch.arange(8)}
+    if widened:
+        grow(graph, copies, torch.Generator().manual_seed(0))
+        torch.testing.assert_close(net(x), before)
+    else:
+        with pytest.raises(NotApplicable, match=r"0 is read through 2\..*from which a layer computes its weight"):
+            grow(graph, copies, torch.Generator().manual_seed(0))
+    assert net[0].out_features == (16 if widened else 8)

@@ -44,6 +44,9 @@ def grow(graph: AxisGraph, copies: Mapping[Group, Tensor], generator: torch.Gene
     """
     if fixed := [f"{g.name} has a fixed width: {g.fixed or g.split}" for g in copies if g.fixed or g.split]:
         raise NotApplicable("; ".join(fixed))
+    if computed := [(g, m) for g in copies for m in g.members if (id(m.tensor), m.dim) in graph.walk.computed]:
+        group, member = computed[0]
+        raise NotApplicable(f"{group.name} is read through {member.names[0]}, from which a layer computes its weight")
     shares = {group: _shares(group.size, sources, generator) for group, sources in copies.items()}
     patch, before = Patch(), dict[int, tuple[int, ...]]()
     try:

@@ -91,16 +91,19 @@ def convolution(walk: Walk, node: fx.Node, a: dict[str, Any]) -> Axes | None:
     channels, groups = axes[1 if batched else 0], a["groups"]
     for extent in kernel:
         walk.units.pin(extent, "it is a kernel's extent")
-    if not isinstance(out, Tensor) or not isinstance(inside, Tensor):
+    single = walk.shape(a["weight"])[1] == 1  # an axis of one unit may be lost where the weight is computed
+    if not isinstance(out, Tensor) or not (isinstance(inside, Tensor) or single):
         return None  # a weight that is computed in a way that is not understood
     if groups == 1:
-        walk.units.join(channels, inside, "it reads a fixed size")
-        walk.read(a["weight"], 1)
-    elif len(inside) == 1:
+        if isinstance(inside, Tensor):
+            walk.units.join(channels, inside, "it reads a fixed size")
+            walk.read(a["weight"], 1)
+    elif single:
         walk.units.join(channels, out[:: len(out) // groups], "it reads a fixed size")
         for owner in out.view(groups, -1):
             walk.units.unite(owner[:1].expand(len(owner)), owner)
     else:
+        assert isinstance(inside, Tensor)
         walk.units.join(channels, inside.repeat(groups), "it reads a fixed size")
         walk.read(a["weight"], 1)
         first = out.view(groups, -1)[0]

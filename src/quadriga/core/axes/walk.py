@@ -9,12 +9,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 
+from quadriga.core.axes.nodes import bind as bind
+from quadriga.core.axes.nodes import flat as flat
+from quadriga.core.axes.nodes import op_name as op_name
+from quadriga.core.axes.origins import origins, unscaled
 from quadriga.core.axes.trace import Traced
 from quadriga.core.axes.units import Axes, Mismatch, Units
 
 Rule = Callable[["Walk", fx.Node, dict[str, Any]], Any]  # → Axes, or a list of Axes for several outputs
 RULES: dict[str, Rule] = {}
-TURNED = ("t", "transpose", "permute", "numpy_T", "mT")
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -38,6 +41,7 @@ class Walk:
         values: node → axes of its output; nodes with several outputs have a list of them.
         producers: (id of a weight, dimension, kind) in the order of execution: where widths come from.
         readers: (id of a weight, dimension): where widths are summed over.
+        computed: (id of a weight, dimension): where they are summed over in what is computed from the weight, not linearly.
         numbers: whether sizes stand where no check of the outputs finds them: in a norm without weights, in `split(8)`.
     """
 
@@ -48,6 +52,7 @@ class Walk:
         self.values: dict[fx.Node, Any] = {}
         self.producers: list[tuple[int, int, str]] = []
         self.readers: set[tuple[int, int]] = set()
+        self.computed: set[tuple[int, int]] = set()
         self.numbers = False
         self._state_of: dict[fx.Node, int] = {}
         for node in traced.graph.nodes:
@@ -68,21 +73,21 @@ class Walk:
     def produce(self, node: Any, dim: int, kind: str) -> None:
         """A weight whose dimension `dim` decides a width; `kind` is conv, linear, recurrent or embedding.
 
-        A matrix may come transposed, as in `x @ weight.T`.
+        A matrix may come transposed, as in `x @ weight.T`, or be computed from the weight (scaled, standardized).
         """
-        if isinstance(node, fx.Node) and op_name(node) in TURNED and len(self.shape(node)) == 2:
-            self.produce(node.args[0], 1 - dim, kind)
-        if isinstance(node, fx.Node) and node in self._state_of:
-            entry = (self._state_of[node], dim, kind)
+        for state, own in origins(self, node, dim):
+            entry = (state, own, kind)
             if entry not in self.producers:
                 self.producers.append(entry)
 
     def read(self, node: Any, dim: int) -> None:
         """A weight whose dimension `dim` is summed over: what it holds of a unit says how much of the unit is read."""
-        if isinstance(node, fx.Node) and op_name(node) in TURNED and len(self.shape(node)) == 2:
-            self.read(node.args[0], 1 - dim)
-        if isinstance(node, fx.Node) and node in self._state_of:
-            self.readers.add((self._state_of[node], dim))
+        linear = unscaled(self, node)
+        (self.readers if linear else self.computed).update(origins(self, linear or node, dim))
+
+    def state(self, node: fx.Node) -> int | None:
+        """The id of the state that a placeholder stands for; None for other nodes."""
+        return self._state_of.get(node)
 
     def pin(self, node: Any, reason: str) -> None:
         """Fix all axes of a tensor (or list of tensors)."""
@@ -133,29 +138,6 @@ def _lookup(node: fx.Node) -> Rule | None:
     found = RULES.get(name) or RULES.get(name.rstrip("_"))
     if found is None and torch.Tag.pointwise in getattr(node.target, "tags", ()):
         return RULES["pointwise"]
-    return found
-
-
-def op_name(node: fx.Node) -> str:
-    """The operator's name without name space and overload, such as "conv2d"."""
-    schema = getattr(node.target, "_schema", None)
-    return schema.name.split("::")[-1] if schema is not None else getattr(node.target, "__name__", str(node.target))
-
-
-def bind(node: fx.Node) -> dict[str, Any]:
-    """All arguments of an operator by name, defaults included."""
-    schema = getattr(node.target, "_schema", None)
-    if schema is None:
-        return {}
-    bound = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    bound.update({a.name: v for a, v in zip(schema.arguments, node.args, strict=False)})
-    return {**bound, **node.kwargs}
-
-
-def flat(node: Any) -> list[fx.Node]:
-    """All nodes in nested arguments, in order."""
-    found: list[fx.Node] = []
-    fx.node.map_arg(node, found.append)
     return found
 
 
