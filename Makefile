@@ -8,7 +8,7 @@ FIND := for p in python3 python3.13 python3.12 python3.11 python3.14; do \
 	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done
 PYTHON ?= $(shell $(FIND))
 PIP = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-UNTIMED := tests/system/test_bad_inputs.py tests/system/test_parallel.py tests/system/test_ready_made.py
+UNTIMED := tests/system/test_bad_inputs.py tests/system/test_parallel.py tests/system/test_ready_made.py tests/system/test_recipes.py
 UNITS := not slow and not gpu and not network
 
 help:  ## list the commands
