@@ -51,11 +51,11 @@ def train() -> None:
     torch.manual_seed(0)
     model, splits = network(), data()
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    steps = EPOCHS * len(splits.train) // 128
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps + EPOCHS)
+    steps = EPOCHS * -(-len(splits.train) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
     for epoch in range(EPOCHS):
         model.train()
-        for rows in torch.randperm(len(splits.train)).split(128):
+        for rows in torch.randperm(len(splits.train)).split(BATCH):
             batch = splits.train.batch(rows)
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(batch.inputs), batch.target).backward()

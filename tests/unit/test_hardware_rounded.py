@@ -160,17 +160,17 @@ def test_quantize_int8_leaves_sensitive_layers_out_and_says_so_once():
 
 
 def test_the_floor_decides_where_it_is_known():
-    setup = Setup.of(workload(spiked()), enough=lambda model: True)
+    setup = Setup.of(workload(spiked()), enough=lambda model, own=None: True)
     assert QuantizeInt8(sensitive="float")(setup).runtime.quant.keep_float == ()
-    setup = Setup.of(workload(spiked()), enough=lambda model: len(model.spoilt._forward_hooks) == 0)
+    setup = Setup.of(workload(spiked()), enough=lambda model, own=None: len(model.spoilt._forward_hooks) == 0)
     assert QuantizeInt8(sensitive="float")(setup).runtime.quant.keep_float == ("spoilt",)
-    setup = Setup.of(workload(spiked()), enough=lambda model: False)
+    setup = Setup.of(workload(spiked()), enough=lambda model, own=None: False)
     with pytest.raises(NotApplicable, match="not good enough in any layer"):
         QuantizeInt8(sensitive="float")(setup)
 
 
 def test_a_probe_without_trained_weights_leaves_none_out():
-    setup = Setup.of(workload(spiked()), enough=lambda model: pytest.fail("nothing is measured"))
+    setup = Setup.of(workload(spiked()), enough=lambda model, own=None: pytest.fail("nothing is measured"))
     probe = replace(setup, traits=setup.traits | {PROBE})
     assert QuantizeInt8(sensitive="float")(probe).runtime.quant.keep_float == ()
 

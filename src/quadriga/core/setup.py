@@ -85,7 +85,8 @@ class Context:
         gradients: (model) → {parameter name: mean gradient of the loss over calibration}.
         curvature: (model) → {parameter name: diagonal of the loss's Hessian, estimated over calibration}.
         evaluate: (model) → quality on val.
-        enough: (model) → whether that quality is within the floor; None where no floor is known.
+        enough: (model, quality before a change or None) → whether its quality is within the floor, or, of a model that misses
+            the floor before the change, as near to that; None where no floor is known.
         time: (arms, spec) → seconds per call of each arm (a model and its inputs), realised by the specification and
             timed in turn, block by block, so that their ratios can be trusted more than their values.
         pace: (setups) → processor seconds per training step of each, on copies of their models, timed in turn.
@@ -111,7 +112,7 @@ class Context:
     gradients: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     curvature: Callable[[nn.Module], Mapping[str, Tensor]] | None = None
     evaluate: Callable[[nn.Module], float] | None = None
-    enough: Callable[[nn.Module], bool] | None = None
+    enough: Callable[[nn.Module, float | None], bool] | None = None
     time: Callable[[Sequence[Arm], RuntimeSpec], list[float]] | None = None
     pace: Callable[[Sequence[Setup]], list[float]] | None = None
     runtime: RuntimeSpec = field(default_factory=RuntimeSpec)

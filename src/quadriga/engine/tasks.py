@@ -246,15 +246,23 @@ class Desk:
     def _quality(self, model: nn.Module) -> float:
         return score(model, self.workload.val, self.workload.metric).value
 
-    def _enough(self, model: nn.Module) -> bool:
+    def _enough(self, model: nn.Module, own: float | None = None) -> bool:
         """Whether a model's quality on val is within the floor, or misses it by no more than one standard error: what chance
-        takes away in one choice of layers it gives back in the next, and a search for few layers would follow it."""
+        takes away in one choice of layers it gives back in the next, and a search for few layers would follow it.
+
+        Args:
+            own: quality of the model as it was before the change that is judged. Where that misses the floor itself, as at an
+                early training length, the change may lose as much of it as the floor allows.
+        """
         assert self._floor is not None
         metric = self.workload.metric
         assert isinstance(metric, Metric), "a workload replaces names when it is made"
         found, kept = score(model, self.workload.val, metric), self.folder / (self._floor.get("scores") or ".")
         doubt = standard_error(Scores.load(kept), found, metric) if kept.is_file() else 0.0  # another machine has no file
-        return metric.gain(found.value, self._floor["quality"]) + doubt >= -self._floor["margin"]
+        base = self._floor["quality"]
+        if own is not None and metric.gain(own, base) < 0:
+            base = own
+        return metric.gain(found.value, base) + doubt >= -self._floor["margin"]
 
     def _step_seconds(self, setups: Sequence[Setup]) -> list[float]:
         """Seconds of training per example of each setup; for decisions and for ranking."""

@@ -104,13 +104,14 @@ class QuantizeInt8(Method):
         model, batches = setup.model, setup.context.calibration[:BATCHES]
         seen = watch(model, [name for name in products(model) if not self._kept(name)], batches)
         layers = roundings(seen, self._rounded, self.calibration)
-        enough = setup.context.enough
+        enough, evaluate = setup.context.enough, setup.context.evaluate
+        own = evaluate(model) if enough is not None and evaluate is not None else None
 
         def holds(left: Sequence[str]) -> bool:
             rounded = {name: one for name, one in layers.items() if name not in left}
             if enough is None:
                 return squared_error(model, rounded, batches) <= ERROR**2
             with simulated(model, rounded):
-                return enough(model)
+                return enough(model, own)
 
         return fewest_floats(output_errors(model, layers, batches), {n: one.products for n, one in seen.items()}, holds)
