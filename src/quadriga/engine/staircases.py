@@ -18,7 +18,7 @@ from quadriga.runtime._branches import Branch, calls
 
 MAP, FIXED, CHAIN, GROUPS = 28, 64, 4, 2  # rows of a map, channels of the other side, layers of a chain, groups
 TOKENS, FEATURES, STEPS = 64, 256, 16  # rows of a matrix and its other side; of a sequence
-ROUNDS, BLOCK, REST = 7, 0.002, 0.0005  # of a width, and seconds of one block and of the pause before it
+ROUNDS, BLOCK, REST = 15, 0.002, 0.0005  # of a width, and seconds of one block and of the pause before it
 Times = dict[int, float]
 
 
