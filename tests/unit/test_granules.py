@@ -17,7 +17,7 @@ from torch import nn
 from quadriga import methods
 from quadriga.core.axes import AxisGraph
 from quadriga.core.errors import BadInput, NotApplicable
-from quadriga.core.granules import LADDER, SIDES, WIDTHS, default, found
+from quadriga.core.granules import HALVES, LADDER, LEASTS, SIDES, WIDTHS, default, found, least
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.setup import Setup
 from quadriga.core.slots import QuantSpec, RuntimeSpec
@@ -27,7 +27,7 @@ from quadriga.engine.decisions import settled
 from quadriga.engine.granules import GIVEN, Granules, precision
 from quadriga.engine.staircases import branch, staircases
 from quadriga.engine.walk import walk
-from quadriga.methods.structure._granules import granules, of_groups
+from quadriga.methods.structure._granules import Grain, granules, of_groups
 from quadriga.methods.structure._scores import nonzero, widths
 from quadriga.methods.structure.to_latency import ToLatency
 from quadriga.runtime._branches import calls
@@ -63,29 +63,37 @@ def test_the_step_of_a_staircase_is_found(granule, overhead):
 
 
 def test_without_steps_or_with_steps_that_cost_little_it_is_one():
-    assert found(stairs(1)) == found(stairs(2)) == 1
+    assert found(stairs(1)) == found(stairs(2)) == found(stairs(4)) == 1
     assert found(stairs(16, overhead=5000.0)) == 1
     assert found(dict.fromkeys(WIDTHS, 1.0)) == 1
 
 
 @pytest.mark.parametrize("granule", [1, 8, 16, 32])
 def test_noise_of_two_percent_seldom_matters(granule):
+    """And where it does, a step of 8 is taken for one of 4, which costs 7 % at most."""
     right = [found(stairs(granule, noise=0.02, seed=seed)) == granule for seed in range(100)]
-    assert sum(right) >= 88
+    assert sum(right) >= 80
 
 
-def test_one_disturbed_width_changes_nothing():
-    for w in set(WIDTHS) - {32, 64, 96, 128}:
+def test_one_width_that_was_disturbed_changes_nothing():
+    for w in (33, 36, 40, 49, 52, 56, 65, 68, 72):
         times = stairs(8)
         times[w] *= 3
-        assert found(times) == 8 or w % 16 == 8 or w % 32 == 16
+        assert found(times) == 8
 
 
 def test_a_runtime_that_is_slow_beside_its_blocks_and_pads_within_them():
     """As ONNX Runtime: off the multiples of 4 a kernel three times as slow; else blocks of 16. Wider is not always slower."""
     times = {w: 3.0 * w if w % 4 else 5.0 + up(w, 16) for w in WIDTHS}
-    assert found(times) == 16
+    assert found(times) == 16 and times[33] > times[48]
     assert found({w: 3.0 * w if w % 4 else 5.0 + w for w in WIDTHS}) == 4
+
+
+def test_the_least_width_is_the_last_half_that_pays():
+    direct = {4: 0.23, 8: 0.35, 16: 0.43, 32: 1.0}  # ONNX Runtime, dense, float32: below a block without blocks
+    assert least(direct) == 4
+    assert least({4: 0.69, 8: 0.87, 16: 0.64, 32: 1.0}) == 16  # the same, pointwise: half a block is slower than one
+    assert least(dict.fromkeys(HALVES, 1.0)) == 32
 
 
 def test_defaults_are_those_of_the_device():
@@ -196,8 +204,8 @@ def test_a_number_may_be_given_for_all(monkeypatch, tmp_path):
 
 
 def test_layers_are_timed_by_the_clock_that_is_given(monkeypatch):
-    """Calls that only move a made-up clock: what is found is the staircase that moved it."""
-    now = [0.0]
+    """Calls that only move a made-up clock: the staircase that moved it, without what every call costs."""
+    now, asked = [0.0], []
 
     def fake(branches, spec, folder):
         def call(cost):
@@ -206,21 +214,23 @@ def test_layers_are_timed_by_the_clock_that_is_given(monkeypatch):
 
             return one
 
-        return [call(1e-3 + 1e-5 * up(x.shape[1], 16)) for _, x in branches]
+        asked.extend(x.shape for _, x in branches)
+        return [call(1e-3 + 1e-5 * (up(x.shape[1], 16) if x.shape[-1] > 1 else 0)) for _, x in branches]
 
     monkeypatch.setattr(module, "calls", fake)
     monkeypatch.setattr(module, "REST", 0.0)
-    (times,) = staircases(["dense_in"], ORT, rounds=1, clock=lambda: now[0]).values()
-    assert found(times) == 1 and times[33] == pytest.approx(times[48])  # 1 ms of overhead hides 0.1 ms
-    monkeypatch.setattr(module, "calls", lambda b, s, f: fake([(m, x[:, : x.shape[1]]) for m, x in b], s, f))
-    assert set(times) == set(WIDTHS)
+    times = staircases(["dense_in", "dense_least"], ORT, rounds=1, clock=lambda: now[0])
+    assert found(times["dense_in"]) == 16 and set(times["dense_in"]) == set(WIDTHS)
+    assert times["dense_in"] == pytest.approx({w: 1e-5 * up(w, 16) for w in WIDTHS})
+    assert set(times["dense_least"]) == set(HALVES) and least(times["dense_least"]) == 16
+    assert len(asked) == 1 + len(WIDTHS) + len(HALVES)
 
 
 @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
 @pytest.mark.parametrize("quant", [None, QuantSpec()])
 def test_branches_of_one_export_compute_what_each_layer_computes(name, quant, tmp_path):
     spec = RuntimeSpec(name, threads=1, quant=quant)
-    branches = [branch(side, width) for side in SIDES for width in (5, 16)]
+    branches = [branch(side, width) for side in (*SIDES, *LEASTS) for width in (5, 16)]
     if name == "eager" and quant:
         with pytest.raises(NotApplicable):
             calls(branches, spec, tmp_path)
@@ -228,9 +238,9 @@ def test_branches_of_one_export_compute_what_each_layer_computes(name, quant, tm
     made = calls(branches, spec, tmp_path)
     for (model, x), run in zip(branches, made, strict=True):
         with torch.no_grad():
-            expected = model(x[:1])
+            expected, found_ = (y[0] if isinstance(y, tuple) else y for y in (model(x[:1]), run()))
         torch.testing.assert_close(
-            run(), expected, rtol=0.2 if quant else 1e-3, atol=(0.1 if quant else 1e-4) * float(expected.max())
+            found_, expected, rtol=0.2 if quant else 1e-3, atol=(0.1 if quant else 1e-4) * float(expected.max())
         )
 
 
@@ -266,7 +276,12 @@ def images(model, **fields):
 
 def setup_of(model, answer, **fields):
     """A setup on a machine whose granules are these: by side, or one for all convolutions."""
-    table = answer if isinstance(answer, dict) else {s: 1 if s.startswith("linear") else answer for s in SIDES}
+    all_ = (*SIDES, *LEASTS)
+    table = (
+        {s: answer.get(s, 32) for s in all_}
+        if isinstance(answer, dict)
+        else {s: 1 if s[:6] == "linear" else answer for s in all_}
+    )
     return Setup.of(images(model, trained=True), granules=lambda sides, spec: {s: table[s] for s in sides}, **fields)
 
 
@@ -274,12 +289,23 @@ def test_a_width_takes_the_granule_of_all_that_write_and_read_it():
     table = {s: 1 for s in SIDES} | {"dense_out": 4, "depthwise": 8, "pointwise_in": 2, "grouped_in": 2, "grouped_out": 4}
     setup = setup_of(Mixed(), {**table, "linear_in": 16})
     graph = AxisGraph.trace(setup.model, setup.context.example)
-    grain = of_groups("auto", graph.model, graph.groups(), setup)
+    grain = {name: one.step for name, one in of_groups("auto", graph.model, graph.groups(), setup).items()}
     assert grain["dense"] == 8  # of the depthwise one, which shares it
     assert grain["point"] == 2  # a unit is one channel in each of two groups
     assert grain["group"] == 4  # 16 inputs of the Linear are 4 channels of 2×2
     assert grain["hidden"] == 16
-    assert set(of_groups(5, graph.model, graph.groups(), setup).values()) == {5}
+    assert set(of_groups(5, graph.model, graph.groups(), setup).values()) == {Grain(5, 5)}
+
+
+def test_the_least_width_of_a_group_is_that_of_all_its_layers():
+    sixteen = {s: 16 for s in SIDES if not s.startswith("linear")} | {"linear_in": 1, "linear_out": 1}
+    for deep, expected in ((4, Grain(16, 4)), (16, Grain(16, 16))):
+        setup = setup_of(Mixed(), {**sixteen, "dense_least": 4, "depthwise_least": deep, "pointwise_least": 4})
+        graph = AxisGraph.trace(setup.model, setup.context.example)
+        assert of_groups("auto", graph.model, graph.groups(), setup)["dense"] == expected
+    assert Grain(16, 4).widths(40) == [4, 8, 16, 32, 40]
+    assert widths({"a": torch.ones(32)}, 0.9, "layer", {"a": Grain(16, 4)}) == {"a": 4}
+    assert widths({"a": torch.ones(32)}, 0.9, "layer", {"a": Grain(16, 16)}) == {"a": 16}
 
 
 def test_a_recurrent_and_a_packed_width():
@@ -299,7 +325,7 @@ def test_a_recurrent_and_a_packed_width():
     setup = Setup.of(work, granules=lambda sides, spec: {s: table[s] for s in sides})
     graph = AxisGraph.trace(setup.model, setup.context.example)
     grain = of_groups("auto", graph.model, graph.groups(), setup)
-    assert grain["embed"] == 2 and grain["lstm"] == 8
+    assert grain["embed"] == Grain(2, 2) and grain["lstm"] == Grain(8, 8)
 
 
 def test_two_runtimes_of_one_recipe_are_both_suited_and_a_table_or_a_number_asks_nobody():
@@ -307,10 +333,10 @@ def test_two_runtimes_of_one_recipe_are_both_suited_and_a_table_or_a_number_asks
     setup = setup_of(Mixed(), 1)
     service = lambda sides, spec: dict.fromkeys(sides, 4 if spec.name == "openvino" else 16)  # noqa: E731
     context = replace(setup.context, granules=service, runtime=alone)
-    assert granules("auto", ["dense_out"], replace(setup, context=context)) == {"dense_out": 16}
+    assert granules("auto", ["dense_out"], replace(setup, context=context)) == {"dense_out": Grain(16, 16)}
     silent = replace(setup, context=replace(setup.context, granules=None))
-    assert granules({"dense_out": 4}, ["dense_out", "dense_in"], silent) == {"dense_out": 4, "dense_in": 1}
-    assert granules(3, ["linear_in"], silent) == {"linear_in": 3} and granules("auto", [], silent) == {}
+    assert granules({"dense_out": 4}, ["dense_out", "dense_in"], silent) == {"dense_out": Grain(4, 4), "dense_in": Grain()}
+    assert granules(3, ["linear_in"], silent) == {"linear_in": Grain(3, 3)} and granules("auto", [], silent) == {}
 
 
 @pytest.mark.parametrize("bad", [0, {"dense_out": 0}, {"dense": 8}, True])
@@ -330,16 +356,16 @@ def test_a_bad_granule_is_bad_input(bad):
 def test_what_stays_is_whole_and_the_budget_is_met(sizes, ratio, scope, seed):
     draw = torch.Generator().manual_seed(seed)
     scores = {n: torch.rand(size, generator=draw) for n, (size, _) in enumerate(sizes)}
-    grain = {n: g for n, (_, g) in enumerate(sizes)}
+    grain = {n: Grain(g, g) for n, (_, g) in enumerate(sizes)}
     kept = widths(scores, ratio, scope, grain)
     for n, (size, g) in enumerate(sizes):
         assert kept[n] == size or (kept[n] % g == 0 and kept[n] >= g), "a part of a granule went"
         assert kept[n] >= min(size, g)
-    if max(grain.values()) > 1:
+    if max(g for _, g in sizes) > 1:
         more = widths(scores, min(0.99, ratio + 0.05), scope, grain)
         assert all(more[n] <= kept[n] for n in kept), "with a larger ratio something came back"
         gone, asked = sum(len(s) - kept[n] for n, s in scores.items()), ratio * sum(map(len, scores.values()))
-        assert gone <= asked + max(grain.values()) / 2
+        assert gone <= asked + max(max(g, size % g) for size, g in sizes) / 2
 
 
 def test_the_budget_of_a_layer_scope_is_met_by_choosing_layers():
@@ -390,8 +416,8 @@ def test_a_layer_that_is_no_wider_than_a_granule_stays_and_the_refusal_says_so()
 
 def test_shrink_rounds_shares_and_takes_an_absolute_width_as_it_is():
     assert methods.build(step("shrink", filters=0.67))(setup_of(Mixed(), 8)).model.dense.out_channels == 24
-    assert methods.build(step("shrink", width=10, only="point"))(setup_of(Mixed(), 8)).model.point.out_channels == 10
-    assert methods.build(step("shrink", width=10, only="point", round_to=8))(setup_of(Mixed(), 1)).model.point.out_channels == 8
+    assert methods.build(step("shrink", width=10, only="dense"))(setup_of(Mixed(), 8)).model.dense.out_channels == 10
+    assert methods.build(step("shrink", width=10, only="dense", round_to=8))(setup_of(Mixed(), 1)).model.dense.out_channels == 8
 
 
 def test_ranks_groups_and_wider_layers_are_whole():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,8 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
         os.replace(part, path)
         fsync_folder(path.parent)
     except OSError as error:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):  # where there is a file in place of the folder, there is nothing to remove either
+            part.unlink(missing_ok=True)
         raise BadInput(
             f"{path} could not be written: {error.strerror or error}", "free space or choose another folder"
         ) from error

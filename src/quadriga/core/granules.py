@@ -1,4 +1,8 @@
-"""Granules of width: in what steps the cost of a layer goes, by the kind of layer and by the side whose width changes."""
+"""Granules of width: in what steps the cost of a layer goes, by the kind of layer and by the side whose width changes.
+
+Below one granule there may be another rule: ONNX Runtime computes convolutions of float32 in blocks of 16 channels, and those
+of fewer channels without blocks. So a kind of layer has a least width too, down to which halves of a granule pay.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,12 @@ SIDES = (
     "dense_out", "dense_in", "pointwise_out", "pointwise_in", "depthwise", "grouped_out", "grouped_in",
     "linear_out", "linear_in", "recurrent_out", "recurrent_in",
 )  # fmt: skip
-LADDER = (1, 2, 4, 8, 16, 32)  # the granules that a measurement can find
-BASES = (32, 48, 64, 80)
-WIDTHS = tuple(sorted({*(b + step for b in BASES for step in (0, 1, 2, 4, 8)), 96, 112, 128}))  # at which a layer is timed
-EXCESS = {1: 0.04, 2: 0.04, 4: 0.04, 8: 0.06, 16: 0.10}  # half of what a staircase of the next step would cost there, or 4 %
-FAR = 0.15  # what two widths of a class may not both cost in excess
+LEASTS = ("dense_least", "pointwise_least", "depthwise_least", "grouped_least")
+LADDER = (1, 4, 8, 16, 32)  # the granules that a measurement can find
+WIDTHS = (32, 33, 36, 40, 48, 49, 52, 56, 64, 65, 68, 72, 80, 96)  # at which a layer is timed
+EXCESS = {1: 0.07, 4: 0.05, 8: 0.07, 16: 0.13}  # about half of what a staircase with the next step but one would cost there
+HALVES = (4, 8, 16, 32)  # widths at which a kind of layer is timed for its least one
+WORTH = 0.9  # of its time is the most that half of a width may take
 
 Counts = Mapping[str, int]  # side → granule
 
@@ -26,7 +31,7 @@ def found(times: Mapping[int, float]) -> int:
     """The granule that a staircase has: the least one whose multiples all cost what their width is worth.
 
     What a width is worth is read off the line through the multiples of 32 that were timed. Widths are told apart by the
-    largest granule that divides them. The multiples of a granule are good if no class of them costs more than its share.
+    largest granule that divides them. The multiples of a granule are good if no such class costs more than that, in the median.
 
     Args:
         times: width → seconds; the multiples of 32 at both ends and between.
@@ -38,8 +43,8 @@ def found(times: Mapping[int, float]) -> int:
     classes: dict[int, list[float]] = {}
     for width, seconds in times.items():
         classes.setdefault(_class(width), []).append(seconds / _line(times, width) - 1)
-    bad = [c for c, excess in classes.items() if c < LADDER[-1] and _dear(sorted(excess), EXCESS[c])]
-    return 2 * max(bad, default=0) or 1
+    bad = [c for c in LADDER[:-1] if c in classes and median(classes[c]) > EXCESS[c]]
+    return next(g for g in LADDER if g > max(bad, default=0))
 
 
 def _class(width: int) -> int:
@@ -56,9 +61,20 @@ def _line(times: Mapping[int, float], width: int) -> float:
     return (1 - share) * times[below] + share * times[above]
 
 
-def _dear(excess: list[float], most: float) -> bool:
-    """Whether a class costs too much: in the median, or twice by far."""
-    return median(excess) > most or (len(excess) > 1 and excess[-2] > FAR)
+def least(times: Mapping[int, float]) -> int:
+    """The least width that is worth cutting to: from 32 down, halves as long as each takes clearly less time.
+
+    Args:
+        times: width → seconds, at `HALVES`.
+
+    Example:
+        >>> least({4: 1.0, 8: 1.0, 16: 1.3, 32: 2.0}), least({4: 1.0, 8: 1.4, 16: 1.0, 32: 2.0})
+        (8, 16)
+    """
+    width = max(HALVES)
+    while width > min(HALVES) and times[width // 2] <= WORTH * times[width]:
+        width //= 2
+    return width
 
 
 def default(side: str, spec: RuntimeSpec) -> int:

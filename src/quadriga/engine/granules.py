@@ -14,7 +14,7 @@ from typing import Any
 from quadriga import runtime
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.files import read_json, write_json
-from quadriga.core.granules import defaults, found
+from quadriga.core.granules import LEASTS, defaults, found, least
 from quadriga.core.slots import QuantSpec, RuntimeSpec
 from quadriga.engine.decisions import digest
 from quadriga.engine.staircases import Times, staircases
@@ -83,7 +83,8 @@ class Granules:
                 return {side: row for one in sides for side, row in self._measured([one], spec).items()}
             log.info("granules of %s are not measured: %s", spec.name, error)
             return {side: {"granule": n} for side, n in defaults(sides, spec).items()}
-        return {side: {"granule": found(row), "times": {str(w): t for w, t in row.items()}} for side, row in times.items()}
+        read = {side: least if side in LEASTS else found for side in times}
+        return {s: {"granule": read[s](row), "times": {str(w): t for w, t in row.items()}} for s, row in times.items()}
 
 
 def precision(spec: RuntimeSpec) -> RuntimeSpec:

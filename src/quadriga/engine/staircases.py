@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.granules import WIDTHS
+from quadriga.core.granules import HALVES, LEASTS, WIDTHS
 from quadriga.core.slots import RuntimeSpec
 from quadriga.engine.timing import as_it_was, in_turn, one_registry
 from quadriga.runtime._branches import Branch, calls
 
-MAP, TOKENS, FIXED, CHAIN, GROUPS = 14, 32, 64, 4, 2  # positions, rows, the other side's channels, depthwise layers, groups
-ROUNDS, BLOCK, REST = 9, 0.004, 0.0005  # of a width, and seconds of one block and of the pause before it
+MAP, FIXED, CHAIN, GROUPS = 28, 64, 4, 2  # rows of a map, channels of the other side, layers of a chain, groups
+TOKENS, FEATURES, STEPS = 64, 256, 16  # rows of a matrix and its other side; of a sequence
+ROUNDS, BLOCK, REST = 15, 0.002, 0.0005  # of a width, and seconds of one block and of the pause before it
 Times = dict[int, float]
 
 
@@ -25,49 +26,65 @@ def staircases(
     sides: Collection[str],
     spec: RuntimeSpec,
     *,
-    widths: Iterable[int] = WIDTHS,
+    widths: Iterable[int] | None = None,
     rounds: int = ROUNDS,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, Times]:
     """Seconds of a layer at each width, for one example on one thread; the widths of a side are timed in turn.
 
+    A call that computes next to nothing is timed with them, and its seconds are taken off: a network pays them once.
+
     Args:
-        sides: as in `core.granules.SIDES`.
+        sides: as in `core.granules.SIDES` and `LEASTS`.
         spec: the runtime and its precision.
-        widths: channels, or features.
+        widths: channels, or features; by default those that a granule, or a least width, is read off.
         rounds: blocks of each width.
-        clock: seconds.
+        clock: seconds; of the processor, since other processes' work is not to look like a step.
 
     Raises:
         NotApplicable: the runtime does not take these layers, or builds each by itself.
     """
-    steps = sorted(set(widths))
-    branches = [branch(side, width) for side in sides for width in steps]
+    steps = {side: sorted({*(widths or (HALVES if side in LEASTS else WIDTHS))}) for side in sides}
+    branches = [branch(side, width) for side in sides for width in steps[side]]
     folder = Path(tempfile.mkdtemp(prefix="quadriga-granules-"))
     try:
-        with as_it_was([(model, x) for model, x in branches]), one_registry(), torch.inference_mode():
-            made = calls(branches, spec, folder)
-            rows = [made[k : k + len(steps)] for k in range(0, len(made), len(steps))]
-            found = [in_turn(row, rounds=rounds, seconds=BLOCK, rest=REST, clock=clock) for row in rows]
+        with as_it_was(branches), one_registry(), torch.inference_mode():
+            idle, *made = calls([_idle(), *branches], spec, folder)
+            rows = {side: [idle, *(made.pop(0) for _ in steps[side])] for side in sides}
+            found = {s: in_turn(row, rounds=rounds, seconds=BLOCK, rest=REST, clock=clock) for s, row in rows.items()}
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return {side: dict(zip(steps, seconds, strict=True)) for side, seconds in zip(sides, found, strict=True)}
+    return {side: _above(first, dict(zip(steps[side], rest, strict=True))) for side, (first, *rest) in found.items()}
+
+
+def _above(idle: float, times: Times) -> Times:
+    """Seconds without those of an idle call; a layer that takes hardly longer is left at a tenth of what was measured."""
+    return {width: max(seconds - idle, 0.1 * seconds) for width, seconds in times.items()}
 
 
 def branch(side: str, width: int) -> Branch:
     """A layer with that width on that side, its activation, and two examples that it reads.
 
-    The other side keeps its width. Depthwise layers, which have one width and are cheap, come as a chain. The width of grouped
-    convolutions is that of one group.
+    The other side keeps its width. Where both have one, which is so for depthwise layers and for the least width, there is a
+    chain of layers. The width of grouped convolutions is that of one group.
     """
     draw = torch.Generator().manual_seed(0)
     what, _, end = side.partition("_")
-    inside, outside = (width, FIXED) if end == "in" else (FIXED, width)
-    model, x = _MAKE[what](inside, outside, draw)
+    if end == "least" and what != "depthwise":
+        made = [_MAKE[what](width, width, draw) for _ in range(CHAIN)]
+        model, x = nn.Sequential(*(layer for layer, _ in made)), made[0][1]
+    else:
+        other = FEATURES if what == "linear" else FIXED
+        model, x = _MAKE[what](*((width, other) if end == "in" else (other, width)), draw)
     with torch.no_grad():
         for p in model.parameters():
             p.copy_(0.1 * torch.randn(p.shape, generator=draw))
     return model.eval().requires_grad_(False), x
+
+
+def _idle() -> Branch:
+    """Static int8 acts on products alone, so there is one."""
+    return nn.Conv2d(8, 8, 1).eval().requires_grad_(False), torch.rand(2, 8, 1, 1)
 
 
 def _image(channels: int, draw: torch.Generator) -> Tensor:
@@ -96,17 +113,8 @@ def _linear(inside: int, outside: int, draw: torch.Generator) -> Branch:
     return nn.Sequential(nn.Linear(inside, outside), nn.ReLU()), torch.rand(2, TOKENS, inside, generator=draw)
 
 
-class _Recurrent(nn.Module):
-    def __init__(self, inside: int, outside: int) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(inside, outside, batch_first=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lstm(x)[0]  # type: ignore[no-any-return]
-
-
 def _recurrent(inside: int, outside: int, draw: torch.Generator) -> Branch:
-    return _Recurrent(inside, outside), torch.rand(2, TOKENS, inside, generator=draw)
+    return nn.LSTM(inside, outside, batch_first=True), torch.rand(2, STEPS, inside, generator=draw)
 
 
 _MAKE: dict[str, Callable[[int, int, torch.Generator], Branch]] = {

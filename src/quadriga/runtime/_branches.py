@@ -21,6 +21,7 @@ from quadriga.runtime._capture import capture
 from quadriga.runtime._onnx import write_onnx
 
 OF_ONNX = {module.NAME: module for module in (onnxruntime, openvino)}
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 Branch = tuple[nn.Module, Tensor]  # a model, and two examples of its one input
 Call = Callable[[], Any]
 
@@ -49,7 +50,14 @@ def calls(branches: Sequence[Branch], spec: RuntimeSpec, folder: Path) -> list[C
         return [_eager(model, x, spec) for model, x in branches]
     if spec.name not in OF_ONNX:
         raise NotApplicable(f"{spec.name} builds each model by itself")
-    return _cut(branches, spec, OF_ONNX[spec.name], folder)
+    module, made = OF_ONNX[spec.name], dict[int, Call]()
+    lstms = [n for n, (model, _) in enumerate(branches) if isinstance(model, nn.LSTM)]
+    others = [n for n in range(len(branches)) if n not in lstms]
+    for n in lstms:
+        made[n] = _alone(*branches[n], spec, module, folder / f"lstm{n}")
+    if others:
+        made.update(zip(others, _cut([branches[n] for n in others], spec, module, folder), strict=True))
+    return [made[n] for n in range(len(branches))]
 
 
 def _eager(model: nn.Module, x: Tensor, spec: RuntimeSpec) -> Call:
@@ -73,6 +81,35 @@ def _cut(branches: Sequence[Branch], spec: RuntimeSpec, runtime: ModuleType, fol
         atomic_write(place / "model.onnx", whole.extract_model([name], [output]).SerializeToString())
         made.append(_session(place, name, inputs[number], spec, runtime))
     return made
+
+
+def _alone(model: nn.Module, x: Tensor, spec: RuntimeSpec, runtime: ModuleType, folder: Path) -> Call:
+    """An LSTM, whose export takes seconds: written as the one operator that it becomes. Static int8 leaves it in float."""
+    assert isinstance(model, nn.LSTM)
+    if spec.quant is not None and spec.quant.activations != "static":
+        raise NotApplicable("dynamic int8 of an LSTM is not measured")
+    atomic_write(folder / "model.onnx", _lstm(model, x.shape[1]).SerializeToString())
+    return _session(folder, "x", x, spec, runtime)
+
+
+def _lstm(model: nn.LSTM, steps: int) -> Any:
+    """One layer in one direction, from [batch, steps, in] to [batch, steps, hidden]. ONNX has its gates in another order."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    order = torch.cat([torch.arange(model.hidden_size) + model.hidden_size * gate for gate in (0, 3, 1, 2)])
+    inside, within, first, second = (getattr(model, f"{name}_l0").detach()[order] for name in _WEIGHTS)
+    stored = {"W": inside[None], "R": within[None], "B": torch.cat([first, second])[None], "axis": torch.tensor([1])}
+    nodes = [
+        helper.make_node("Transpose", ["x"], ["turned"], perm=[1, 0, 2]),
+        helper.make_node("LSTM", ["turned", "W", "R", "B"], ["states"], hidden_size=model.hidden_size),
+        helper.make_node("Squeeze", ["states", "axis"], ["flat"]),
+        helper.make_node("Transpose", ["flat"], ["y"], perm=[1, 0, 2]),
+    ]
+    ends = (("x", model.input_size), ("y", model.hidden_size))
+    given, made = ([helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", steps, size])] for n, size in ends)
+    kept = [numpy_helper.from_array(value.numpy(), name) for name, value in stored.items()]
+    graph = helper.make_graph(nodes, "lstm", given, made, kept)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
 
 def _session(folder: Path, name: str, x: Tensor, spec: RuntimeSpec, runtime: ModuleType) -> Call:

@@ -16,6 +16,7 @@ from quadriga.core.batch import Tree
 from quadriga.core.errors import NotApplicable
 from quadriga.core.setup import Arm
 from quadriga.core.slots import RuntimeSpec
+from quadriga.methods.structure._granules import Grain
 from quadriga.methods.structure._latency_pieces import Piece
 
 Array = np.ndarray
@@ -25,20 +26,20 @@ BLOCKS = (1, 8, 16)  # kernels compute so many channels at once; which of them, 
 SMALL = 0.03  # of the pieces' time: the cheapest pieces, together, that are taken as constant
 
 
-def candidates(size: int, steps: int, round_to: int = 1) -> list[int]:
+def candidates(size: int, steps: int, grain: Grain | None = None) -> list[int]:
     """Widths to choose from: even steps, and the multiples of 8 (of 4, in narrow groups) beside them.
 
     With granules only whole ones, and the full width: at others a runtime may be slower than at the full one, and a law fitted
     through them would be wrong everywhere.
 
     Example:
-        >>> candidates(20, 4), candidates(4, 8), candidates(64, 4, round_to=16)
-        ([2, 4, 5, 8, 10, 15, 16, 20], [1, 2, 3, 4], [16, 32, 48, 64])
+        >>> candidates(20, 4), candidates(4, 8), candidates(64, 4, Grain(16, 8))
+        ([2, 4, 5, 8, 10, 15, 16, 20], [1, 2, 3, 4], [8, 16, 32, 48, 64])
     """
     least, near = max(1, math.ceil(LEAST * size)), 8 if size >= 32 else 4
     even = [size * k / steps for k in range(1, steps + 1)]
     found = {least, *(round(w) for w in even), *(round(w / near) * near for w in even)}
-    return sorted({rounded(w, size, round_to) for w in found if least <= w <= size})
+    return sorted({grain.near(w, size) if grain else rounded(w, size) for w in found if least <= w <= size})
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from typing import Literal, TypeVar
 
 import torch
@@ -12,7 +13,7 @@ from quadriga.core.axes import AxisGraph
 from quadriga.core.axes.importance import Score, bn_scale, hessian, magnitude, rounded, taylor
 from quadriga.core.errors import NotApplicable
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._granules import up
+from quadriga.methods.structure._granules import Grain
 
 Importance = Literal["magnitude", "taylor", "hessian", "bn_scale"]
 K = TypeVar("K")
@@ -36,11 +37,12 @@ def score_of(importance: str, graph: AxisGraph, setup: Setup) -> Score:
     return (taylor if importance == "taylor" else hessian)(graph, service(setup.model))
 
 
-def widths(scores: Mapping[K, Tensor], ratio: float, scope: str, grain: Mapping[K, int] | int = 1) -> dict[K, int]:
+def widths(scores: Mapping[K, Tensor], ratio: float, scope: str, grain: Mapping[K, Grain] | int = 1) -> dict[K, int]:
     """How many units of each group stay.
 
-    Units go in granules: those of a group, ascending by importance, cut so that what stays is a multiple. At least one
-    granule stays; a group that is no wider stays as it is. As many go as come nearest to the share of all units.
+    Units go in granules: those of a group, ascending by importance, cut so that what stays is one of the widths that it may
+    have. The least of these stays; a group that is no wider stays as it is. As many go as come nearest to the share of all
+    units.
 
     Args:
         scores: group → importance of its units.
@@ -48,7 +50,7 @@ def widths(scores: Mapping[K, Tensor], ratio: float, scope: str, grain: Mapping[
         scope: "layer" lets all groups become narrower alike, and where not all can take a step, the least important granules
             go; "global" ranks all granules together, each group's importance divided by its mean, and leaves at least a tenth
             of each group.
-        grain: units of a granule, of all groups or of each.
+        grain: units of a granule, or for each group the widths that it may have.
 
     Example:
         >>> scores = {"a": torch.tensor([1.0, 1.0, 1.0, 9.0]), "b": torch.tensor([3.0, 3.0])}
@@ -57,8 +59,8 @@ def widths(scores: Mapping[K, Tensor], ratio: float, scope: str, grain: Mapping[
         >>> widths({"a": torch.ones(24), "b": torch.ones(16), "c": torch.ones(6)}, 0.4, "layer", 8)
         {'a': 16, 'b': 8, 'c': 6}
     """
-    grains = {g: grain if isinstance(grain, int) else grain.get(g, 1) for g in scores}
-    if all(n == 1 for n in grains.values()):
+    grains = {g: Grain(grain, grain) if isinstance(grain, int) else grain.get(g, Grain()) for g in scores}
+    if all(g.step == 1 for g in grains.values()):
         return _units(scores, ratio, scope)
     order = sorted((key, n, size) for n, g in enumerate(scores) for key, size in _granules(scores[g], grains[g], scope))
     kept, gone, budget = [len(s) for s in scores.values()], 0, ratio * sum(map(len, scores.values()))
@@ -70,20 +72,19 @@ def widths(scores: Mapping[K, Tensor], ratio: float, scope: str, grain: Mapping[
     return dict(zip(scores, kept, strict=True))
 
 
-def _granules(scores: Tensor, grain: int, scope: str) -> Iterator[tuple[tuple[float, float], int]]:
+def _granules(scores: Tensor, grain: Grain, scope: str) -> Iterator[tuple[tuple[float, float], int]]:
     """The granules of a group that may go: what they are ordered by, and their units. The first makes the rest a multiple.
 
     For "layer" that is the share of the group that is left when half of the granule has gone. So the order is one for all
     ratios: with a larger one more goes, and nothing comes back.
     """
     ascending, size = (scores / scores.mean().clamp_min(1e-30)).sort().values, len(scores)
-    least = up(max(1, round(LEAST * size)), grain) if scope == "global" else grain
-    gone = 0
-    while size - gone > least:
-        count = (size - gone) % grain or grain
-        worth = float(ascending[gone : gone + count].mean())
-        gone += count
-        yield ((worth, 0.0) if scope == "global" else ((gone - count / 2) / size, worth)), count
+    least = LEAST * size if scope == "global" else 0
+    allowed = [w for w in grain.widths(size) if w >= least]
+    for narrower, wider in reversed(list(pairwise(allowed))):
+        worth = float(ascending[size - wider : size - narrower].mean())
+        key = (worth, 0.0) if scope == "global" else (1 - (narrower + wider) / (2 * size), worth)
+        yield key, wider - narrower
 
 
 def _units(scores: Mapping[K, Tensor], ratio: float, scope: str) -> dict[K, int]:
@@ -97,7 +98,7 @@ def _units(scores: Mapping[K, Tensor], ratio: float, scope: str) -> dict[K, int]
     return {g: rounded(max(int(k.sum()), LEAST * len(k)), len(k)) for g, k in kept.items()}
 
 
-def nonzero(scores: Mapping[K, Tensor], grain: Mapping[K, int] | int = 1) -> dict[K, int]:
+def nonzero(scores: Mapping[K, Tensor], grain: Mapping[K, Grain] | int = 1) -> dict[K, int]:
     """How many units of each group stay when those go whose importance is 0: at least one, rounded up to whole granules.
 
     Raises:
@@ -107,8 +108,8 @@ def nonzero(scores: Mapping[K, Tensor], grain: Mapping[K, int] | int = 1) -> dic
         >>> nonzero({"a": torch.tensor([0.0, 1.0, 1.0, 0.0, 1.0]), "b": torch.zeros(3)}, 2)
         {'a': 4, 'b': 2}
     """
-    grains = {g: grain if isinstance(grain, int) else grain.get(g, 1) for g in scores}
-    kept = {g: min(len(s), up(max(int((s > 0).sum()), 1), grains[g])) for g, s in scores.items()}
+    grains = {g: Grain(grain, grain) if isinstance(grain, int) else grain.get(g, Grain()) for g in scores}
+    kept = {g: min(len(s), grains[g].up(max(int((s > 0).sum()), 1))) for g, s in scores.items()}
     if all(count == len(scores[g]) for g, count in kept.items()):
         raise NotApplicable("no channel is zero in all its weights", "train with group_lasso before it, or with more of it")
     return kept

@@ -17,12 +17,13 @@ from quadriga.core.batch import Tree
 from quadriga.core.errors import NotApplicable
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._gradual import Thinning
+from quadriga.methods.structure._granules import Grain
 from quadriga.methods.structure._scores import score_of
 
 log = logging.getLogger(__name__)
 
 
-Grain = Mapping[str, int]  # name of a width → units that go at once
+Grains = Mapping[str, Grain]  # by the name of a width
 
 
 class Pruner(Protocol):
@@ -37,13 +38,13 @@ class Pruner(Protocol):
     @property
     def gradual(self) -> float: ...
 
-    def grain(self, model: nn.Module, groups: Collection[Group], setup: Setup) -> Grain:
-        """For each width, by its name, how many units go at once."""
+    def grain(self, model: nn.Module, groups: Collection[Group], setup: Setup) -> Grains:
+        """For each width, by its name, in what granules it may be cut."""
 
     def groups(self, graph: AxisGraph) -> list[Group]:
         """The widths that it acts on. Raises NotApplicable with the reason if there is none."""
 
-    def kept(self, scores: Mapping[Group, Tensor], ratio: float, grain: Mapping[Group, int]) -> dict[Group, int]:
+    def kept(self, scores: Mapping[Group, Tensor], ratio: float, grain: Mapping[Group, Grain]) -> dict[Group, int]:
         """How many units of each width stay when this share of them goes."""
 
 
@@ -70,7 +71,7 @@ def prune(pruner: Pruner, setup: Setup) -> Setup:
     return replace(setup, training=training)
 
 
-def cut(pruner: Pruner, graph: AxisGraph, score: Score, grain: Grain) -> tuple[Patch, set[str]]:
+def cut(pruner: Pruner, graph: AxisGraph, score: Score, grain: Grains) -> tuple[Patch, set[str]]:
     """Cut by a score; returns what was changed and the names of the widths.
 
     Raises:
@@ -89,22 +90,22 @@ def cut(pruner: Pruner, graph: AxisGraph, score: Score, grain: Grain) -> tuple[P
     return patch, {g.name for g in choices if not any(r.startswith(f"{g.name}: ") for r in reasons)}
 
 
-def _by_group(groups: Collection[Group], grain: Grain) -> dict[Group, int]:
-    return {g: grain.get(g.name, 1) for g in groups}
+def _by_group(groups: Collection[Group], grain: Grains) -> dict[Group, Grain]:
+    return {g: grain.get(g.name, Grain()) for g in groups}
 
 
-def why_not(groups: Collection[Group], grain: Grain | None = None) -> str:
+def why_not(groups: Collection[Group], grain: Grains | None = None) -> str:
     """The first three groups, and why each is left, for a refusal."""
-    steps = {name: f" in steps of {n}" for name, n in (grain or {}).items() if n > 1}
+    steps = {name: f" in steps of {one.step}" for name, one in (grain or {}).items() if one.step > 1}
     told = (g.fixed or g.split or f"{g.size} {g.kind}{steps.get(g.name, '')}" for g in groups)
     return "; ".join([f"{g.name}: {why}" for g, why in zip(groups, told, strict=True)][:3])
 
 
-def _remedy(grain: Grain) -> str:
-    return "raise ratio, or set round_to = 1" if any(n > 1 for n in grain.values()) else "raise ratio"
+def _remedy(grain: Grains) -> str:
+    return "raise ratio, or set round_to = 1" if any(one.step > 1 for one in grain.values()) else "raise ratio"
 
 
-def take_zeros(pruner: Pruner, names: Collection[str], example: Tree, grain: Grain, model: nn.Module) -> nn.Module:
+def take_zeros(pruner: Pruner, names: Collection[str], example: Tree, grain: Grains, model: nn.Module) -> nn.Module:
     """Cut the units that are zero in every weight. Where none is, as in a network that was not trained, cut by magnitude."""
     graph = AxisGraph.trace(model, example)
     score = magnitude(graph)
@@ -127,10 +128,10 @@ class UnitFade(Thinning):
         pruner: says which widths, how many and by what.
         names: of the widths that a trial could cut.
         example: inputs to trace with.
-        grain: for each width the units that go at once.
+        grain: for each width its granules.
     """
 
-    def __init__(self, model: nn.Module, pruner: Pruner, names: Collection[str], example: Tree, grain: Grain) -> None:
+    def __init__(self, model: nn.Module, pruner: Pruner, names: Collection[str], example: Tree, grain: Grains) -> None:
         super().__init__(pruner.gradual)
         self.pruner, self.graph, self.grain = pruner, AxisGraph.trace(model, example), grain
         self.groups = {g.name: g for g in pruner.groups(self.graph) if g.name in names}

@@ -103,10 +103,9 @@ class Grouped(Method):
                 channels = f"{layer.in_channels} → {layer.out_channels}"
                 raise NotApplicable(f"{name} ({channels} channels) does not divide into {self.groups} groups")
             for width, side in zip((layer.in_channels, layer.out_channels), SIDES, strict=True):
-                if width % grain[side] == 0 and width // self.groups % grain[side]:
-                    raise NotApplicable(
-                        f"{name} would have groups of {width // self.groups} channels, off the step {grain[side]}"
-                    )
+                own, step = width // self.groups, grain[side].step
+                if width % step == 0 and grain[side].up(own) != own:
+                    raise NotApplicable(f"{name} would have groups of {own} channels, off the step {step}")
             if name not in seen:
                 raise NotApplicable(f"{name} is never called")
             return in_groups(layer, self.groups, seen[name])

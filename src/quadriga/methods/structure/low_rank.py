@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from math import lcm
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +15,7 @@ from quadriga.core.batch import Tree, call, evaluating, resize
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Arm, Setup
-from quadriga.methods.structure._granules import RoundTo, check_round_to, granules, layer_sides, up
+from quadriga.methods.structure._granules import Grain, RoundTo, check_round_to, granules, layer_sides
 from quadriga.methods.structure._moments import moments
 from quadriga.methods.structure._replace import Layer, kind_of, plain_layers, replace_layers
 
@@ -152,7 +151,7 @@ class LowRank(Method):
             if not rank:
                 raise NotApplicable(f"{name}: two thin layers do not take {self.latency} of its time at any rank")
             if rank >= limit:
-                steps = f" in steps of {grain[name]}" if grain[name] > 1 else ""
+                steps = f" in steps of {grain[name].step}" if grain[name].step > 1 else ""
                 raise NotApplicable(f"{name} needs rank {rank}{steps}, break-even is {limit:.1f}")
             return nn.Sequential(*factorize(layer, rank, roots.get(name)))
 
@@ -164,18 +163,18 @@ class LowRank(Method):
         found = moments(setup.model, layers, setup.context.calibration[:BATCHES])
         return {name: torch.linalg.cholesky(m.second()) for name, m in found.items()}
 
-    def _grain(self, setup: Setup, layers: Mapping[str, Layer]) -> dict[str, int]:
+    def _grain(self, setup: Setup, layers: Mapping[str, Layer]) -> dict[str, Grain]:
         """For each layer the step of its rank, which one thin layer writes and the other reads."""
         ends = {name: [*layer_sides(layer, "out"), *_second(layer)] for name, layer in layers.items()}
         known = granules(self.round_to, {side for sides in ends.values() for side in sides}, setup)
-        return {name: lcm(*(known[side] for side in sides)) for name, sides in ends.items()}
+        return {name: Grain.joined(known[side] for side in sides) for name, sides in ends.items()}
 
-    def _rank(self, layer: Layer, root: Tensor | None, grain: int) -> int:
+    def _rank(self, layer: Layer, root: Tensor | None, grain: Grain) -> int:
         if self.ratio is not None:
-            return max(grain, int(self.ratio * break_even(layer.weight)) // grain * grain)
-        return up(rank_by_energy(layer.weight, self.energy, root), grain)
+            return down_to(int(self.ratio * break_even(layer.weight)), grain)
+        return grain.up(rank_by_energy(layer.weight, self.energy, root))
 
-    def _timed(self, setup: Setup, layers: Mapping[str, Layer], grain: Mapping[str, int]) -> dict[str, int]:
+    def _timed(self, setup: Setup, layers: Mapping[str, Layer], grain: Mapping[str, Grain]) -> dict[str, int]:
         """The largest rank of each layer that is fast enough, 0 if none; measured once, and another process is told."""
         time, spec = setup.context.time, setup.context.runtime
         if time is None:
@@ -200,14 +199,26 @@ def inputs_of(model: nn.Module, layers: Mapping[str, Layer], example: Tree) -> d
     return found
 
 
+def down_to(rank: int, grain: Grain) -> int:
+    """The largest rank of a grain that is not above, or its least.
+
+    Example:
+        >>> down_to(27, Grain(8, 8)), down_to(3, Grain(8, 8)), down_to(0, Grain())
+        (24, 8, 1)
+    """
+    return max((w for w in grain.widths(rank + 1) if w <= rank), default=grain.up(1))
+
+
 def _second(layer: Layer) -> list[str]:
     """What the second thin layer reads by: a convolution's is 1×1."""
     return ["linear_in" if isinstance(layer, nn.Linear) else "pointwise_in"]
 
 
-def fast_rank(layer: Layer, x: Tensor, share: float, time: Callable[[Sequence[Arm]], list[float]], grain: int = 1) -> int:
+def fast_rank(
+    layer: Layer, x: Tensor, share: float, time: Callable[[Sequence[Arm]], list[float]], grain: Grain | None = None
+) -> int:
     """The largest of eight ranks up to break-even whose two layers take at most this share of the layer's time; 0 if none."""
-    ranks = sorted({max(grain, int(break_even(layer.weight) * k / 8) // grain * grain) for k in range(1, 9)})
+    ranks = sorted({down_to(int(break_even(layer.weight) * k / 8), grain or Grain()) for k in range(1, 9)})
     ranks = [rank for rank in ranks if rank <= min(layer.weight.flatten(1).shape)]
     if not ranks:
         return 0

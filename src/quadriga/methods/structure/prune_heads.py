@@ -15,6 +15,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._gradual import check_gradual
+from quadriga.methods.structure._granules import Grain
 from quadriga.methods.structure._units import prune, why_not
 
 
@@ -89,11 +90,11 @@ class PruneHeads(Method):
             raise NotApplicable(f"no head can be taken out ({why_not(heads)})")
         return [g for g in heads if not g.fixed]
 
-    def grain(self, model: nn.Module, groups: Collection[Group], setup: Setup) -> dict[str, int]:
+    def grain(self, model: nn.Module, groups: Collection[Group], setup: Setup) -> dict[str, Grain]:
         """A head is a granule."""
         return {}
 
-    def kept(self, scores: Mapping[Group, Tensor], ratio: float, grain: Mapping[Group, int]) -> dict[Group, int]:
+    def kept(self, scores: Mapping[Group, Tensor], ratio: float, grain: Mapping[Group, Grain]) -> dict[Group, int]:
         """How many heads of each attention stay."""
         return {g: len(heads_kept(s, ratio)) for g, s in scores.items()}
 

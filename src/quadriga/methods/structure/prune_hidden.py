@@ -14,7 +14,7 @@ from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
 from quadriga.methods.structure._gradual import check_gradual
-from quadriga.methods.structure._granules import RoundTo, check_round_to, of_groups
+from quadriga.methods.structure._granules import Grain, RoundTo, check_round_to, of_groups
 from quadriga.methods.structure._scores import widths
 from quadriga.methods.structure._units import prune, why_not
 
@@ -100,11 +100,11 @@ class PruneHidden(Method):
             raise NotApplicable(f"no width lies between Linear layers ({detail}){computed(graph.model)}")
         return found
 
-    def grain(self, model: nn.Module, groups: Collection[Group], setup: Setup) -> dict[str, int]:
+    def grain(self, model: nn.Module, groups: Collection[Group], setup: Setup) -> dict[str, Grain]:
         """What `round_to` says."""
         return of_groups(self.round_to, model, groups, setup)
 
-    def kept(self, scores: Mapping[Group, Tensor], ratio: float, grain: Mapping[Group, int]) -> dict[Group, int]:
+    def kept(self, scores: Mapping[Group, Tensor], ratio: float, grain: Mapping[Group, Grain]) -> dict[Group, int]:
         """How many units of each width stay."""
         return widths(scores, ratio, self.scope, grain)
 

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 from quadriga.core.axes import AxisGraph, Group, Patch, opened, select
 from quadriga.core.axes.chain import fewer_hidden
-from quadriga.core.axes.importance import best, magnitude, rounded
+from quadriga.core.axes.importance import best, magnitude
 from quadriga.core.axes.kernels import smaller_kernels
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
@@ -191,7 +191,7 @@ class Shrink(Method):
         grain = of_groups(asked, graph.model, groups, setup)
 
         def width(group: Group) -> int:
-            return rounded(group.size * ratio if ratio else self.width or 1, group.size, grain[group.name])
+            return grain[group.name].near(group.size * ratio if ratio else self.width or 1, group.size)
 
         try:
             return narrow(graph, groups, width)

@@ -20,7 +20,7 @@ from quadriga.core.copies import copy_model
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._granules import RoundTo, check_round_to, of_groups
+from quadriga.methods.structure._granules import Grain, RoundTo, check_round_to, of_groups
 from quadriga.methods.structure._latency_pieces import pieces
 from quadriga.methods.structure._latency_solve import Choice, Round, approach, solve
 from quadriga.methods.structure._latency_table import Array, Meter, Time, candidates, measure
@@ -177,7 +177,7 @@ class _Search:
         graph: AxisGraph,
         scores: Mapping[Group, Tensor],
         time: Time,
-        grain: Mapping[str, int],
+        grain: Mapping[str, Grain],
     ) -> None:
         self.method, self.graph, self.scores, self.grain = method, graph, scores, grain
         self.spec = replace(setup.context.runtime, storage="plain")

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib.util import find_spec
-from math import lcm
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from quadriga.core.axes.importance import rounded
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
 from quadriga.core.setup import Setup
-from quadriga.methods.structure._granules import RoundTo, check_round_to, granules, up
+from quadriga.methods.structure._granules import Grain, RoundTo, check_round_to, granules
 from quadriga.methods.structure._replace import Layer, kind_of, plain_layers, replace_layers
 
 Conv = nn.Conv1d | nn.Conv2d
@@ -120,14 +118,14 @@ class Tucker(Method):
             raise NotApplicable("tucker needs tensorly, which is not installed", 'pip install "quadriga[structure]"')
         layers = {n: m for n, m in plain_layers(setup.model, self.only) if not isinstance(m, nn.Linear)}
         known = granules(self.round_to, RANKS if layers else (), setup)
-        grain = (lcm(*(known[s] for s in LEFT)), lcm(*(known[s] for s in RIGHT))) if layers else (1, 1)
+        grain = (Grain.joined(known[s] for s in LEFT), Grain.joined(known[s] for s in RIGHT)) if layers else (Grain(), Grain())
 
         def make(name: str, layer: Layer) -> nn.Module:
             return self._make(name, layer, grain)
 
         return replace_layers(setup, layers, make, "tucker pays in no layer", "dense convolution")
 
-    def _make(self, name: str, layer: Layer, grain: tuple[int, int]) -> nn.Module:
+    def _make(self, name: str, layer: Layer, grain: tuple[Grain, Grain]) -> nn.Module:
         assert not isinstance(layer, nn.Linear)
         if layer.weight[0, 0].numel() == 1:
             raise NotApplicable(f"{name} has a kernel of one position")
@@ -137,10 +135,10 @@ class Tucker(Method):
             raise NotApplicable(f"{name} would have {share:.2f} of its weights at ranks {ranks}")
         return nn.Sequential(*tucker2(layer, ranks))
 
-    def _ranks(self, weight: Tensor, grain: tuple[int, int]) -> tuple[int, int]:
+    def _ranks(self, weight: Tensor, grain: tuple[Grain, Grain]) -> tuple[int, int]:
         if self.ratio is None:
             least = ranks_by_energy(weight, self.energy)
-            left, right = (min(n, up(rank, g)) for n, rank, g in zip(weight.shape[:2], least, grain, strict=True))
+            left, right = (min(n, g.up(rank)) for n, rank, g in zip(weight.shape[:2], least, grain, strict=True))
         else:
-            left, right = (rounded(n * self.ratio, n, g) for n, g in zip(weight.shape[:2], grain, strict=True))
+            left, right = (g.near(n * self.ratio, n) for n, g in zip(weight.shape[:2], grain, strict=True))
         return left, right

@@ -60,7 +60,7 @@ class Widen(Method):
             matching = [g for g in graph.groups() if g.kind in KINDS and g.matches(self.only)]
             free = [g for g in matching if not g.fixed and not g.split]
             grain = of_groups(self.round_to, graph.model, free, setup)
-            copies = {g: torch.arange(self._width(g, graph.model, grain[g.name]) - g.size) % g.size for g in free}
+            copies = {g: torch.arange(self._width(g, graph.model, grain[g.name].step) - g.size) % g.size for g in free}
             if not copies:
                 reasons = "; ".join(f"{g.name}: {g.fixed or g.split}" for g in matching[:3])
                 raise NotApplicable(f"no width can grow ({reasons or 'no layer matches'})")
