@@ -65,8 +65,18 @@ def test_a_recipe_that_starts_from_a_trained_model_gets_the_baselines_training()
 
 def test_steps_that_can_never_apply_are_left_out():
     recipe = Recipe((step("distil"), step("quantize"), step("train", epochs=1)))
+    assert space().lacking(recipe) == {0: "TEACHER"}
     assert [s.method for s in space().adapt(recipe).steps] == ["quantize", "train"]
     assert space(("TEACHER", "FLOAT_WEIGHTS")).adapt(recipe) == recipe
+
+
+def test_what_needed_a_step_that_went_goes_too():
+    cards = {**CARDS, "device": card("hardware", adds=("DEVICE",)), "graphs": card("hardware", requires=("DEVICE",))}
+    whole = Recipe((step("device"), step("graphs"), step("shrink"), step("onnx")))
+    it = Space(cards, frozenset(("FLOAT_WEIGHTS",)), BASELINE, ALL)
+    assert it.mended(whole) == whole and it.lacking(whole) == {}
+    assert it.mended(whole.without(0)) == Recipe((step("shrink"), step("onnx")))
+    assert it.mended(Recipe((step("shrink"), step("train", epochs=1)))) is None, "there is nothing to train on"
 
 
 def test_cost_probes_are_shared_by_recipes_that_differ_in_training_only():

@@ -283,8 +283,8 @@ class Explorer:
         index = refused_step(recipe, trial, fixed)
         if index is None:
             return
-        rest = recipe.without(index)
-        if len(rest.steps) > fixed and self.study.space.illegal(rest) is None:
+        rest = self.study.space.mended(recipe.without(index))
+        if rest is not None and len(rest.steps) > fixed:
             leave_out(self.study, recipe, str(recipe.steps[index]), trial.reason)
             self.queue.insert(0, self.study.space.complete(rest))
 
