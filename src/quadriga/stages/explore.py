@@ -273,7 +273,7 @@ class Explorer:
         price = math.exp(-gain) if self._cheap_training else None
         self.candidates[recipe.hash] = Candidate(recipe, gain, trains=trains, dead=dead, price=price)
         for what, why in cost.info.get("left", ()):
-            leave_out(self.study, recipe, what, why)
+            leave_out(self.study, recipe, f"part of {what}", why)
         if cost.status is Status.REFUSED:
             self._leave_out(recipe, cost)
 
