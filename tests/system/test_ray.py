@@ -24,6 +24,7 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own: sockets and proc
 SOURCE = Path(__file__).parents[2] / "src"
 MODEL = """
 import os, signal, time
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
@@ -68,6 +69,9 @@ def workload():
         model=model, train=(X[:600], Y[:600]), val=(X[600:900], Y[600:900]), test=(X[900:], Y[900:]), name="two layers",
         batch_size=20, baseline=Recipe((step("optimizer", kind="adam", lr=0.01), *[step("train", epochs=1)] * 2)),
     )
+
+def trained():
+    return replace(workload(), trained=True, baseline=Recipe())
 """
 STEPS = 30  # of each of the two train steps; the fault is in the tenth of the second one
 RECIPE = [
@@ -95,12 +99,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def opened(cluster, folder, **settings):
+def opened(cluster, folder, name="workload", **settings):
     """An engine on it."""
     from quadriga.engine.cluster import Cluster
     from quadriga.engine.ray import Ray
 
-    return Ray(Cluster(cluster.address), f"{folder / 'w.py'}:workload", folder / "out", 0, **settings)
+    return Ray(Cluster(cluster.address), f"{folder / 'w.py'}:{name}", folder / "out", 0, **settings)
 
 
 def trained(engine, number, **more):
@@ -138,6 +142,21 @@ def test_a_worker_is_killed_and_its_trial_goes_on(cluster, folder):
     assert (folder / "fired").exists() and result["status"] == again["status"] == "complete", (result, again)
     assert steps(folder)[0] == STEPS + 10 and sum(steps(folder)[1:]) == STEPS + 2 * STEPS, "the first train step was kept"
     assert result["values"]["quality"] == again["values"]["quality"], "and the outcome is that of an unbroken run"
+
+
+def test_a_worker_learns_from_a_model_that_comes_trained(cluster, folder):
+    """Nothing is handed over: its worker makes the teacher as one process does, and comes to the same quality."""
+    from quadriga.engine.tasks import Desk
+    from quadriga.workloads import load
+
+    (folder / "out").mkdir()
+    recipe = [{"method": "shrink", "features": 0.5}, {"method": "distill", "alpha": 0.9}, *RECIPE]
+    engine = opened(cluster, folder, "trained")
+    result = trained(engine, 1, recipe=recipe)
+    engine.close()
+    assert result["status"] == "complete", result
+    alone = Desk(load(f"{folder / 'w.py'}:trained"), folder / "alone", 0).do("train", {"recipe": recipe, "hash": "x"})
+    assert alone["values"]["quality"] == result["values"]["quality"]
 
 
 def test_an_error_of_the_work_is_not_tried_again(cluster, folder):

@@ -80,6 +80,7 @@ method = "onnxruntime"
 DISTIL = """
 [[step]]
 method = "shrink"
+kernel = 3
 features = 0.5
 [[step]]
 method = "distill"
@@ -193,9 +194,29 @@ def test_who_is_to_learn_from_the_baseline_has_it_trained_first(call, folder):
     found = call("train", "mine.py", "--recipe", "distil.toml", "--out", "taught")
     assert found["status"] == "complete" and found["samples"] == 2 * 608
     assert "distill learns from the baseline, so that is trained first" in found["note"]
+    assert "shrink(kernel=3, features=0.5) passed over what does not apply: " in found["note"]
     kept = sorted(p.name for p in (folder / "taught" / "checkpoints").iterdir())
     call("train", "mine.py", "--out", "taught")  # the baseline itself: it is there
     assert len(kept) == 2 and sorted(p.name for p in (folder / "taught" / "checkpoints").iterdir()) == kept
+
+
+def test_a_recipe_for_trained_models_has_the_baseline_trained_first(call, folder):
+    """`train` and `run` carry out the same recipe: one that only exports exports the trained baseline."""
+    (folder / "only.toml").write_text('[[step]]\nmethod = "onnxruntime"\n')
+    found = call("train", "mine.py", "--recipe", "only.toml", "--out", "only")
+    assert [s["method"] for s in found["recipe"]] == ["optimizer", "train", "onnxruntime"] and found["quality"] > 60
+    assert "the baseline's training is carried out in front of it" in found["note"]
+
+
+def test_what_was_to_act_only_where_it_pays_is_left_out(call, folder, monkeypatch):
+    from quadriga.engine.tasks import Desk
+
+    monkeypatch.setattr(Desk, "_step_seconds", lambda self, setups: [1.0] * len(setups))
+    (folder / "half.toml").write_text('[[step]]\nmethod = "mixed_precision"\n' + EXPORT)
+    found = call("train", "mine.py", "--recipe", "half.toml", "--out", "half")
+    left = {s["method"] for s in found["recipe"]}
+    assert found["status"] == "complete" and "mixed_precision" not in left
+    assert "mixed_precision() is left out: " in found["note"] and len(list((folder / "half" / "checkpoints").iterdir())) == 1
 
 
 def test_train_again_trains_nothing(call, trained, folder):

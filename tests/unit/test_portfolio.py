@@ -45,7 +45,8 @@ class Picky(Engine):
                 return order.number, {"status": "refused", **told}
         speed = {f"speed/{b}": 2.0 for b in order.args["batches"]}
         values = {"bytes": 100.0, "parameters": 10.0, "quality": 90.0, "samples": 96.0, "seconds": 1.0, **speed}
-        return order.number, {"status": "complete", "values": values, "info": {}}
+        left = [[str(one), "shrink.features: no width"] for one in recipe.steps if one == FEATURES]
+        return order.number, {"status": "complete", "values": values, "info": {"left": left} if left else {}}
 
 
 def study_of(folder, store, engine, workload=None, baseline=Recipe()):  # noqa: B008
@@ -92,7 +93,9 @@ def test_the_step_that_was_refused_goes_and_not_its_namesake(searched):
     study, explorer, done = searched([whole], KERNELS)
     assert [c.recipe.steps for c in explorer.candidates.values() if not c.dead] == [(FEATURES, ADAMW, TRAIN, *ENDING)]
     assert {r.steps[0].method: r.steps[0] for r in trained(done)} == {"shrink": FEATURES}
-    assert left_out(study) == [f'left out of "half": {KERNELS}, since there is nothing for {KERNELS}']
+    gone, part = left_out(study)
+    assert gone == f'left out of "half": {KERNELS}, since there is nothing for {KERNELS}'
+    assert part == f'left out of "half": part of {FEATURES}, since shrink.features: no width'
 
 
 def test_steps_are_left_out_until_nothing_is_refused(searched):

@@ -65,6 +65,7 @@ def test_a_recipe_that_starts_from_a_trained_model_gets_the_baselines_training()
 
 def test_steps_that_can_never_apply_are_left_out():
     recipe = Recipe((step("distil"), step("quantize"), step("train", epochs=1)))
+    assert space().lacking(recipe) == {0: "TEACHER"}
     assert [s.method for s in space().adapt(recipe).steps] == ["quantize", "train"]
     assert space(("TEACHER", "FLOAT_WEIGHTS")).adapt(recipe) == recipe
 
@@ -74,6 +75,15 @@ def test_recipes_go_without_hardware_where_it_is_not_searched():
     searched = space(families=frozenset(("structure", "training")))
     assert searched.adapt(recipe).steps == recipe.steps[:2] and searched.illegal(searched.adapt(recipe)) is None
     assert space().adapt(recipe) == recipe
+
+
+def test_what_needed_a_step_that_went_goes_too():
+    cards = {**CARDS, "device": card("hardware", adds=("DEVICE",)), "graphs": card("hardware", requires=("DEVICE",))}
+    whole = Recipe((step("device"), step("graphs"), step("shrink"), step("onnx")))
+    it = Space(cards, frozenset(("FLOAT_WEIGHTS",)), BASELINE, ALL)
+    assert it.mended(whole) == whole and it.lacking(whole) == {}
+    assert it.mended(whole.without(0)) == Recipe((step("shrink"), step("onnx")))
+    assert it.mended(Recipe((step("shrink"), step("train", epochs=1)))) is None, "there is nothing to train on"
 
 
 def test_cost_probes_are_shared_by_recipes_that_differ_in_training_only():

@@ -33,20 +33,33 @@ class Space:
 
     def illegal(self, recipe: Recipe) -> str | None:
         """Why a recipe cannot be, by the facts that its steps require, add and remove; None if it can."""
+        found = self._fault(recipe)
+        return found and found[1]
+
+    def mended(self, recipe: Recipe) -> Recipe | None:
+        """The recipe without the steps that cannot be where they stand, since another one went; None if it is lost by that."""
+        while found := self._fault(recipe):
+            if recipe.steps[found[0]].is_train or found[0] < self.fixed(recipe):
+                return None
+            recipe = recipe.without(found[0])
+        return recipe
+
+    def _fault(self, recipe: Recipe) -> tuple[int, str] | None:
+        """The first step that cannot be, and why."""
         traits, given = set(self.traits), self.fixed(recipe)
         for number, one in enumerate(recipe.steps):
             if one.is_train:
                 if "TRAIN_DATA" not in traits:
-                    return "train requires TRAIN_DATA"
+                    return number, "train requires TRAIN_DATA"
                 traits.add("TRAINED")
                 continue
             card = self.cards.get(one.method)
             if card is None:
-                return f"{one.method} is not known"
+                return number, f"{one.method} is not known"
             if card["family"] not in self.families and number >= given:
-                return f"{one.method} is of the family {card['family']}, which is not searched"
+                return number, f"{one.method} is of the family {card['family']}, which is not searched"
             if missing := sorted(set(card["requires"]) - traits):
-                return f"{one.method} requires {', '.join(missing)}"
+                return number, f"{one.method} requires {', '.join(missing)}"
             traits = (traits - set(card["removes"])) | set(card["adds"])
         return None
 

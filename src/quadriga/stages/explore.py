@@ -313,7 +313,7 @@ class Explorer:
         price = math.exp(-gain) if self._cheap_training else None
         self.candidates[recipe.hash] = Candidate(recipe, gain, trains=trains, dead=dead, price=price)
         for what, why in cost.info.get("left", ()):
-            leave_out(self.study, recipe, what, why)
+            leave_out(self.study, recipe, f"part of {what}", why)
         if cost.status is Status.REFUSED:
             self._leave_out(recipe, cost)
 
@@ -323,8 +323,8 @@ class Explorer:
         index = refused_step(recipe, trial, fixed)
         if index is None:
             return
-        rest = recipe.without(index)
-        if len(rest.steps) > fixed and self.study.space.illegal(rest) is None:
+        rest = self.study.space.mended(recipe.without(index))
+        if rest is not None and len(rest.steps) > fixed:
             leave_out(self.study, recipe, str(recipe.steps[index]), trial.reason)
             rest = self.study.space.complete(rest)
             self.whole.add(rest.hash)
