@@ -4,11 +4,14 @@
     python benchmarks/widths.py --only "openvino int8" # one runtime and precision
     python benchmarks/widths.py --only resnet20        # one network
 
-Staircases: one layer alone, one example, one thread; the widths of a side are timed in turn in one process, and its other side
-has 64 channels. Maps are 14×14, sequences have 32 tokens. *Granule* is what `round_to = "auto"` takes. Networks: channels, or
-in the transformer hidden units, are pruned alike in all layers (`scope = "layer"`), once by single units and once by granules,
-to equal parameters; both and the unpruned network are then timed in fresh processes, in turn, on one thread, restarts as the
-unit of the 99 % interval. Their weights are random: time does not depend on them.
+Staircases: one layer, one example, one thread; the widths of a side are timed in turn in one process, by the processor's
+time, without that of a call which computes nothing. The other side has 64 channels, maps are 28×28; matrices have 64 rows, and
+256 on the other side; depthwise layers come as a chain of four. *Granule* is what `round_to = "auto"` takes, *least* the width
+down to which halves of a granule pay, measured on chains. ExecuTorch and TorchInductor build every layer by itself, so they are
+timed at fewer sides, by the clock; `round_to` takes defaults for the one, and what eager PyTorch has for the other. Networks:
+channels, or in the transformer hidden units, are pruned alike in all layers (`scope = "layer"`), once by single units and once
+by granules, to equal parameters; both and the unpruned network are then timed in fresh processes, in turn, on one thread,
+restarts as the unit of the 99 % interval. Their weights are random: time does not depend on them.
 """
 
 from __future__ import annotations
@@ -32,7 +35,7 @@ from quadriga import methods, runtime, workloads
 from quadriga.core.copies import copy_model
 from quadriga.core.errors import NotApplicable
 from quadriga.core.files import atomic_write, read_json, write_json
-from quadriga.core.granules import SIDES, WIDTHS, found
+from quadriga.core.granules import LEASTS, SIDES, WIDTHS, found, least
 from quadriga.core.recipe import step
 from quadriga.core.setup import Setup
 from quadriga.core.slots import QuantSpec, RuntimeSpec
@@ -57,8 +60,8 @@ RUNTIMES = {
     "eager float32": RuntimeSpec("eager", threads=1),
     "inductor float32": RuntimeSpec("inductor", threads=1),
 }
-SHOWN = (8, 12, 16, 20, 24, 28, 32, 33, 36, 40, 48, 56, 64, 65, 68, 72, 80, 96, 128, 160, 192, 256)  # columns of the table
-FEW, SLOW_SIDES = (8, 16, 32, 33, 36, 40, 48, 64, 65, 68, 72, 80, 96), ("dense_out", "pointwise_out", "depthwise", "linear_out")
+SHOWN = (8, 12, 16, 20, 24, 28, 32, 33, 36, 40, 48, 56, 64, 65, 68, 72, 80, 96, 112, 128, 144, 160, 192, 224, 256)  # columns
+FEW, SLOW_SIDES = (8, 16, *WIDTHS), ("dense_out", "pointwise_out", "depthwise", "linear_out")
 BATCHES, RESTARTS, LEFT = (1, 32), 6, 0.5
 Row = dict[str, Any]
 
@@ -70,13 +73,15 @@ def steps_of(spec: RuntimeSpec) -> Row:
         return {"skipped": f"{state.reason}; {state.remedy}"}
     each = spec.name in ("executorch", "inductor")  # they build every layer by itself, which takes seconds
     rows: Row = {}
-    for side in SLOW_SIDES if each else SIDES:
+    for side in SLOW_SIDES if each else (*SIDES, *LEASTS):
         try:
-            times = one_by_one(side, spec) if each else staircases([side], spec, widths={*WIDTHS, *SHOWN})[side]
+            wide = None if side in LEASTS else {*WIDTHS, *SHOWN}
+            times = one_by_one(side, spec) if each else staircases([side], spec, widths=wide)[side]
         except Exception as error:  # runtimes raise their own types
             rows[side] = {"skipped": f"{type(error).__name__}: {str(error)[:200]}"}
             continue
-        rows[side] = {"granule": found({w: t for w, t in times.items() if w >= 32 and (each or w in WIDTHS)}), "times": times}
+        granule = least(times) if side in LEASTS else found({w: t for w, t in times.items() if w in WIDTHS})
+        rows[side] = {"granule": granule, "times": times}
     return {"sides": rows}
 
 
@@ -187,10 +192,10 @@ def _lines(known: Mapping[str, Row]) -> Iterator[str]:
     yield "# Widths that run fast\n"
     yield "Made by `make bench-widths`. " + " ".join((__doc__ or "").split("\n\n")[2].split("\n")) + "\n"
     yield "## Granules found\n"
-    yield "| runtime | " + " | ".join(side.replace("_", " ") for side in SIDES) + " |"
-    yield "|---" * (len(SIDES) + 1) + "|"
+    yield "| runtime | " + " | ".join(side.replace("_", " ") for side in (*SIDES, *LEASTS)) + " |"
+    yield "|---" * (len(SIDES) + len(LEASTS) + 1) + "|"
     for name, row in ((name, known[name]) for name in RUNTIMES if name in known):
-        cells = [str(row.get("sides", {}).get(side, {}).get("granule", "–")) for side in SIDES]
+        cells = [str(row.get("sides", {}).get(side, {}).get("granule", "–")) for side in (*SIDES, *LEASTS)]
         yield f"| {name} | " + " | ".join(cells) + " |"
     yield ""
     for name in RUNTIMES:
@@ -222,7 +227,7 @@ def _cell(ratio: list[float] | None) -> str:
 
 
 def _staircase(name: str, row: Row) -> Iterator[str]:
-    sides = {side: one for side, one in row.get("sides", {}).items() if "times" in one}
+    sides = {side: one for side, one in row.get("sides", {}).items() if "times" in one and side not in LEASTS}
     if not sides:
         return
     yield f"## Staircases: {name}\n"

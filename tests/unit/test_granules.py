@@ -228,7 +228,7 @@ def test_layers_are_timed_by_the_clock_that_is_given(monkeypatch):
 
 @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
 @pytest.mark.parametrize("quant", [None, QuantSpec()])
-def test_branches_of_one_export_compute_what_each_layer_computes(name, quant, tmp_path):
+def test_branches_of_one_file_compute_what_each_layer_computes(name, quant, tmp_path):
     spec = RuntimeSpec(name, threads=1, quant=quant)
     branches = [branch(side, width) for side in (*SIDES, *LEASTS) for width in (5, 16)]
     if name == "eager" and quant:

@@ -118,7 +118,7 @@ def test_zero_units_are_cut_and_outputs_stay(build, optimizer, amount, epochs):
     gone = sum(z for _, z in norms)
     assert 0 < gone < sum(size for size, _ in norms)
     before, count = outputs(setup), sum(p.numel() for p in model.parameters())
-    after = PruneChannels(zeros=True)(setup.reset_training(workload))
+    after = PruneChannels(zeros=True, round_to=1)(setup.reset_training(workload))
     torch.testing.assert_close(outputs(after), before, rtol=1e-6, atol=1e-6)
     assert sum(p.numel() for p in after.model.parameters()) < count
     groups = [g for g in AxisGraph.trace(after.model, workload.example).groups() if not g.split]

@@ -125,7 +125,7 @@ def test_training_brings_the_layers_nearer(kind, beta):
         teacher, batch = deepcopy(state.model).eval(), workload.val.batch(torch.arange(48))
         state = method(state) if method else state
         if kind == "gram":
-            state = PruneChannels(ratio=0.5, only="conv2")(state)
+            state = PruneChannels(ratio=0.5, only="conv2", round_to=1)(state)
         else:
             torch.manual_seed(5)
             state.model.conv2.reset_parameters()
@@ -214,7 +214,7 @@ def test_layers_belong_together_by_name_or_depth():
 def test_what_it_refuses():
     """Unequal shapes for mse, with both names and shapes; nothing to compare; the wrong task; bad fields."""
     workload = tiny_cnn(trained=True)
-    pruned = PruneChannels(ratio=0.5)(state_of(workload))
+    pruned = PruneChannels(ratio=0.5, round_to=1)(state_of(workload))
     before = fingerprint(pruned.model)
     with pytest.raises(NotApplicable, match=r"conv2 \[\d, 4, 4\] and the teacher's conv2 \[8, 4, 4\]"):
         DistillFeatures(kind="mse", only="conv2")(pruned)
@@ -237,12 +237,14 @@ def test_what_it_refuses():
 def test_what_a_later_step_makes_impossible_is_refused_before_training():
     """mse with the network as it was, pruned afterwards; gram goes on."""
     workload = tiny_cnn(trained=True)
-    state = PruneChannels(ratio=0.5)(DistillFeatures(kind="mse", only="conv*", teacher="present")(Setup.of(workload)))
+    state = PruneChannels(ratio=0.5, round_to=1)(
+        DistillFeatures(kind="mse", only="conv*", teacher="present")(Setup.of(workload))
+    )
     before = fingerprint(state.model)
     with pytest.raises(NotApplicable, match="conv1") as caught:
         fit(state, workload.train, epochs=1, seed=0)
     assert fingerprint(state.model) == before and caught.value.__notes__ == ["distill_features"]
-    shrunk = Shrink(filters=0.5)(DistillFeatures(teacher="present")(Setup.of(workload)))
+    shrunk = Shrink(filters=0.5, round_to=1)(DistillFeatures(teacher="present")(Setup.of(workload)))
     assert fit(shrunk, workload.train, epochs=1, seed=0).steps == 6
 
 

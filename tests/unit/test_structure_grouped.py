@@ -53,7 +53,7 @@ def test_what_does_not_divide_is_named():
     x, y = torch.randn(32, 3, 8, 8), torch.arange(32) % 3
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(128, 3))
     start = Setup.of(Workload(model=net, train=(x, y), val=(x, y), test=(x, y)))
-    model = Grouped(groups=4)(start).model
+    model = Grouped(groups=4, round_to=1)(start).model
     assert (model[0].groups, model[2].groups, tuple(model[2].weight.shape)) == (1, 4, (8, 2, 3, 3))
     with pytest.raises(NotApplicable, match=r"0 \(3 → 8 channels\) does not divide into 4 groups"):
         Grouped(groups=4, only="0")(start)

@@ -61,7 +61,7 @@ def test_the_missions_numbers():
 
 
 def test_all_at_once_as_in_the_narrow_recipes():
-    net = Shrink(kernel=3, filters=0.5, hidden=1)(setup(lenet())).model
+    net = Shrink(kernel=3, filters=0.5, hidden=1, round_to=1)(setup(lenet())).model
     net = Shrink(only="5", width=32)(setup(net)).model
     assert (net[0].out_channels, net[2].out_channels) == (3, 8)
     assert isinstance(net[7], nn.Identity) and net[9].in_features == 32 and net[5].in_features == 8 * 36
@@ -98,7 +98,7 @@ def test_filters_that_matter_stay():
         net[0].bias[[1, 4]] = 0
         net[2].weight[:, [1, 4]] *= 1e-3
     kept = net[0].weight[[0, 2, 3, 5]].clone()
-    after = Shrink(filters=0.67, only="0")(setup(net)).model
+    after = Shrink(filters=0.67, only="0", round_to=1)(setup(net)).model
     assert after[0].weight.equal(kept) and after[2].in_channels == 4
 
 
@@ -125,7 +125,7 @@ def test_it_refuses_with_the_layer():
         (Shrink(features=0.5, only="9"), "9: it is the model's output"),
         (Shrink(filters=0.5, only="5"), "5 is linear"),
         (Shrink(features=0.5, only="fc*"), 'matches "fc\\*"'),
-        (Shrink(filters=0.99), "no width would change"),
+        (Shrink(filters=0.99, round_to=1), "no width would change"),
     ]:
         with pytest.raises(NotApplicable, match=reason):
             shrink(state)
@@ -158,7 +158,7 @@ def test_every_importance_finds_dead_channels(importance):
     x = torch.randn(8, 1, 32, 32)
     before = net(x)
     state = setup(net, x, gradients=lambda m: {n: torch.ones_like(p) for n, p in m.named_parameters()})
-    after = PruneChannels(ratio=0.375, importance=importance, scope="layer", only="0")(state).model
+    after = PruneChannels(ratio=0.375, importance=importance, scope="layer", only="0", round_to=1)(state).model
     assert after[0].out_channels == after[1].num_features == 5
     torch.testing.assert_close(after.eval()(x), before)
 
@@ -183,7 +183,7 @@ def test_pruning_refuses_with_a_reason():
         (PruneChannels(importance="taylor"), "needs gradients"),
         (PruneChannels(importance="bn_scale"), "batch normalization"),
         (PruneChannels(only="9"), "9: it is the model's output"),
-        (PruneChannels(ratio=0.01, scope="layer", only="0"), "no width changes"),
+        (PruneChannels(ratio=0.01, scope="layer", only="0", round_to=1), "no width changes"),
     ]:
         with pytest.raises(NotApplicable, match=reason):
             prune(state)

@@ -215,7 +215,7 @@ def test_given_widths_are_cut_and_nothing_is_timed():
 
 def test_a_decision_is_kept_and_another_walk_rebuilds_the_same_network(tmp_path):
     """The same folder: no call of the clock, equal weights. Another final runtime: measured anew."""
-    recipe = Recipe((step("to_latency", target=0.5), step("onnxruntime")))
+    recipe = Recipe((step("to_latency", target=0.5, round_to=1), step("onnxruntime")))
     clock, seen = Clock(overhead=100.0, block=1), []
 
     def time(arms, spec):

@@ -46,7 +46,7 @@ def test_it_replaces_what_pays_and_names_what_does_not():
     x, y = torch.randn(8, 3, 8, 8), torch.arange(8) % 3
     net = nn.Sequential(nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 1), nn.Conv2d(16, 4, 3), nn.Flatten(), nn.Linear(64, 3))
     start = Setup.of(Workload(model=net, train=(x, y), val=(x, y), test=(x, y)))
-    model = Tucker(ratio=0.5)(start).model
+    model = Tucker(ratio=0.5, round_to=1)(start).model
     assert [type(m).__name__ for m in model] == ["Sequential", "Conv2d", "Sequential", "Flatten", "Linear"]
     assert weights_share(net[2].weight, (2, 8)) == sum(p.numel() for n, p in model[2].named_parameters() if "weight" in n) / 576
     with pytest.raises(NotApplicable, match=r"1 has a kernel of one position"):

@@ -71,14 +71,19 @@ def test_the_method_grows_as_asked(kind):
     setup = Setup.of(workload)
     x = workload.val.batch(torch.arange(8)).inputs
     before, sizes = primary(call(setup.model.eval(), x)), {n: p.shape for n, p in setup.model.named_parameters()}
-    model = Widen(factor=1.5)(setup).model
+    model = Widen(factor=1.5, round_to=1)(setup).model
     assert any(p.shape[0] == round(1.5 * sizes[n][0]) for n, p in model.named_parameters())
     torch.testing.assert_close(primary(call(model.eval(), x)), before)
 
 
 def test_a_larger_network_that_the_recipe_trains_teaches_a_small_one(tmp_path):
     workload = TINY["cnn"]()
-    steps = [step("widen"), step("train", epochs=1), step("distill", teacher="present"), step("prune_channels", ratio=0.7)]
+    steps = [
+        step("widen"),
+        step("train", epochs=1),
+        step("distill", teacher="present"),
+        step("prune_channels", ratio=0.7, round_to=1),
+    ]
     walked = walk(workload, Recipe((*steps, step("train", epochs=1))), seed=0, store=tmp_path)
     assert walked.samples == 2 * len(workload.train)
     wide = walk(workload, Recipe(tuple(steps[:2])), seed=0, store=tmp_path).setup.model

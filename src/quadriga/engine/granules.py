@@ -66,14 +66,13 @@ class Granules:
     def _kept(self, name: str, about: dict[str, Any], sides: list[str], spec: RuntimeSpec) -> dict[str, int]:
         path = (self.folder or cache_folder() / "granules") / f"{name}.json"
         with _alone(path.with_suffix(".lock")):
-            before = _read(path)
-            known = {side: row["granule"] for side, row in before.items()}
-            if missing := [side for side in sides if side not in known]:
-                rows = self._measured(missing, spec)
-                known.update({side: row["granule"] for side, row in rows.items()})
+            rows = _read(path)
+            kinds = dict.fromkeys(side.partition("_")[0] for side in sides if side not in rows)
+            for kind in kinds:  # what is known is kept at once: this process may run out of its time
+                rows.update(self._measured([s for s in sides if s not in rows and s.partition("_")[0] == kind], spec))
                 with suppress(BadInput):  # the folder cannot be written
-                    write_json(path, {**about, "sides": {**before, **{s: r for s, r in rows.items() if "times" in r}}})
-        return {side: known[side] for side in sides}
+                    write_json(path, {**about, "sides": {side: row for side, row in rows.items() if "times" in row}})
+        return {side: rows[side]["granule"] for side in sides}
 
     def _measured(self, sides: list[str], spec: RuntimeSpec) -> dict[str, dict[str, Any]]:
         try:

@@ -7,6 +7,7 @@ import importlib
 import inspect
 import pkgutil
 import re
+import types
 import typing
 import warnings
 from functools import cache
@@ -112,13 +113,25 @@ def fields(method: type[Method]) -> dict[str, dict[str, Any]]:
     hints, about = typing.get_type_hints(method), field_docs(method)
     rows = {}
     for f in dataclasses.fields(method):
-        kind = hints[f.name]
-        row = {
-            "type": kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", ""),
-            "about": about.get(f.name, ""),
-        }
+        row = {"type": _spelled(hints[f.name]), "about": about.get(f.name, "")}
         rows[f.name] = row if f.default is dataclasses.MISSING else {**row, "default": _plain(f.default)}
     return rows
+
+
+def _spelled(hint: Any) -> str:
+    """A type as people write it.
+
+    Example:
+        >>> from collections.abc import Mapping
+        >>> _spelled(typing.Union[int, typing.Literal["auto"], Mapping[str, int]])
+        "int | Literal['auto'] | Mapping[str, int]"
+    """
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return " | ".join(map(_spelled, typing.get_args(hint)))
+    if hint is types.NoneType:
+        return "None"
+    text = hint.__name__ if type(hint) is type else str(hint)
+    return text.replace("typing.", "").replace("collections.abc.", "")
 
 
 def field_docs(method: type[Method]) -> dict[str, str]:

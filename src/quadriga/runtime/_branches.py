@@ -1,10 +1,10 @@
-"""Many small models in one export: each is then a session of its own, and the exporter's start is paid once."""
+"""Single layers as a runtime executes them: written as ONNX operators by hand, since an export of each would take seconds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,26 +13,15 @@ from torch import Tensor, nn
 from quadriga.core.batch import Batch
 from quadriga.core.errors import NotApplicable
 from quadriga.core.files import atomic_write
-from quadriga.core.metric import accuracy
-from quadriga.core.setup import Context
 from quadriga.core.slots import RuntimeSpec
 from quadriga.runtime import onnxruntime, openvino, prepare, standalone
-from quadriga.runtime._capture import capture
-from quadriga.runtime._onnx import write_onnx
+from quadriga.runtime._onnx import store_half
 
 OF_ONNX = {module.NAME: module for module in (onnxruntime, openvino)}
-_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-Branch = tuple[nn.Module, Tensor]  # a model, and two examples of its one input
+LSTM = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0")
+Branch = tuple[nn.Module, Tensor]  # convolutions, Linears and ReLUs in a row, or an LSTM; and two examples of its input
 Call = Callable[[], Any]
-
-
-class _Beside(nn.Module):
-    def __init__(self, models: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.models = nn.ModuleList(models)
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(model(x) for model, x in zip(self.models, inputs, strict=True))
+Node = tuple[str, list[str], dict[str, Tensor], dict[str, Any]]  # operator, further inputs, their values, attributes
 
 
 def calls(branches: Sequence[Branch], spec: RuntimeSpec, folder: Path) -> list[Call]:
@@ -50,14 +39,7 @@ def calls(branches: Sequence[Branch], spec: RuntimeSpec, folder: Path) -> list[C
         return [_eager(model, x, spec) for model, x in branches]
     if spec.name not in OF_ONNX:
         raise NotApplicable(f"{spec.name} builds each model by itself")
-    module, made = OF_ONNX[spec.name], dict[int, Call]()
-    lstms = [n for n, (model, _) in enumerate(branches) if isinstance(model, nn.LSTM)]
-    others = [n for n in range(len(branches)) if n not in lstms]
-    for n in lstms:
-        made[n] = _alone(*branches[n], spec, module, folder / f"lstm{n}")
-    if others:
-        made.update(zip(others, _cut([branches[n] for n in others], spec, module, folder), strict=True))
-    return [made[n] for n in range(len(branches))]
+    return _cut(branches, spec, OF_ONNX[spec.name], folder)
 
 
 def _eager(model: nn.Module, x: Tensor, spec: RuntimeSpec) -> Call:
@@ -66,50 +48,26 @@ def _eager(model: nn.Module, x: Tensor, spec: RuntimeSpec) -> Call:
 
 
 def _cut(branches: Sequence[Branch], spec: RuntimeSpec, runtime: ModuleType, folder: Path) -> list[Call]:
-    import onnx
+    """All in one file, which is quantized once; then each cut out of it."""
     from onnx.utils import Extractor
 
-    inputs = tuple(x for _, x in branches)
-    seen = Batch(inputs, None, torch.arange(len(inputs[0])))
-    with torch.inference_mode(False):
-        taken = capture(_Beside([model for model, _ in branches]), Context(inputs, (seen,), accuracy))
-        write_onnx(taken, spec, folder / "all.onnx", dynamic_operators=runtime.DYNAMIC_OPERATORS)
-    whole = Extractor(onnx.load(folder / "all.onnx"))
-    made = []
-    for number, (name, output) in enumerate(zip(taken.names, taken.output_names, strict=True)):
+    proto = _beside(branches)
+    if spec.quant is not None:
+        from quadriga.runtime._int8 import quantize
+
+        inputs = tuple(x for _, x in branches)
+        seen = SimpleNamespace(
+            names=[f"x{n}" for n in range(len(branches))], calibration=(Batch(inputs, None, torch.arange(len(inputs[0]))),)
+        )
+        proto = quantize(proto, spec.quant, seen, dynamic_operators=runtime.DYNAMIC_OPERATORS)  # type: ignore[arg-type]
+    if spec.weights != "fp32":
+        store_half(proto, spec.weights)
+    whole, made = Extractor(proto), []
+    for number, (_, x) in enumerate(branches):
         place = folder / str(number)
-        atomic_write(place / "model.onnx", whole.extract_model([name], [output]).SerializeToString())
-        made.append(_session(place, name, inputs[number], spec, runtime))
+        atomic_write(place / "model.onnx", whole.extract_model([f"x{number}"], [f"y{number}"]).SerializeToString())
+        made.append(_session(place, f"x{number}", x, spec, runtime))
     return made
-
-
-def _alone(model: nn.Module, x: Tensor, spec: RuntimeSpec, runtime: ModuleType, folder: Path) -> Call:
-    """An LSTM, whose export takes seconds: written as the one operator that it becomes. Static int8 leaves it in float."""
-    assert isinstance(model, nn.LSTM)
-    if spec.quant is not None and spec.quant.activations != "static":
-        raise NotApplicable("dynamic int8 of an LSTM is not measured")
-    atomic_write(folder / "model.onnx", _lstm(model, x.shape[1]).SerializeToString())
-    return _session(folder, "x", x, spec, runtime)
-
-
-def _lstm(model: nn.LSTM, steps: int) -> Any:
-    """One layer in one direction, from [batch, steps, in] to [batch, steps, hidden]. ONNX has its gates in another order."""
-    from onnx import TensorProto, helper, numpy_helper
-
-    order = torch.cat([torch.arange(model.hidden_size) + model.hidden_size * gate for gate in (0, 3, 1, 2)])
-    inside, within, first, second = (getattr(model, f"{name}_l0").detach()[order] for name in _WEIGHTS)
-    stored = {"W": inside[None], "R": within[None], "B": torch.cat([first, second])[None], "axis": torch.tensor([1])}
-    nodes = [
-        helper.make_node("Transpose", ["x"], ["turned"], perm=[1, 0, 2]),
-        helper.make_node("LSTM", ["turned", "W", "R", "B"], ["states"], hidden_size=model.hidden_size),
-        helper.make_node("Squeeze", ["states", "axis"], ["flat"]),
-        helper.make_node("Transpose", ["flat"], ["y"], perm=[1, 0, 2]),
-    ]
-    ends = (("x", model.input_size), ("y", model.hidden_size))
-    given, made = ([helper.make_tensor_value_info(n, TensorProto.FLOAT, ["batch", steps, size])] for n, size in ends)
-    kept = [numpy_helper.from_array(value.numpy(), name) for name, value in stored.items()]
-    graph = helper.make_graph(nodes, "lstm", given, made, kept)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
 
 
 def _session(folder: Path, name: str, x: Tensor, spec: RuntimeSpec, runtime: ModuleType) -> Call:
@@ -120,3 +78,54 @@ def _session(folder: Path, name: str, x: Tensor, spec: RuntimeSpec, runtime: Mod
     }  # fmt: skip
     run, example = standalone.RUNTIMES[spec.name](folder, entry, spec.threads), x[:1].contiguous()
     return lambda: run(example)
+
+
+def _beside(branches: Sequence[Branch]) -> Any:
+    """One ONNX model with an input x0, x1, … and an output y0, y1, … for each."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes, stored, ends = list[Any](), list[Any](), list[Any]()
+    for number, (model, x) in enumerate(branches):
+        with torch.no_grad():
+            output = model(x)
+        steps = [node for layer in model.modules() if not isinstance(layer, nn.Sequential) for node in _nodes(layer)]
+        for k, (operator, more, values, attributes) in enumerate(steps):
+            here = f"b{number}.{k}"
+            source, target = (f"b{number}.{k - 1}" if k else f"x{number}", here if k < len(steps) - 1 else f"y{number}")
+            inputs = [source, *(f"{here}.{name}" for name in more)]
+            nodes.append(helper.make_node(operator, inputs, [target], **attributes))
+            stored += [numpy_helper.from_array(v.detach().contiguous().numpy(), f"{here}.{n}") for n, v in values.items()]
+        shapes = (x.shape, (output[0] if isinstance(output, tuple) else output).shape)
+        ends.append([
+            helper.make_tensor_value_info(f"{name}{number}", TensorProto.FLOAT, ["batch", *shape[1:]])
+            for name, shape in zip("xy", shapes, strict=True)
+        ])  # fmt: skip
+    graph = helper.make_graph(nodes, "branches", [x for x, _ in ends], [y for _, y in ends], stored)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+
+
+def _nodes(layer: nn.Module) -> Iterator[Node]:
+    """The operators that an export makes of a layer."""
+    if isinstance(layer, nn.Conv2d):
+        pads, kernel = [*layer.padding, *layer.padding], list(layer.kernel_size)
+        values = {"weight": layer.weight, "bias": layer.bias}
+        yield "Conv", ["weight", "bias"], values, {"kernel_shape": kernel, "pads": pads, "group": layer.groups}  # type: ignore[misc]
+    elif isinstance(layer, nn.Linear):
+        yield "MatMul", ["weight"], {"weight": layer.weight.T}, {}
+        yield "Add", ["bias"], {"bias": layer.bias}, {}
+    elif isinstance(layer, nn.LSTM):
+        yield from _lstm(layer)
+    else:
+        assert isinstance(layer, nn.ReLU), f"no ONNX form of {layer}"
+        yield "Relu", [], {}, {}
+
+
+def _lstm(layer: nn.LSTM) -> Iterator[Node]:
+    """One layer in one direction, [batch, steps, in] to [batch, steps, hidden]. ONNX has its gates in another order."""
+    order = torch.cat([torch.arange(layer.hidden_size) + layer.hidden_size * gate for gate in (0, 3, 1, 2)])
+    inside, within, first, second = (getattr(layer, name).detach()[order] for name in LSTM)
+    values = {"w": inside[None], "r": within[None], "b": torch.cat([first, second])[None]}
+    yield "Transpose", [], {}, {"perm": [1, 0, 2]}
+    yield "LSTM", ["w", "r", "b"], values, {"hidden_size": layer.hidden_size}
+    yield "Squeeze", ["axis"], {"axis": torch.tensor([1])}, {}
+    yield "Transpose", [], {}, {"perm": [1, 0, 2]}

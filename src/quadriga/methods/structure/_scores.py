@@ -41,8 +41,8 @@ def widths(scores: Mapping[K, Tensor], ratio: float, scope: str, grain: Mapping[
     """How many units of each group stay.
 
     Units go in granules: those of a group, ascending by importance, cut so that what stays is one of the widths that it may
-    have. The least of these stays; a group that is no wider stays as it is. As many go as come nearest to the share of all
-    units.
+    have. The least of these stays; a group that is no wider stays as it is, and others do not make up for it. As many go as
+    come nearest to the share of the units of groups that can change.
 
     Args:
         scores: group → importance of its units.
@@ -63,7 +63,9 @@ def widths(scores: Mapping[K, Tensor], ratio: float, scope: str, grain: Mapping[
     if all(g.step == 1 for g in grains.values()):
         return _units(scores, ratio, scope)
     order = sorted((key, n, size) for n, g in enumerate(scores) for key, size in _granules(scores[g], grains[g], scope))
-    kept, gone, budget = [len(s) for s in scores.values()], 0, ratio * sum(map(len, scores.values()))
+    kept, gone = [len(s) for s in scores.values()], 0
+    free = [sum(size for _, n, size in order if n == k) for k in range(len(kept))]  # units that may go
+    budget = sum(min(ratio * n, most) if scope == "layer" else ratio * n for n, most in zip(kept, free, strict=True) if most)
     for _, n, size in order:
         if gone + size / 2 >= budget:
             break
@@ -75,7 +77,7 @@ def widths(scores: Mapping[K, Tensor], ratio: float, scope: str, grain: Mapping[
 def _granules(scores: Tensor, grain: Grain, scope: str) -> Iterator[tuple[tuple[float, float], int]]:
     """The granules of a group that may go: what they are ordered by, and their units. The first makes the rest a multiple.
 
-    For "layer" that is the share of the group that is left when half of the granule has gone. So the order is one for all
+    For "layer" that is the share of the group that has gone when half of the granule has. So the order is one for all
     ratios: with a larger one more goes, and nothing comes back.
     """
     ascending, size = (scores / scores.mean().clamp_min(1e-30)).sort().values, len(scores)

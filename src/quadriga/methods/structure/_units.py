@@ -109,12 +109,13 @@ def take_zeros(pruner: Pruner, names: Collection[str], example: Tree, grain: Gra
     """Cut the units that are zero in every weight. Where none is, as in a network that was not trained, cut by magnitude."""
     graph = AxisGraph.trace(model, example)
     score = magnitude(graph)
-    norms = {g: score(g) for g in pruner.groups(graph) if g.name in names}
+    norms = {g: score(g) for g in pruner.groups(graph)}
     found: dict[Group, Tensor] = {g: n for g, n in norms.items() if n is not None}
-    choices = {g: n.nonzero().flatten() for g, n in found.items() if bool(n.any()) and not bool(n.all())}
+    faded = [(g, n) for g, n in found.items() if g.name in names]
+    choices = {g: n.nonzero().flatten() for g, n in faded if bool(n.any()) and not bool(n.all())}
     if not choices:
         kept = pruner.kept(found, pruner.ratio, _by_group(found, grain))
-        choices = {g: best(n, kept[g]) for g, n in found.items() if kept[g] < g.size}
+        choices = {g: best(n, kept[g]) for g, n in faded if kept[g] < g.size}
     if choices:
         graph.cut_each(choices)
     return graph.model
@@ -134,7 +135,8 @@ class UnitFade(Thinning):
     def __init__(self, model: nn.Module, pruner: Pruner, names: Collection[str], example: Tree, grain: Grains) -> None:
         super().__init__(pruner.gradual)
         self.pruner, self.graph, self.grain = pruner, AxisGraph.trace(model, example), grain
-        self.groups = {g.name: g for g in pruner.groups(self.graph) if g.name in names}
+        self.every = pruner.groups(self.graph)  # of all of them a share goes; those that cannot be cut stay
+        self.groups = {g.name: g for g in self.every if g.name in names}
         self.alive = {name: torch.ones(g.size, dtype=torch.bool) for name, g in self.groups.items()}
         members = [m for g in self.groups.values() for m in g.members if isinstance(m.tensor, nn.Parameter)]
         self.read = {m.names[0]: m.tensor for m in members} if pruner.importance in ("taylor", "hessian") else {}
@@ -153,7 +155,7 @@ class UnitFade(Thinning):
     def choose(self, share: float) -> None:
         """The least important units go; what is gone stays gone."""
         score = self._score()
-        scores = {g: s * self.alive[n] for n, g in self.groups.items() if (s := score(g)) is not None}
+        scores = {g: s * self.alive.get(g.name, 1) for g in self.every if (s := score(g)) is not None}
         kept = self.pruner.kept(scores, self.pruner.ratio * share, _by_group(scores, self.grain))
         for name, group in self.groups.items():
             if group in scores and kept[group] < int(self.alive[name].sum()):

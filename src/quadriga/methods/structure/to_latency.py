@@ -19,7 +19,7 @@ from quadriga.core.computed import computed
 from quadriga.core.copies import copy_model
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.method import Family, Method, Numerics
-from quadriga.core.setup import Setup
+from quadriga.core.setup import Setup, undecided
 from quadriga.methods.structure._granules import Grain, RoundTo, check_round_to, of_groups
 from quadriga.methods.structure._latency_pieces import pieces
 from quadriga.methods.structure._latency_solve import Choice, Round, approach, solve
@@ -136,11 +136,12 @@ class ToLatency(Method):
     def _decide(self, setup: Setup, graph: AxisGraph, scores: Mapping[Group, Tensor]) -> dict[str, int]:
         """The widths, measured once; another process is told what was found."""
         asked = json.dumps({k: getattr(self, k) for k in self.fields() if k != "widths"}, sort_keys=True)
-        grain = of_groups(self.round_to, graph.model, scores, setup)
 
         def measured() -> dict[str, Any]:
             if setup.context.time is None:
                 raise NotApplicable("to_latency measures, and there is no clock here", "run it in a study, or give widths")
+            apart = replace(setup, context=replace(setup.context, decide=undecided))  # the widths are what is kept
+            grain = of_groups(self.round_to, graph.model, scores, apart)
             return _Search(self, setup, graph, scores, setup.context.time, grain).found()
 
         found = setup.context.decide(f"to_latency {asked}", measured)
