@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from quadriga.core.granules import HALVES, LEASTS, WIDTHS
 from quadriga.core.slots import RuntimeSpec
-from quadriga.engine.timing import as_it_was, in_turn, one_registry
+from quadriga.engine.timing import as_it_was, in_turn
 from quadriga.runtime._branches import Branch, calls
 
 MAP, FIXED, CHAIN, GROUPS = 28, 64, 4, 2  # rows of a map, channels of the other side, layers of a chain, groups
@@ -48,7 +48,7 @@ def staircases(
     branches = [branch(side, width) for side in sides for width in steps[side]]
     folder = Path(tempfile.mkdtemp(prefix="quadriga-granules-"))
     try:
-        with as_it_was(branches), one_registry(), torch.inference_mode():
+        with as_it_was(branches), torch.inference_mode():
             idle, *made = calls([_idle(), *branches], spec, folder)
             rows = {side: [idle, *(made.pop(0) for _ in steps[side])] for side in sides}
             found = {s: in_turn(row, rounds=rounds, seconds=BLOCK, rest=REST, clock=clock) for s, row in rows.items()}

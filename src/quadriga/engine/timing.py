@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
@@ -46,7 +45,7 @@ def timed(arms: Sequence[Arm], spec: RuntimeSpec, context: Context, folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     scrap = Path(tempfile.mkdtemp(prefix="timed-", dir=folder))
     try:
-        with as_it_was(arms), one_registry(), torch.inference_mode():
+        with as_it_was(arms), torch.inference_mode():
             calls = [_call(arm, spec, context, scrap / str(k)) for k, arm in enumerate(arms)]
             return in_turn(calls, rounds=CAREFUL if len(arms) <= FEW else ROUGH)
     finally:
@@ -86,24 +85,6 @@ def as_it_was(arms: Sequence[Arm]) -> Iterator[None]:
             yield
         finally:
             torch.set_num_threads(threads)
-
-
-@contextmanager
-def one_registry() -> Iterator[None]:
-    """PyTorch's ONNX exporter reads all its operators' definitions at each export, three quarters of a small one's time."""
-    try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-        found = ONNXRegistry.__dict__["from_torchlib"]
-        made = cache(ONNXRegistry.from_torchlib)
-    except (ImportError, AttributeError, KeyError):  # another version of PyTorch: as slow as it is
-        yield
-        return
-    ONNXRegistry.from_torchlib = staticmethod(made)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        ONNXRegistry.from_torchlib = found  # type: ignore[method-assign]
 
 
 def in_turn(

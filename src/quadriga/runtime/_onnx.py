@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from quadriga.runtime._bags import opened
 from quadriga.runtime._capture import Capture, reason
 from quadriga.runtime._floats import matrix_types, nothing_to_round, without_bfloat16
 
+REGISTRIES: dict[tuple[Any, ...], Any] = {}  # of the exporter's operators, by the arguments that it was asked with
 LIMIT = 2_000_000_000  # bytes of one protobuf message
 
 
@@ -53,7 +56,11 @@ def export(taken: Capture) -> Any:
     Raises:
         NotApplicable: an operation has no ONNX form; the reason names it.
     """
-    with quiet(), torch.no_grad():  # as it was captured: a learned attention bias takes attention apart, in other strides
+    with (
+        quiet(),
+        torch.no_grad(),
+        one_registry(),
+    ):  # as it was captured: a learned attention bias takes attention apart, in other strides
         try:
             made = torch.onnx.export(opened(taken.program), (), dynamo=True, external_data=False, verbose=False, optimize=True)
         except Exception as error:  # the exporter raises many types
@@ -68,6 +75,31 @@ def export(taken: Capture) -> Any:
         _rename(proto.graph, {v.name: n for v, n in zip(values, names, strict=True)})
     _rename(proto.graph, {t.name: t.name.removeprefix("model.") for t in proto.graph.initializer})
     return proto
+
+
+@contextmanager
+def one_registry() -> Iterator[None]:
+    """Read the exporter's operators once a process: it reads them at each export, which is most of a small network's time."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        found = ONNXRegistry.__dict__["from_torchlib"]
+    except (ImportError, AttributeError, KeyError):  # another version of PyTorch: as slow as it is
+        yield
+        return
+
+    def once(*given: Any) -> Any:
+        if given not in REGISTRIES:
+            REGISTRIES[given] = found.__get__(None, ONNXRegistry)(*given)
+        return REGISTRIES[given]
+
+    ONNXRegistry.from_torchlib = staticmethod(  # type: ignore[method-assign]
+        lambda *args, **named: once(*args, *named.values())
+    )
+    try:
+        yield
+    finally:
+        ONNXRegistry.from_torchlib = found  # type: ignore[method-assign]
 
 
 def store_half(proto: Any, weights: str) -> None:

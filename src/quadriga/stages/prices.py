@@ -9,6 +9,7 @@ from quadriga.core.recipe import Recipe
 from quadriga.measure.latency import LEAST_RESTARTS
 from quadriga.measure.quality import Scores
 from quadriga.search.space import trained_epochs
+from quadriga.stages.baseline import fastest, lossless_trials
 from quadriga.stages.state import Study
 
 RESTARTS = 8  # of the verification
@@ -21,10 +22,16 @@ def verification_seconds(study: Study) -> float:
 
     Arms load at the same time, as many as there are cores at once.
     """
-    arms, restarts = (3, LEAST_RESTARTS) if study.short else (6, RESTARTS)
+    arms, restarts = (3, LEAST_RESTARTS) if study.short else (_arms(study), RESTARTS)
     blocks = arms * len(study.batches) * BLOCKS * BLOCK_SECONDS[study.short] * 1.5
     restart = arms * study.startup / min(arms, os.cpu_count() or 1) + blocks
     return restarts * restart + hand_over_seconds(study, {}) + 3 * study.startup
+
+
+def _arms(study: Study) -> int:
+    """Processes that a restart starts: a finalist and perhaps a second, eager PyTorch and its best settings, the best exports."""
+    tuned = sum(bool(t.recipe.steps) for t in fastest(study, [t for t in study.stage("tuned_eager") if t.ok]))
+    return 3 + tuned + len(fastest(study, lossless_trials(study)))
 
 
 def hand_over_seconds(study: Study, scores: Mapping[str, Scores]) -> float:
