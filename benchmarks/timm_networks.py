@@ -11,7 +11,7 @@ smallest size that they take. **onnxruntime, openvino**: the unchanged network, 
 normalizations that stay. **prune_*, low_rank**: the changed network runs with as many outputs, and ONNX Runtime gives the same;
 the number is the share of parameters that is left. **static_int8**: in ONNX Runtime, outputs finite; the number is their error
 against what differs from image to image. Random weights stand rounding badly: an error above 0.5 is held against layers that
-round in float, in PyTorch, and is wrong if it is more than twice theirs.
+round in float, in PyTorch, and is wrong if it is more than three times theirs (ONNX Runtime rounds the terms of sums too).
 """
 
 from __future__ import annotations
