@@ -29,7 +29,7 @@ def verification_seconds(study: Study) -> float:
 
 
 def _arms(study: Study) -> int:
-    """Processes that a restart starts: a finalist and perhaps a second, eager PyTorch and its best settings, the best exports."""
+    """Processes that a restart starts: two finalists, eager PyTorch and its best settings, and the best exports."""
     tuned = sum(bool(t.recipe.steps) for t in fastest(study, [t for t in study.stage("tuned_eager") if t.ok]))
     return 3 + tuned + len(fastest(study, lossless_trials(study)))
 
