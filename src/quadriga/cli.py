@@ -89,7 +89,6 @@ def run(
         where = Where(engine, address, target, live, gpus, ranks)
         command = _command(workload, floor, minimize, limits, budget, out, families, seed, where)
         task = _loaded(workload, progress)
-        progress({"stage": "check", "text": "a few batches through model, loss and metric, and a look at every example"})
         result = study.run(
             task,
             floor=floor,

@@ -26,7 +26,7 @@ from quadriga.measure.machine import fingerprint
 from quadriga.search.space import Space
 from quadriga.stages.state import Options, Progress, Study
 from quadriga.verify.fake import fakes
-from quadriga.workloads.check import check
+from quadriga.workloads.check import CHECKING, check
 from quadriga.workloads.identity import identity as identity_of
 
 SIMULATED = ("mask", "zeros", "fake_quant")
@@ -44,6 +44,7 @@ def open_study(
     """
     out = out.resolve()  # other machines have another working directory
     with Store(out) as store:
+        progress(CHECKING)
         notes = check(workload)
         _check_unit(workload, options)
         identity = json.loads(json.dumps({**options.identity(), "workload": workload_key(workload)}))

@@ -30,7 +30,7 @@ from quadriga.report.profiled import write as write_profile
 from quadriga.runtime import open_built
 from quadriga.search.space import Space
 from quadriga.train.track import Tracker, open_tracker, tracking
-from quadriga.workloads.check import check
+from quadriga.workloads.check import CHECKING, check
 
 
 def train(
@@ -100,7 +100,7 @@ def checked(workload: Workload, say: Callable[[Mapping[str, Any]], None]) -> lis
     Raises:
         BadInput: as `workloads.check`.
     """
-    say({"stage": "check", "text": "a few batches through model, loss and metric, and a look at every example"})
+    say(CHECKING)
     notes = check(workload)
     for note in notes:
         say({"stage": "check", "text": f"note: {note}", "keep": True})

@@ -26,6 +26,7 @@ from quadriga.workloads.scoring import metric_works
 from quadriga.workloads.splits import finite, sample, take
 
 SMALLEST_VAL = 20
+CHECKING = {"stage": "check", "text": "a few batches through model, loss and metric, and a look at every example"}  # progress
 
 
 def check(workload: Workload) -> list[str]:
