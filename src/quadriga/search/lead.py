@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 
 from quadriga.core.recipe import Recipe, Step
-from quadriga.search.allocate import SAFE, Allocator, Candidate
+from quadriga.search.allocate import Allocator, Candidate
 from quadriga.search.space import Space
 
+LIKELY = 0.3  # chance of passing from which an ending is good enough to train with: further training may give what it takes
 Steps = tuple[Step, ...]
 
 
@@ -38,9 +39,9 @@ class Lead:
         return bool(parts(self.space, recipe)[0][self.space.fixed(recipe) :])
 
     def _unchanged(self, candidates: Iterable[Candidate]) -> list[Candidate]:
-        """The unchanged network in its runtimes and precisions, the fastest first; those that may not be are left out."""
+        """The unchanged network in its runtimes and precisions, the fastest first, without those that are too bad."""
         able = (c for c in candidates if not c.trains and not c.dead and not self.changes(c.recipe))
-        found = [c for c in able if not c.scores or self.allocator.chance(c) >= SAFE]
+        found = [c for c in able if not c.scores or self.allocator.chance(c) >= LIKELY]
         return sorted(found, key=lambda c: -c.gain)
 
     def open(self, candidates: Collection[Candidate], costed: Iterable[Recipe]) -> bool:

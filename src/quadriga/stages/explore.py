@@ -368,10 +368,13 @@ class Explorer:
         return [self._lack(c, unit) for c in sorted(missed, key=self._utility, reverse=True)[:TOLD] if c not in best]
 
     def _lack(self, candidate: Candidate, unit: str) -> str:
-        rung = max(candidate.scores)
+        rung, chance = max(candidate.scores), self.allocator.chance(candidate)
         lack = -self.allocator.bar.slack(candidate.scores[rung])
+        short = (
+            f"{lack:.2g} {unit} short of what proves the floor" if lack > 0 else f"a chance of {chance:.0%} to prove the floor"
+        )
         told = f"{candidate.recipe.name}: {math.exp(candidate.gain):.2f} times as fast as eager PyTorch"
-        told += f", {max(lack, 0.0):.2g} {unit} short of what proves the floor after {self.rungs[rung]:.3g} epochs"
+        told += f", {short} after {self.rungs[rung]:.3g} epochs"
         if rung == self.allocator.top:
             return f"{told}, the longest training that was planned"
         seconds = self._seconds(candidate, rung + 1)
