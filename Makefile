@@ -101,6 +101,7 @@ bench-user-models: .venv/.dev-stamp  ## models as people bring them, through che
 
 bench-widths: .venv/.dev-stamp  ## widths that each runtime runs fast, and networks pruned to them (25 minutes)
 	@$(PIP) --no-deps timm
+	@test -d out/timm || $(PIP) --no-deps --target out/timm torchvision  # apart: a build for another torch breaks what looks for it
 	$(BIN)/python benchmarks/widths.py
 
 matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (half an hour)

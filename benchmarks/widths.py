@@ -23,9 +23,9 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from quadriga.measure.machine import facts
 from quadriga.measure.size import parameters
 
 ROOT = Path(__file__).resolve().parents[1]
+APART = Path("out/timm")  # a torchvision of another build, where this Python has none
 STATE, RESULTS, TABLE = Path("out/widths.json"), ROOT / "benchmarks/results/widths.json", ROOT / "docs/widths.md"
 INT8 = QuantSpec()
 RUNTIMES = {
@@ -102,13 +103,14 @@ def _images(model: nn.Module, channels: int, size: int) -> Workload:
 
 @cache
 def _torchvision() -> Any:
-    """The operators that importing timm asks for, where no torchvision fits this PyTorch; they have to be kept."""
-    if find_spec("torchvision") is None:
-        return None
-    library = torch.library.Library("torchvision", "DEF")
+    """What importing timm asks of torchvision, where no build fits this PyTorch: a folder apart, and two operators."""
+    if APART.exists():
+        sys.path.insert(0, str(APART))
+    library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
-    return library
+        with suppress(RuntimeError):  # it is there
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    return library  # the cache keeps it: its operators go with it
 
 
 def _timm(name: str, channels: int, size: int, **more: Any) -> Callable[[], Workload]:
