@@ -106,6 +106,7 @@ bench-timm: .venv/.dev-stamp  ## the smallest network of each of timm's modules:
 
 bench-widths: .venv/.dev-stamp  ## widths that each runtime runs fast, and networks pruned to them (25 minutes)
 	@$(PIP) --no-deps timm
+	@test -d out/timm || $(PIP) --no-deps --target out/timm torchvision  # apart: a build for another torch breaks what looks for it
 	$(BIN)/python benchmarks/widths.py
 
 matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (half an hour)

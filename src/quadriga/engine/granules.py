@@ -36,12 +36,6 @@ class Granules:
     Args:
         folder: of the files; None is the cache's.
         measure: (sides, spec) → staircases.
-
-    Example:
-        >>> from quadriga.core.granules import WIDTHS
-        >>> known = Granules(Path("/nowhere"), lambda sides, spec: {s: {w: 1.0 + -(-w // 8) for w in WIDTHS} for s in sides})
-        >>> known(["dense_out"], RuntimeSpec())
-        {'dense_out': 8}
     """
 
     def __init__(self, folder: Path | None = None, measure: Measure = staircases) -> None:
