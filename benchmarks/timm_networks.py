@@ -39,6 +39,7 @@ from quadriga.core.quiet import quiet
 ROOT = Path(__file__).parents[1]
 STATE, RESULTS, TABLE = Path("out/timm.json"), ROOT / "benchmarks/results/timm.json", ROOT / "docs/timm.md"
 LOG = Path("out/timm.log")  # what runtimes and exporters print
+NOTHING = ("no ", "the model has no ")  # how refusals begin where there is nothing to act on
 Row = dict[str, Any]
 SIGNS = {"refused": "–", "wrong": "✗ wrong", "crashed": "✗ crashed", "late": "⏱"}
 
@@ -155,11 +156,14 @@ def _lines(known: dict[str, Row]) -> Iterator[str]:
     yield "|---" * (len(TESTS) + 1) + "|"
     for status in ("works", "refused", "wrong", "crashed", "late"):
         yield f"| {status} | " + " | ".join(str(counts[name][status]) for name in TESTS) + " |"
+    large = [m for m, row in known.items() if row["network"]["status"] == "refused"]
+    if large:
+        yield f"\nNo network below the limit, or none that runs: {', '.join(large)}."
     yield "\n| module | network | image | parameters | " + " | ".join(TESTS) + " |"
     yield "|---" * (len(TESTS) + 4) + "|"
     for module, row in known.items():
         one = row["network"]
-        if one["status"] == "works":
+        if one["status"] == "works" and any(name in row for name in TESTS):
             head = f"| {module} | {one['name']} | {one['size']} | {one['parameters'] / 1e6:.2f} M"
             yield f"{head} | " + " | ".join(_shown(row.get(name)) for name in TESTS) + " |"
     yield "\n## Reasons\n"
@@ -176,10 +180,12 @@ def _shown(found: Row | None) -> str:
 def _reasons(known: dict[str, Row]) -> Iterator[str]:
     for name in TESTS:
         rows = {m: row[name] for m, row in known.items() if name in row and row[name]["status"] != "works"}
-        plain = Counter(r["reason"] for r in rows.values() if r["reason"].startswith(("no ", "the model has no ")))
-        yield f"**{name}**" + "".join(f"; {n} × {reason.split(' (')[0]}" for reason, n in plain.most_common(4)) + "\n"
+        if not rows:
+            continue
+        plain = Counter(r["reason"].split(" (")[0] for r in rows.values() if r["reason"].startswith(NOTHING))
+        yield f"**{name}**" + "".join(f"; {n} × {reason}" for reason, n in plain.most_common()) + "\n"
         for module, row in rows.items():
-            if row["reason"] not in plain:
+            if not row["reason"].startswith(NOTHING):
                 yield f"- {module} ({row['status']}): {row['reason'][:240]}"
         yield ""
 

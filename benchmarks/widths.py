@@ -48,7 +48,6 @@ from quadriga.measure.machine import facts
 from quadriga.measure.size import parameters
 
 ROOT = Path(__file__).resolve().parents[1]
-APART = Path("out/timm")  # a torchvision of another build, where this Python has none
 STATE, RESULTS, TABLE = Path("out/widths.json"), ROOT / "benchmarks/results/widths.json", ROOT / "docs/widths.md"
 INT8 = QuantSpec()
 RUNTIMES = {
