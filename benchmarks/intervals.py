@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from quadriga.measure.latency import paired
+from quadriga.measure.machine import Busy
 from quadriga.measure.stats import (
     bootstrap_lower,
     certificate,
@@ -75,6 +76,7 @@ def verdicts(pairs: int, gain: float, restarts: int = 8, blocks: int = 10, seed:
                 folder=Path(folder),
                 launch=lambda name, spec, place, starts=starts: SimulatedArm(next(starts[name]), clock),
                 clock=lambda: clock[0],
+                look=lambda: Busy(0.0, 0.0),
             )
             result = timings.ratio("a", "b", 1)
             assert result is not None
