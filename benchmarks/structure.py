@@ -24,7 +24,7 @@ import hardware_peers as peers
 from quadriga.core.files import atomic_write, read_json, write_json
 from quadriga.core.recipe import Recipe
 from quadriga.core.workload import Workload
-from quadriga.engine.tasks import Tasks
+from quadriga.engine.tasks import Desk
 from quadriga.measure.latency import paired
 from quadriga.measure.machine import facts
 from quadriga.measure.stats import UNMEASURED
@@ -90,11 +90,11 @@ def _key(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def built(workload: Workload, out: Path, baseline: Recipe, recipes: Mapping[str, Recipe]) -> dict[str, Path]:
     """Each recipe behind the baseline's training, whose weights the study kept."""
-    tasks, folders = Tasks(workload, out, 0), {}
+    desk, folders = Desk(workload, out, 0), {}
     for number, (name, recipe) in enumerate(recipes.items()):
         whole = Recipe((*baseline.steps, *recipe.steps))
         args = {"recipe": whole.plain(), "hash": whole.hash, "name": f"alone-{number}", "batches": (1, workload.batch_size)}
-        told = tasks.do("realize", args)
+        told = desk.do("realize", args)
         if told["status"] != "complete":
             raise SystemExit(f"{name}: {told['reason']}")
         folders[name] = out / "built" / f"alone-{number}"

@@ -32,14 +32,17 @@ def lead():
 
 def test_a_recipe_gets_the_fastest_ending_that_holds_the_floor():
     known = [unchanged(1.0, INT8, ONE, OV, difference=-9.0), unchanged(0.7, BF16, ONE, OV), unchanged(0.4, ONE, ORT)]
-    made = lead().ended(PRUNED, known)
+    made, other = lead().ended(PRUNED, known)
     assert parts(space(), made)[1] == (BF16, ONE, OV) and made.name == "pruned"
     assert parts(space(), made)[0] == parts(space(), PRUNED)[0]
+    assert parts(space(), other)[1] == (ONE, ORT), "the other runtime is near"
+    known[2].gain = 0.2
+    assert lead().ended(PRUNED, known) == [made]
 
 
 def test_what_was_not_scored_or_changes_the_network_is_no_lead():
     other = Candidate(PRUNED, 3.0, {0: Score(0.0, 10.0)}, trains=False)
-    assert lead().ended(PRUNED, [other, unchanged(1.0, INT8, ONE, OV, scored=False)]) == PRUNED
+    assert lead().ended(PRUNED, [other, unchanged(1.0, INT8, ONE, OV, scored=False)]) == [PRUNED]
     assert lead().changes(PRUNED) and not lead().changes(Recipe((*BASELINE.steps, INT8, ONE, OV)))
 
 

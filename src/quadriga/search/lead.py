@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable
 
 from quadriga.core.recipe import Recipe, Step
@@ -9,6 +10,7 @@ from quadriga.search.allocate import Allocator, Candidate
 from quadriga.search.space import Space
 
 LIKELY = 0.3  # chance of passing from which an ending is good enough to train with: further training may give what it takes
+NEAR = 1.5  # times as fast as the best ending of another runtime: then the changed network is costed in both
 Steps = tuple[Step, ...]
 
 
@@ -54,9 +56,17 @@ class Lead:
         best = next(iter(self._unchanged(candidates)), None)
         return any(not self.changes(r) for r in costed) or (best is not None and not best.scores)
 
-    def ended(self, recipe: Recipe, candidates: Iterable[Candidate]) -> Recipe:
-        """The recipe with the best ending in the place of its own; as it is where none is known."""
-        best = next((c for c in self._unchanged(candidates) if c.scores), None)
-        if best is None:
-            return recipe
-        return Recipe((*parts(self.space, recipe)[0], *parts(self.space, best.recipe)[1]), recipe.name)
+    def ended(self, recipe: Recipe, candidates: Iterable[Candidate]) -> list[Recipe]:
+        """The recipe with the best ending in the place of its own, and with the best of another runtime where that is near.
+
+        A changed network may be faster in the other; their costs are measured in seconds, and training is shared where widths
+        are equal. As it is, alone, where nothing is known.
+        """
+        known = [c for c in self._unchanged(candidates) if c.scores]
+        found: dict[str, Steps] = {}
+        for c in known:
+            ending = parts(self.space, c.recipe)[1]
+            if ending and known[0].gain - c.gain < math.log(NEAR):
+                found.setdefault(ending[-1].method, ending)
+        front = parts(self.space, recipe)[0]
+        return [Recipe((*front, *ending), recipe.name) for ending in [*found.values()][:2]] or [recipe]

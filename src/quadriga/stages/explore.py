@@ -177,7 +177,7 @@ class Explorer:
         """Start a cost probe of what waits, or, while few candidates are in sight, of a new proposal."""
         if self._probe_one() or self._probe_again():
             return True
-        while self._in_sight() < OPEN and self._propose():
+        while not self.queue and self._in_sight() < OPEN and self._propose():  # what waits for its ending goes first
             if self._probe_one():
                 return True
         return False
@@ -227,8 +227,9 @@ class Explorer:
             if not by_speed or recipe.hash in self.whole or not self.lead.changes(recipe):
                 return self.queue.pop(place)
             if not self.study.running or not self.lead.open(self.candidates.values(), chain(*self.waiting.values())):
-                whole = self.lead.ended(self.queue.pop(place), self.candidates.values())
-                self.whole.add(whole.hash)
+                whole, *more = self.lead.ended(self.queue.pop(place), self.candidates.values())
+                self.whole |= {r.hash for r in (whole, *more)}
+                self.queue[:0] = more
                 return whole
         return None
 

@@ -28,6 +28,7 @@ TIMING_LEVEL = 0.99
 FINALISTS = 2
 TIMED = ("speed/", "pace", "latency/")  # values that are compared, and hold for one kind of machine
 OBJECTIVES = ("latency", "bytes", "parameters", "train_cost")
+WORDS = 60  # characters of a recipe on screen
 SILENCE = 5.0  # seconds, after which what is under way is told of again
 DOING = {
     "train": "training and scoring",
@@ -203,7 +204,7 @@ class Study:
         }
         args = {"recipe": recipe.plain(), "hash": recipe.hash, **always, **info.pop("args", {})}
         self._orders[self._count] = (stage, recipe, info)
-        self._doing[self._count] = f"{DOING.get(task, task)} {recipe.name or 'the unchanged model'}"
+        self._doing[self._count] = f"{DOING.get(task, task)} {_named(recipe)}"
         self.engine.submit(Order(self._count, task, args, limit if limit is not None else max(5.0, self.budget.left)))
         return self._count
 
@@ -336,6 +337,12 @@ class Study:
             return difference, abs(base.value) * 0.5
         weights = base.weights / base.weights.mean()
         return difference, float(np.std(sign * (ours.values - base.values) * weights))
+
+
+def _named(recipe: Recipe) -> str:
+    """A recipe in a line for people."""
+    told = recipe.name or (str(recipe) if recipe.steps else "the unchanged model")
+    return told if len(told) <= WORDS else f"{told[: WORDS - 1]}…"
 
 
 def _extra(result: Mapping[str, Any]) -> dict[str, Any]:
