@@ -154,6 +154,23 @@ def test_no_candidate_waits_while_a_tenth_of_the_budget_is_left(search):
     assert unused < 90.0 or not waiting
 
 
+def test_of_one_network_in_two_runtimes_the_slower_is_not_trained(search):
+    """Beside int8 the float ending is kept, which is safer; beside another float one it is not."""
+    _, explorer = search()
+    explorer.run()
+    assert explorer.lead.same_network(pruned(0.5), Recipe((*pruned(0.5).steps[:-1], OV)))
+    assert not explorer.lead.same_network(pruned(0.5), pruned(0.3))
+    pair = [Recipe((*pruned(0.4).steps[:-1], last)) for last in (ORT, OV)]
+    costs = [
+        Trial(n, "cost", r, 0, Status.COMPLETE, "", {"speed/1": s, "speed/32": s, "bytes": 1.0})
+        for n, (r, s) in enumerate(zip(pair, (3.0, 5.0), strict=True))
+    ]
+    for recipe, cost in zip(pair, costs, strict=True):
+        explorer._enter(recipe, cost)
+    assert "the same network is faster as openvino" in explorer.candidates[pair[0].hash].dead
+    assert not explorer.candidates[pair[1].hash].dead
+
+
 def test_an_ablation_is_priced_by_the_steps_that_have_to_be_trained_again(search):
     study, _ = search(10_000.0)
     hardware = ablation_seconds(study, Recipe((INT8, ONE, OV)), 0.0)

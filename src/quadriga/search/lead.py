@@ -40,6 +40,11 @@ class Lead:
         """Whether a recipe does more than execute the baseline in another way."""
         return bool(parts(self.space, recipe)[0][self.space.fixed(recipe) :])
 
+    def same_network(self, one: Recipe, other: Recipe) -> bool:
+        """Whether two recipes differ in their endings alone, and these in their runtimes."""
+        (front, ending), (first, last) = parts(self.space, one), parts(self.space, other)
+        return front == first and bool(ending) and bool(last) and ending[-1].method != last[-1].method
+
     def _unchanged(self, candidates: Iterable[Candidate]) -> list[Candidate]:
         """The unchanged network in its runtimes and precisions, the fastest first, without those that are too bad."""
         able = (c for c in candidates if not c.trains and not c.dead and not self.changes(c.recipe))

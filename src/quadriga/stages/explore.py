@@ -26,7 +26,7 @@ OPEN = 6  # candidates kept in sight before new ones are proposed
 LEAST = 0.02  # gain in the objective, as a natural logarithm, that is worth a training
 PROBED, AGAIN = 90.0, 3.0  # least seconds that a probe may take, for a method may measure on its way; how much more the second
 EMPTY_HANDED = 0.5  # of the reserve: a search that has found nothing goes on into the rest, which has nothing to verify
-ETA, RUNGS = 2.5, 4  # each rung trains so many times longer than the one before; how many there are
+ETA, RUNGS = 2.0, 5  # each rung trains so many times longer than the one before; how many there are
 LONGEST = 3.0  # times the baseline's own training: what a candidate may be trained at the most
 FREE = 30.0  # epochs, where the model comes trained
 HALF = 0.5  # of all workers' time that is left: so long the longest training may take
@@ -313,10 +313,25 @@ class Explorer:
         self.known.add(recipe.hash)
         price = math.exp(-gain) if self._cheap_training else None
         self.candidates[recipe.hash] = Candidate(recipe, gain, trains=trains, dead=dead, price=price)
+        if trains and not dead and not self._cheap_training:
+            self._keep_the_faster(self.candidates[recipe.hash])
         for what, why in cost.info.get("left", ()):
             leave_out(self.study, recipe, f"part of {what}", why)
         if cost.status is Status.REFUSED:
             self._leave_out(recipe, cost)
+
+    def _keep_the_faster(self, candidate: Candidate) -> None:
+        """Of one network with two endings the slower one is not trained, unless it computes more exactly."""
+        for other in [*self.candidates.values()]:
+            if (
+                other is not candidate
+                and other.trains
+                and not other.dead
+                and self.lead.same_network(candidate.recipe, other.recipe)
+            ):
+                fast, slow = sorted((candidate, other), key=lambda c: -c.gain)
+                if not slow.scores and not slow.running and not (rounds(fast.recipe) and not rounds(slow.recipe)):
+                    slow.dead = f"the same network is faster as {fast.recipe.steps[-1].method} executes it"
 
     def _leave_out(self, recipe: Recipe, trial: Trial) -> None:
         """A recipe of which one step was refused is tried again without that step, before what waits; and so on."""
@@ -405,6 +420,11 @@ class Explorer:
     def rung(self, candidate: Candidate) -> int:
         """The longest training that a candidate had."""
         return max(candidate.scores)
+
+
+def rounds(recipe: Recipe) -> bool:
+    """Whether a recipe's runtime computes in int8."""
+    return any(s.method == "quantize_int8" for s in recipe.steps)
 
 
 def scaled(recipe: Recipe, epochs: float) -> Recipe:

@@ -13,6 +13,7 @@ from quadriga.stages.baseline import fastest, lossless_trials
 from quadriga.stages.state import Study
 
 RESTARTS = 8  # of the verification
+PRICED = 6  # of these: with fewer its intervals are wider, and the search has the time
 BLOCKS, BLOCK_SECONDS = 8, {False: 0.04, True: 0.02}  # of each restart; the second in a short study
 REPORT = 3.0  # seconds
 
@@ -22,7 +23,7 @@ def verification_seconds(study: Study) -> float:
 
     Arms load at the same time, as many as there are cores at once.
     """
-    arms, restarts = (3, LEAST_RESTARTS) if study.short else (_arms(study), RESTARTS)
+    arms, restarts = (3, LEAST_RESTARTS) if study.short else (_arms(study), PRICED)
     blocks = arms * len(study.batches) * BLOCKS * BLOCK_SECONDS[study.short] * 1.5
     restart = arms * study.startup / min(arms, os.cpu_count() or 1) + blocks
     return restarts * restart + hand_over_seconds(study, {}) + 3 * study.startup
@@ -40,7 +41,7 @@ def hand_over_seconds(study: Study, scores: Mapping[str, Scores]) -> float:
     return 2 * study.startup + 1.5 * longest + REPORT
 
 
-ABLATION = 0.15  # of the budget, at the most: the steps that matter come first, and what is not reached is said
+ABLATION = 0.1  # of the budget, at the most: the steps that matter come first, and what is not reached is said
 ROUNDS = 6  # restarts of the ablation's timing
 
 
