@@ -65,13 +65,18 @@ def workload():
 VIT_OF, TEXT_OF = "vit.py", "text.py"
 # (workload, recipe) → the step that is refused, and the reason.
 REFUSED = {
+    (LENET, "05-hidden-half-fewer-blocks"): (
+        "prune_blocks(ratio=0.34)",
+        "no stack (ModuleList or Sequential) holds two blocks",
+    ),
+    (LENET, "05-hidden-half-half-blocks"): ("prune_blocks(ratio=0.5)", "no stack (ModuleList or Sequential) holds two blocks"),
     (LENET, "14-thin-blocks"): ("prune_heads(ratio=0.5)", "no layer that matches is cut into heads"),
     (LENET, "15-fewer-blocks"): ("prune_blocks(ratio=0.5)", "no stack (ModuleList or Sequential) holds two blocks"),
     (LENET, "train-04-growing-images"): ("progressive_size(start=0.5)", "the layer fc1 does not take images of 16×16"),
     (TEXT_OF, "14-thin-blocks"): ("flip()", "flip requires IMAGES"),
     (TEXT_OF, "07-two-thirds"): ("shrink(kernel=3)", "kernel"),
 }
-FOR_TRANSFORMERS = ("14-thin-blocks", "15-fewer-blocks")
+FOR_TRANSFORMERS = ("05-hidden-half-fewer-blocks", "05-hidden-half-half-blocks", "14-thin-blocks", "15-fewer-blocks")
 LENET_PARAMETERS = 61_706
 CUTS = {"shrink", "prune_channels", "low_rank", "to_latency"}
 
