@@ -83,14 +83,11 @@ CUTS = {"shrink", "prune_channels", "low_rank", "to_latency"}
 
 @pytest.fixture(scope="module")
 def warm():
-    """What each run would do again is done once: the translations to ONNX collected, the images unpacked; and the garbage
-    collector does not look at what was there before."""
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
+    """What each run would do again is done once: the images unpacked; and the garbage collector does not look at what was there
+    before."""
     gc.collect()
     gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(cache(ONNXRegistry.from_torchlib)))
         patch.setattr(shipped, "read", cache(shipped.read))
         yield
     gc.unfreeze()

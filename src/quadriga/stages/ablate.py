@@ -16,7 +16,7 @@ from quadriga.measure.timings import Timings
 from quadriga.search.allocate import SAFE, Bar, Candidate, Score
 from quadriga.stages.baseline import bar
 from quadriga.stages.explore import Explorer, over_limit
-from quadriga.stages.prices import ablation_seconds
+from quadriga.stages.prices import ABLATED, ablation_seconds
 from quadriga.stages.state import TIMING_LEVEL, Study
 from quadriga.stages.timing import timed
 
@@ -177,7 +177,7 @@ class Ablator:
         ready = {k: {"kind": "folder", "path": str(f)} for k, f in folders.items() if (f / "load.py").is_file()}
         if "whole" not in ready or len(ready) < 2:
             return {}
-        rounds = [self._round(ready, restarts=6)]
+        rounds = [self._round(ready)]
         found = _ratios(rounds, list(ready), study.batches)
         doubtful = [k for k, r in found.items() if _doubtful(r)]
         if doubtful and study.budget.left > self.reserve + 10:  # worth knowing: it may cost speed to leave them out
@@ -185,11 +185,11 @@ class Ablator:
             found.update(_ratios(rounds, ["whole", *doubtful], study.batches))
         return {int(k): r for k, r in found.items()}
 
-    def _round(self, arms: dict[str, dict[str, str]], restarts: int) -> Timings:
+    def _round(self, arms: dict[str, dict[str, str]], **more: int) -> Timings:
         study = self.study
         left = max(5.0, study.budget.left - self.reserve)
         study.say("ablation", f"timing {len(arms)} arms in turn, each in its own process (at most {left:.0f} s)")
-        return timed(study, arms, restarts=restarts, blocks=6, block_seconds=0.02, budget=left)
+        return timed(study, arms, **{**ABLATED, **more}, budget=left)
 
     def _build(self, template: Recipe) -> Path:
         part = self.study.space.cost_part(template)

@@ -330,7 +330,7 @@ class Explorer:
                 and self.lead.same_network(candidate.recipe, other.recipe)
             ):
                 fast, slow = sorted((candidate, other), key=lambda c: -c.gain)
-                if not slow.scores and not slow.running and not (rounds(fast.recipe) and not rounds(slow.recipe)):
+                if not slow.scores and not slow.running and in_int8(fast.recipe) <= in_int8(slow.recipe):
                     slow.dead = f"the same network is faster as {fast.recipe.steps[-1].method} executes it"
 
     def _leave_out(self, recipe: Recipe, trial: Trial) -> None:
@@ -422,7 +422,7 @@ class Explorer:
         return max(candidate.scores)
 
 
-def rounds(recipe: Recipe) -> bool:
+def in_int8(recipe: Recipe) -> bool:
     """Whether a recipe's runtime computes in int8."""
     return any(s.method == "quantize_int8" for s in recipe.steps)
 

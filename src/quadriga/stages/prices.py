@@ -15,6 +15,8 @@ from quadriga.stages.state import Study
 RESTARTS = 8  # of the verification
 PRICED = 6  # of these: with fewer its intervals are wider, and the search has the time
 BLOCKS, BLOCK_SECONDS = 8, {False: 0.04, True: 0.02}  # of each restart; the second in a short study
+ABLATION = 0.1  # of the budget, at the most: the steps that matter come first, and what is not reached is said
+ABLATED = {"restarts": 6, "blocks": 6, "block_seconds": 0.02}  # the ablation's timing
 REPORT = 3.0  # seconds
 
 
@@ -41,10 +43,6 @@ def hand_over_seconds(study: Study, scores: Mapping[str, Scores]) -> float:
     return 2 * study.startup + 1.5 * longest + REPORT
 
 
-ABLATION = 0.1  # of the budget, at the most: the steps that matter come first, and what is not reached is said
-ROUNDS = 6  # restarts of the ablation's timing
-
-
 def ablation_seconds(study: Study, recipe: Recipe | None, training: float) -> float:
     """What it takes to train and time a recipe without each of its steps, as far as the budget's share for it goes.
 
@@ -56,7 +54,8 @@ def ablation_seconds(study: Study, recipe: Recipe | None, training: float) -> fl
     last = max((i for i, s in enumerate(own) if s.is_train), default=-1)
     anew = sum(not s.is_train for s in own[: last + 1])
     arms = min(6, max(3, len(own) - anew))
-    timing = ROUNDS * arms * (study.startup / min(arms, os.cpu_count() or 1) + len(study.batches) * 6 * 0.02 * 1.5)
+    blocks = len(study.batches) * ABLATED["blocks"] * ABLATED["block_seconds"] * 1.5
+    timing = ABLATED["restarts"] * arms * (study.startup / min(arms, os.cpu_count() or 1) + blocks)
     return min(ABLATION * study.options.budget, anew * training / study.workers + timing)
 
 
