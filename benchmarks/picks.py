@@ -15,12 +15,12 @@ from __future__ import annotations
 import argparse
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import hardware_peers as peers
-from hardware_table import mean_ratio, mean_speed, speeds
+from hardware_table import mean_speed, speeds
 
 from quadriga.core.files import atomic_write, read_json, write_json
 from quadriga.core.recipe import Recipe
@@ -40,6 +40,7 @@ RIVALS = (
     "ONNX Runtime float32", "ONNX Runtime int8 static", "ONNX Runtime int8 dynamic", "OpenVINO as it comes",
     "NNCF int8 in OpenVINO",
 )  # fmt: skip
+Plain = dict[str, Any]
 PICK, EAGER = "quadriga run", "eager PyTorch"
 
 
@@ -148,14 +149,15 @@ def _section(r: Mapping[str, Any]) -> list[str]:
         if "refused" in row:
             lines.append(f"| {name} | refused: {row['refused']} |" + " |" * (2 + len(heads)))
             continue
-        over = [_ratio(row.get("over eager", {}).get(str(b))) for b in r["batches"]]
-        mine = [_ratio(r["pick over"].get(row["name"], {}).get(str(b))) for b in r["batches"]]
-        cells = [*over, *mine, _ratio(r["pick over, in the mean"].get(row["name"]))]
+        over = [interval(row.get("over eager", {}).get(str(b))) for b in r["batches"]]
+        mine = [interval(r["pick over"].get(row["name"], {}).get(str(b))) for b in r["batches"]]
+        cells = [*over, *mine, interval(r["pick over, in the mean"].get(row["name"]))]
         lines.append(f"| {name} | {row['quality']:.2f} | {row['bytes']:,.0f} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
-def _ratio(found: Mapping[str, Any] | None) -> str:
+def interval(found: Mapping[str, Any] | None) -> str:
+    """A ratio with its interval, as a cell."""
     if found is None:
         return "–"
     if found["verdict"] == UNMEASURED:
@@ -163,22 +165,32 @@ def _ratio(found: Mapping[str, Any] | None) -> str:
     return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
 
 
-def main() -> None:
-    """The workloads that are asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def asked(about: str, work: str) -> argparse.Namespace:
+    """The command line's options."""
+    parser = argparse.ArgumentParser(description=about.splitlines()[0])
     parser.add_argument("--only", action="append", help="a workload of the list, by the beginning of its name")
     parser.add_argument("--budget", help="of each search, such as 20m")
     parser.add_argument("--restarts", type=int, default=8)
-    parser.add_argument("--work", type=Path, default=Path("out/picks"))
-    options = parser.parse_args()
+    parser.add_argument("--work", type=Path, default=Path(work))
+    return parser.parse_args()
+
+
+def keep(name: str, result: Plain, kept: Path, page: Path, table: Callable[[Sequence[Plain]], str]) -> None:
+    """Put a workload's result among those that are known, and write their page."""
+    known = {r["workload"]: r for r in read_json(kept)["workloads"]} if kept.exists() else {}
+    known[name] = result
+    write_json(kept, {"workloads": list(known.values())})
+    atomic_write(page, table(list(known.values())))
+
+
+def main() -> None:
+    """The workloads that are asked for."""
+    options = asked(__doc__ or "", "out/picks")
     for name, (floor, budget) in TASKS.items():
         if options.only and not any(name.startswith(o) for o in options.only):
             continue
         result = compared(name, floor, options.budget or budget, options.work, options.restarts)
-        kept = {r["workload"]: r for r in read_json(KEPT)["workloads"]} if KEPT.exists() else {}
-        kept[name] = result
-        write_json(KEPT, {"workloads": list(kept.values())})
-        atomic_write(TABLE, table(list(kept.values())))
+        keep(name, result, KEPT, TABLE, table)
         print("\n".join(_section(result)))
 
 

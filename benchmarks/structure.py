@@ -11,23 +11,20 @@ interval over restarts. Quality is that of the artifacts on the whole test split
 
 from __future__ import annotations
 
-import argparse
-import subprocess
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 import hardware_peers as peers
+from picks import PICK, Plain, asked, interval, keep, study
 
-from quadriga.core.files import atomic_write, read_json, write_json
+from quadriga.core.files import read_json
 from quadriga.core.recipe import Recipe
 from quadriga.core.workload import Workload
 from quadriga.engine.tasks import Desk
 from quadriga.measure.latency import paired
 from quadriga.measure.machine import facts
-from quadriga.measure.stats import UNMEASURED
 from quadriga.workloads import load
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,17 +36,7 @@ TASKS = {  # name → workload, floor, budget
     "mobilenetv2_fashion": ("mobilenetv2_fashion", "-0.5pt", "20m"),
     "minilm_wordnet": ("minilm_wordnet?examples=3000", "-1pt", "20m"),
 }
-PICK, INT8, LOSSLESS = "quadriga run", "its int8 alone", "its best lossless export"
-Plain = dict[str, Any]
-
-
-def study(reference: str, floor: str, budget: str, out: Path) -> Plain:
-    """What `quadriga run` handed over, once."""
-    if not (out / "result.json").exists():
-        words = ["run", reference, "--floor", floor, "--minimize", "latency", "--budget", budget, "--out", str(out)]
-        subprocess.run([sys.executable, "-m", "quadriga", *words], check=False)
-    found: Plain = read_json(out / "result.json")
-    return found
+INT8, LOSSLESS = "its int8 alone", "its best lossless export"
 
 
 def alone(out: Path, floor: float) -> dict[str, Recipe]:
@@ -142,36 +129,20 @@ def _section(r: Mapping[str, Any]) -> list[str]:
     lines += [f"| arm | test {r['unit']} | bytes, of the baseline's | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]
     for name in (PICK, INT8, LOSSLESS):
         if name in r["quality"]:
-            over = [_ratio(r["pick over"].get(name, {}).get(str(b))) for b in r["batches"]]
+            over = [interval(r["pick over"].get(name, {}).get(str(b))) for b in r["batches"]]
             share = r["bytes"][name] / r["bytes of the baseline"]
             lines.append(f"| {name} | {r['quality'][name]:.2f} | {share:.3f} | {' | '.join(over)} |")
     return [*lines, ""]
 
 
-def _ratio(found: Mapping[str, Any] | None) -> str:
-    if found is None:
-        return "–"
-    if found["verdict"] == UNMEASURED:
-        return "not measured well enough"
-    return f"{found['value']:.2f} ({found['low']:.2f} to {found['high']:.2f})"
-
-
 def main() -> None:
     """The workloads that are asked for."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--only", action="append", help="a workload of the list, by the beginning of its name")
-    parser.add_argument("--budget", help="of each search, such as 20m")
-    parser.add_argument("--restarts", type=int, default=8)
-    parser.add_argument("--work", type=Path, default=Path("out/structure"))
-    options = parser.parse_args()
+    options = asked(__doc__ or "", "out/structure")
     for name, (reference, floor, budget) in TASKS.items():
         if options.only and not any(name.startswith(o) for o in options.only):
             continue
         result = compared(name, reference, floor, options.budget or budget, options.work, options.restarts)
-        kept = {r["name"]: r for r in read_json(KEPT)["workloads"]} if KEPT.exists() else {}
-        kept[name] = result
-        write_json(KEPT, {"workloads": list(kept.values())})
-        atomic_write(TABLE, table(list(kept.values())))
+        keep(reference, result, KEPT, TABLE, table)
         print("\n".join(_section(result)))
 
 

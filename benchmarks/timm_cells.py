@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
+from networks.of_timm import load_timm
 from torch import Tensor, nn
 
 from quadriga import runtime
@@ -25,29 +24,12 @@ from quadriga.methods.hardware._simulate import products, roundings, simulated, 
 from quadriga.verify.equal import equal
 from quadriga.verify.promise import stirred_copy
 
-APART = Path("out/timm")  # a torchvision of another build, where this Python has none
 LARGEST = 60e6  # parameters
 SIZES = (64, 96, 128, 160, 192, 224, 256)  # of the image, the first that the network takes
 CLASSES, BATCHES, EXAMPLES = 10, (1, 2, 3), 16
 INT8_ERROR = 0.5  # ‖int8 − float‖ / ‖float‖, centred over the examples, that needs no explanation
 TIMES_SIMULATED = 3  # more than that many times what rounding in float says is wrong; ONNX Runtime rounds the terms of sums too
 Result = dict[str, Any]
-
-
-def load_timm() -> Any:
-    """The package. Two operators that its torchvision lacks on a machine without a fitting build are declared first."""
-    if APART.exists():
-        sys.path.insert(0, str(APART))
-    try:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        load_timm.library = library  # type: ignore[attr-defined]
-    except RuntimeError:  # they are there
-        pass
-    import timm
-
-    return timm
 
 
 @dataclass(frozen=True)
