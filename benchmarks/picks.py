@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import hardware_peers as peers
-from hardware_table import mean_speed, speeds
+from hardware_table import mean_ratio, mean_speed, speeds
 
 from quadriga.core.files import atomic_write, read_json, write_json
 from quadriga.core.recipe import Recipe
