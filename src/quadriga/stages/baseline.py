@@ -36,9 +36,7 @@ def measure_baseline(study: Study) -> Trial:
             study.submit("baseline", "train", study.workload.baseline, args={"guess": True})
         _submit_opponents(study)
         probes = _probes(study)
-        while (
-            not study.stage("baseline") or study.under_way("pace") or (study.eager is None and study.under_way("tuned_eager"))
-        ):
+        while not study.stage("baseline") or _awaited(study):
             if probes and study.running <= study.workers:
                 study.submit("cost", "cost", probes.pop(0), limit=study.patience(90))
             study.collect(1.0)
@@ -47,6 +45,12 @@ def measure_baseline(study: Study) -> Trial:
     base = study.baseline
     study.say("baseline", f"quality {base.values['quality']:.4g} {study.workload.metric.unit} on val{_guess(study)}")
     return base
+
+
+def _awaited(study: Study) -> bool:
+    """Whether an answer is under way that the search needs: does the model export, how fast are training and eager PyTorch."""
+    eager = study.eager is None and study.under_way("tuned_eager")
+    return bool(eager or study.under_way("pace") or study.under_way("export"))
 
 
 def _how_long(study: Study) -> str:
