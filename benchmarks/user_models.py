@@ -44,7 +44,7 @@ def attempted(action: Any) -> Cell:
         return {"verdict": "works", **(action() or {})}
     except (BadInput, NotApplicable) as error:
         text = str(error)
-        return {"verdict": "crashed" if ": crashed" in text else "refused", "says": text}
+        return {"verdict": "crashed" if ": failed" in text else "refused", "says": text}
     except Diverged as error:
         return {"verdict": "refused", "says": str(error)}
     except Exception as error:

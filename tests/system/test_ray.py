@@ -165,7 +165,7 @@ def test_an_error_of_the_work_is_not_tried_again(cluster, folder):
     (folder / "fate").write_text("raise -")
     result = trained(engine, 1)
     engine.close()
-    assert (folder / "fired").exists() and result["status"] == "crashed" and "a mistake in the model" in result["reason"]
+    assert (folder / "fired").exists() and result["status"] == "failed" and "a mistake in the model" in result["reason"]
     assert steps(folder) == [STEPS + 10]
 
 

@@ -80,7 +80,7 @@ def workload():
 """
 
 
-@pytest.mark.parametrize(("mood", "status"), [("crash", Status.CRASHED), ("sleep", Status.TIMED_OUT), ("", Status.COMPLETE)])
+@pytest.mark.parametrize(("mood", "status"), [("crash", Status.FAILED), ("sleep", Status.TIMED_OUT), ("", Status.COMPLETE)])
 def test_the_engine_outlives_its_workers(tmp_path, monkeypatch, mood, status):
     from quadriga.engine.base import Order
     from quadriga.engine.local import Local

@@ -146,7 +146,7 @@ def test_an_order_whose_worker_died_is_tried_again_and_not_for_ever(tmp_path):
     number, result = engine.wait(0.1)
     assert (
         number == 7
-        and result["status"] == Status.CRASHED
+        and result["status"] == Status.LOST
         and "died 3 times" in result["reason"]
         and "again" in result["reason"]
     )
@@ -158,7 +158,7 @@ def test_an_error_of_the_work_is_not_tried_again(tmp_path):
     engine.submit(order(3))
     engine.wait(0.1)
     cluster.end("order-3", Failed("KeyError: 'x'"))
-    assert engine.wait(0.1) == (3, {"status": Status.CRASHED, "reason": "KeyError: 'x'"}) and not cluster.running()
+    assert engine.wait(0.1) == (3, {"status": Status.FAILED, "reason": "KeyError: 'x'"}) and not cluster.running()
 
 
 def test_a_time_limit_counts_from_the_beginning_of_the_work(tmp_path):
@@ -240,11 +240,11 @@ def test_a_rank_s_error_without_a_death_is_the_work_s_own(tmp_path):
     ref = next(ref for _, ref, _, rank in cluster.running() if rank["RANK"] == "1")
     cluster.ended[ref] = Failed("KeyError: 'x'")
     assert engine.wait(GRACE - 5) is None
-    assert engine.wait(20.0) == (1, {"status": Status.CRASHED, "reason": "KeyError: 'x'"}) and not cluster.rooms
+    assert engine.wait(20.0) == (1, {"status": Status.FAILED, "reason": "KeyError: 'x'"}) and not cluster.rooms
     engine.submit(order(2, ranks=2))
     engine.wait(0.1)
     cluster.end("order-2", Failed("ValueError: both"))
-    assert engine.wait(0.1) == (2, {"status": Status.CRASHED, "reason": "ValueError: both"})
+    assert engine.wait(0.1) == (2, {"status": Status.FAILED, "reason": "ValueError: both"})
 
 
 def test_a_group_waits_for_room_and_is_not_overtaken(tmp_path):

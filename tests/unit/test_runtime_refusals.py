@@ -215,7 +215,7 @@ def test_errors_of_runtimes_are_refusals_and_ours_are_crashes(tmp_path, monkeypa
         compiler is not None
         and str(compiler) == "inductor cannot run the model: no such call (use eager, onnxruntime or openvino)"
     )
-    for ours, status in ((KeyError("x"), Status.CRASHED), (RuntimeError("out of memory"), Status.OUT_OF_MEMORY)):
+    for ours, status in ((KeyError("x"), Status.FAILED), (RuntimeError("out of memory"), Status.OUT_OF_MEMORY)):
         assert refusal(ours) is None
         monkeypatch.setattr(desk, "_hello", lambda recipe, args, error=ours: (_ for _ in ()).throw(error))
         assert desk.do("hello", {})["status"] == status
@@ -237,4 +237,4 @@ def test_without_a_reference_in_onnx_runtime_speeds_are_measured_against_eager(w
     found = desk.do("cost", {"recipe": [], "hash": "x", "batches": (1, 16), "seconds": 0.01})
     assert found["status"] == Status.COMPLETE and found["values"]["speed/1"] > 0
     refused = desk.do("cost", {"recipe": Recipe((step("onnxruntime"),)).plain(), "hash": "y", "batches": (1,)})
-    assert refused["status"] == Status.CRASHED  # what stood behind it is told where it belongs
+    assert refused["status"] == Status.FAILED  # what stood behind it is told where it belongs

@@ -23,6 +23,10 @@ class BadInput(ValueError):
         self.problem, self.remedy = problem, remedy
 
 
+class Mishap(BadInput):
+    """Something that the machine did, and not what was given: a full or failing disk. Another try may go well."""
+
+
 class NotApplicable(Exception):
     """A method has nothing to do here, or may not act: a recorded result, not a failure.
 

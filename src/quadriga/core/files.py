@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,14 +10,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from quadriga.core.errors import BadInput
+from quadriga.core.errors import BadInput, Mishap
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no room, no quota, an error of the disk
+DEPTH = 16  # errors that an error may stand on
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
     """Write a file whole or not at all; an older file of that name stays until the new one is safe.
 
     Raises:
-        BadInput: no space is left, or the folder cannot be written; nothing of the old file is lost.
+        Mishap: no space is left, or the folder cannot be written; nothing of the old file is lost.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
@@ -31,9 +35,25 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     except OSError as error:
         with suppress(OSError):  # where there is a file in place of the folder, there is nothing to remove either
             part.unlink(missing_ok=True)
-        raise BadInput(
-            f"{path} could not be written: {error.strerror or error}", "free space or choose another folder"
-        ) from error
+        problem = f"{path} could not be written: {error.strerror or error}"
+        raise Mishap(problem, "free space or choose another folder") from error
+
+
+def disk_is_full(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, says that a disk has no room, or fails.
+
+    Example:
+        >>> disk_is_full(OSError(errno.ENOSPC, "No space left on device")), disk_is_full(OSError(errno.ENOENT, "no file"))
+        (True, False)
+    """
+    seen = 0
+    while error is not None and seen < DEPTH:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return True
+        if any(os.strerror(number) in str(error) for number in FULL):  # libraries that write by themselves say it in words
+            return True
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return False
 
 
 def fsync_folder(folder: str | Path) -> None:

@@ -11,14 +11,24 @@ from quadriga.core.recipe import Recipe
 
 
 class Status(StrEnum):
-    """How a trial ended. Every end is a result."""
+    """How a trial ended. Every end is a result; but those by a mishap say nothing of the recipe, and are tried again."""
 
     COMPLETE = "complete"
     REFUSED = "refused"  # a method does not apply, or two may not follow each other
     DIVERGED = "diverged"  # NaN or infinite loss or metric
-    CRASHED = "crashed"
+    FAILED = "failed"  # by an error in the code that it ran; the user's, or ours
     OUT_OF_MEMORY = "out of memory"
+    LOST = "lost"  # its process or machine ended without an answer, or its disk was full
     TIMED_OUT = "timed out"
+
+    @property
+    def mishap(self) -> bool:
+        """Whether it was by machine, signal, memory or disk, and not by what was tried."""
+        return self in (Status.OUT_OF_MEMORY, Status.LOST)
+
+    @classmethod
+    def _missing_(cls, value: object) -> Status | None:
+        return cls.FAILED if value == "crashed" else None  # as stores of version 1 have it
 
 
 @dataclass(frozen=True)

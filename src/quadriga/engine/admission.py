@@ -31,4 +31,4 @@ def admitted(spec: Mapping[str, Any]) -> Desk:
 
 def fatal(error: BadInput) -> dict[str, Any]:
     """The answer to every order of a process that could not begin: it ends the study, since no other answer would differ."""
-    return {"status": Status.CRASHED, "reason": str(error), "bad_input": [error.problem, error.remedy], "fatal": True}
+    return {"status": Status.FAILED, "reason": str(error), "bad_input": [error.problem, error.remedy], "fatal": True}

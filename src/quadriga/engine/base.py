@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-# what a process of one trial computes with; set before torch is imported
-SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "TORCH_FORCE_WEIGHTS_ONLY_LOAD": "1"}
+# what a process of one trial computes with; set before torch is imported. What user code may load is as in the driver.
+SINGLE = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+RETRIES = 2  # of an order whose worker or machine was lost
 
 LOADING = 900.0  # seconds in which a worker has to have the workload; whole data sets may have to be read over a network
 ANYWHERE = frozenset({"train", "hello"})  # tasks that any machine may do; what is timed, or built to be timed, is the target's

@@ -5,13 +5,10 @@ from __future__ import annotations
 import json
 import os
 import queue
-import subprocess
-import sys
-import tempfile
+import signal
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
+from collections import Counter, deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +17,11 @@ from quadriga.core.errors import BadInput
 from quadriga.core.trial import Status
 from quadriga.core.workload import Workload
 from quadriga.engine.admission import fatal
-from quadriga.engine.base import LOADING, SINGLE, Order, Resources
+from quadriga.engine.base import LOADING, RETRIES, Order, Resources
+from quadriga.engine.process import Process
 from quadriga.measure.machine import facts
 
-LATE, DIED = "late", "died"  # how a process fails
+BY_OTHERS = (-signal.SIGKILL, -signal.SIGTERM, -signal.SIGHUP)  # ends that come from outside, not from the code that ran
 
 
 class Local:
@@ -47,6 +45,7 @@ class Local:
     def _start(self) -> None:
         self._waiting: deque[Order] = deque()
         self._given_up: set[int] = set()
+        self._tries: Counter[int] = Counter()
         self._changed = threading.Condition()
         self._results: queue.Queue[tuple[int, dict[str, Any]]] = queue.Queue()
         self._workers = [_Worker(self._spec, self._loading) for _ in range(self._resources.workers)]
@@ -111,10 +110,24 @@ class Local:
             try:
                 result = worker.do(order)
             except Exception as error:  # of ours; the study would wait for this order for ever
-                result = {"status": Status.CRASHED, "reason": f"an error inside Quadriga: {type(error).__name__}: {error}"}
+                result = {"status": Status.FAILED, "reason": f"an error inside Quadriga: {type(error).__name__}: {error}"}
             worker.number = None
-            if not self._stopping:
+            if not self._stopping and not self._again(order, result):
                 self._results.put((order.number, result))
+
+    def _again(self, order: Order, result: dict[str, Any]) -> bool:
+        """Put an order back that was lost by no fault of its own; it goes on from its checkpoint."""
+        self._tries[order.number] += 1
+        tries, status = self._tries[order.number], Status(result["status"])
+        if not status.mishap or order.number in self._given_up:
+            return False
+        if tries > (RETRIES if status is Status.LOST else 1):  # memory that is lacking twice is mostly lacking for good
+            result["reason"] = f"{result['reason']}; it was the last of {tries} tries"
+            return False
+        with self._changed:
+            self._waiting.appendleft(order)
+            self._changed.notify()
+        return True
 
     def _take(self, worker: _Worker) -> Order | None:
         with self._changed:
@@ -141,90 +154,60 @@ class _Worker:
         self._start()
 
     def _start(self) -> None:
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 (lives as long as the process)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "quadriga.engine.worker", self._spec],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            env={**os.environ, **SINGLE}, text=True, bufsize=1,
-        )  # fmt: skip
-        self._ready, self._began = False, time.monotonic()
+        self._process, self._ready = Process(self._spec), False
 
     def do(self, order: Order) -> dict[str, Any]:
-        if self._process.poll() is not None:
+        if not self._process.alive:
             self.close()
             self._start()
-        if not self._ready:
-            left = self._began + self._loading - time.monotonic()
-            if late := self._within(left, self._loaded):
-                return self._obituary("it loaded the workload") if late is DIED else self._slow()
-            self._ready = True
-        answers: list[dict[str, Any]] = []
-        late = self._within(order.limit, lambda: self._exchange(order, answers))
-        if answers:
-            return answers[0]
-        if late is DIED:
+        return self._loaded() or self._answer(order)
+
+    def _loaded(self) -> dict[str, Any] | None:
+        """Wait until it has the workload; what happened, if it did not get there."""
+        if self._ready:
+            return None
+        until = self._process.began + self._loading
+        told = self._process.hear(until - time.monotonic())
+        if told is None:
+            return self._slow() if time.monotonic() >= until else self._obituary(" while it loaded the workload")
+        self.startup, self._ready = float(told["ready"]), True
+        return None
+
+    def _answer(self, order: Order) -> dict[str, Any]:
+        until = time.monotonic() + order.limit
+        if self._process.tell({"number": order.number, "task": order.task, "args": order.args}):
+            while (told := self._process.hear(until - time.monotonic())) is not None:
+                if "result" in told and told.get("number") == order.number:
+                    return dict(told["result"])
+        if time.monotonic() < until:
             return self._obituary()
-        self._process.wait()
+        self._process.kill()
         return {"status": Status.TIMED_OUT, "reason": f"it ran longer than its limit of {order.limit:.0f} s"}
-
-    def _within(self, seconds: float, action: Callable[[], bool]) -> str:
-        """Do something with the process, which is killed when the time is over; says how it failed, if it did."""
-        late = threading.Event()
-        timer = threading.Timer(max(seconds, 0.0), lambda: (late.set(), self._process.kill()))
-        timer.start()
-        try:
-            return "" if action() else LATE if late.is_set() else DIED
-        finally:
-            timer.cancel()
-
-    def _loaded(self) -> bool:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if line:
-            self.startup = float(json.loads(line)["ready"])
-        return bool(line)
 
     def _slow(self) -> dict[str, Any]:
         """The next try would take as long."""
-        self._process.wait()
+        self._process.kill()
         problem = f"loading the workload took longer than {self._loading:.0f} s in a worker"
         return fatal(
             BadInput(problem, "keep what is prepared in a file, or read examples when they are asked for, by a Dataset")
         )
 
-    def _exchange(self, order: Order, answers: list[dict[str, Any]]) -> bool:
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None and stdout is not None
-        try:
-            stdin.write(json.dumps({"number": order.number, "task": order.task, "args": order.args}) + "\n")
-            stdin.flush()
-        except OSError:
-            return False
-        for line in stdout:
-            message = json.loads(line)
-            if "result" in message and message["number"] == order.number:
-                answers.append(message["result"])
-                return True
-        return False
-
-    def _obituary(self, doing: str = "") -> dict[str, Any]:
-        code = self._process.wait()
-        self._errors.seek(0)
-        said = self._errors.read().decode(errors="replace").strip().splitlines()
-        tail = f": {said[-1][:300]}" if said else ""
-        when = f" while {doing}" if doing else ""
-        if code == -9:
-            return {"status": Status.OUT_OF_MEMORY, "reason": f"the worker was killed{when}, most likely for its memory"}
-        return {"status": Status.CRASHED, "reason": f"the worker ended with {code}{when}{tail}"}
+    def _obituary(self, when: str = "") -> dict[str, Any]:
+        code, peak = self._process.ended(), f"it had {self._process.peak / 2**30:.1f} GiB at most"
+        tail = f": {words}" if (words := self._process.last_words) else ""
+        if code == -signal.SIGKILL and self._process.starved:
+            return {"status": Status.OUT_OF_MEMORY, "reason": f"the worker was killed for its memory{when}; {peak}"}
+        if code in BY_OTHERS:
+            return {"status": Status.LOST, "reason": f"the worker was ended by {signal.Signals(-code).name}{when}; {peak}"}
+        by = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+        return {"status": Status.FAILED, "reason": f"the code that it ran ended the worker {by}{when}{tail}"}
 
     def kill(self) -> None:
         self._process.kill()
-        self._process.wait()
 
     def close(self) -> None:
-        for pipe in (self._process.stdin, self._process.stdout, self._errors):
-            if pipe is not None:
-                pipe.close()
+        self._process.kill()
+        self._process.close()
 
 
 class Inline:

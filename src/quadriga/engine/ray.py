@@ -16,12 +16,11 @@ from typing import Any
 
 from quadriga.core.errors import BadInput
 from quadriga.core.trial import Status
-from quadriga.engine.base import ANYWHERE, LOADING, TOGETHER, Order, Resources
+from quadriga.engine.base import ANYWHERE, LOADING, RETRIES, TOGETHER, Order, Resources
 from quadriga.engine.cluster import Cluster, Died, Failed, Machine
 from quadriga.engine.machines import Machines
 
 LIVE = 64  # workers at once, unless asked otherwise
-RETRIES = 2  # of an order whose worker or machine died
 TICK = 1.0  # seconds, at most, between two looks at the time limits
 FALLS = 3  # workers that may fail to start on a machine
 PATIENCE = 30.0  # seconds in which a rank says where the others meet
@@ -299,7 +298,7 @@ class Ray:
             self.queue.appendleft((order, tries))
         else:
             reason = f"its worker died {tries} times, at last so: {why}"
-            self._finish(order.number, {"status": Status.CRASHED, "reason": reason})
+            self._finish(order.number, {"status": Status.LOST, "reason": reason})
 
     def _failed(self, place: Place, why: str) -> None:
         """The work raised an error, which another try would raise again."""
@@ -308,7 +307,7 @@ class Ray:
         if starting and place.machine is not None:
             self._fell(place.machine, why)
         if order is not None:
-            self._finish(order.number, {"status": Status.CRASHED, "reason": why})
+            self._finish(order.number, {"status": Status.FAILED, "reason": why})
 
     def _fell(self, machine: Machine, why: str) -> None:
         self.falls[machine.id] = self.falls.get(machine.id, 0) + 1

@@ -18,7 +18,8 @@ from torch import nn
 from quadriga import artifact, runtime
 from quadriga.core.batch import Tree, call
 from quadriga.core.copies import copy_model
-from quadriga.core.errors import BadInput, Diverged, NotApplicable, NotWorthwhile
+from quadriga.core.errors import BadInput, Diverged, Mishap, NotApplicable, NotWorthwhile
+from quadriga.core.files import disk_is_full
 from quadriga.core.metric import Metric
 from quadriga.core.products import products_kept
 from quadriga.core.recipe import Recipe
@@ -86,11 +87,13 @@ class Desk:
             return {"status": Status.REFUSED, **told, "idle": isinstance(refusal, NotWorthwhile)}
         except Diverged as error:
             return {"status": Status.DIVERGED, "reason": str(error)}
+        except Mishap as error:
+            return {"status": Status.LOST, "reason": error.problem, "remedy": error.remedy}
         except BadInput as error:
-            return {"status": Status.CRASHED, "reason": str(error), "bad_input": [error.problem, error.remedy]}
+            return {"status": Status.FAILED, "reason": str(error), "bad_input": [error.problem, error.remedy]}
         except MemoryError as error:
             return {"status": Status.OUT_OF_MEMORY, "reason": f"out of memory: {error}"}
-        except Exception as error:  # a trial's crash is a result; the search goes on
+        except (Exception, SystemExit) as error:  # a trial's failure is a result; the search goes on
             if group.together():  # another rank died, or will have to: all start again
                 raise
             return _ended(error)
@@ -397,13 +400,17 @@ class _Live:
         return self.run(inputs)
 
 
-def _ended(error: Exception) -> dict[str, Any]:
-    """How a task ended that raised: without memory; refused, where a runtime cannot take the model; crashed, which is ours."""
+def _ended(error: Exception | SystemExit) -> dict[str, Any]:
+    """How a task ended that raised: by the machine; refused, where a runtime cannot take the model; or failed."""
+    if isinstance(error, SystemExit):
+        return {"status": Status.FAILED, "reason": f"the code that it ran called sys.exit({error.code!r})"}
     if isinstance(error, RuntimeError) and ("not enough memory" in str(error) or "out of memory" in str(error)):
         return {"status": Status.OUT_OF_MEMORY, "reason": _brief(error)}
+    if disk_is_full(error):
+        return {"status": Status.LOST, "reason": f"the disk is full: {_brief(error)}", "remedy": "free space and try again"}
     if refused := runtime.refusal(error):
         return {"status": Status.REFUSED, "reason": refused.reason, "remedy": refused.remedy, "step": None}
-    return {"status": Status.CRASHED, "reason": _brief(error)}
+    return {"status": Status.FAILED, "reason": _brief(error)}
 
 
 def _blamed(refusal: NotApplicable, walked: Walked) -> NotApplicable:

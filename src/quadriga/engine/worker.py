@@ -15,12 +15,13 @@ import time
 from typing import Any
 
 from quadriga.core.errors import BadInput
-from quadriga.core.parent import die_with_parent
+from quadriga.core.parent import die_with_parent, first_to_go
 
 
 def main(spec: dict[str, Any]) -> None:
     """Serve tasks until standard input closes."""
     die_with_parent(spec["parent"])
+    first_to_go()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what user code prints must not mix with the replies
