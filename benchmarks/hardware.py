@@ -145,7 +145,7 @@ class Bench:
         made = self._done("realize", args)
         for name, one in made.items():
             if one["status"] == "complete" and not self._live(name, one):
-                args[name]["folder"] = f"built/{args[name]['name']}"
+                args[name]["folder"] = f"work/built/{args[name]['name']}"
         scored = self._done(
             "score", {n: {**args[n], "split": "test"} for n, one in made.items() if one["status"] == "complete"}
         )
@@ -184,7 +184,7 @@ class Bench:
         if scored is None or scored["status"] != "complete":
             return Row(None, refused=str((scored or made).get("reason")))
         recipe, folder = Recipe.from_plain(args["recipe"]), self.realized
-        arm = {"kind": "folder", "path": str((folder / "built" / args["name"]).resolve())}
+        arm = {"kind": "folder", "path": str((folder / "work/built" / args["name"]).resolve())}
         if self._live(name, made):
             arm = self._eager(recipe, made)
         precision = name.partition(", ")[2]

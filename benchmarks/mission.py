@@ -49,14 +49,14 @@ def measure(workload: Workload, folder: Path) -> list[dict[str, Any]]:
                     "hash": recipe.hash,
                     "batches": [1, workload.batch_size],
                 }
-                engine.submit(Order(number, task, {**args, **more, **({"folder": f"built/m{number}"} if more else {})}))
+                engine.submit(Order(number, task, {**args, **more, **({"folder": f"work/built/m{number}"} if more else {})}))
             results = collect(engine, len(recipes), list(recipes))
             values = results if task == "realize" else values  # noqa: F821 (set in the first round)
     finally:
         engine.stop()
-    arms = {f"m{n}": {"kind": "folder", "path": str(folder / "built" / f"m{n}")} for n in range(len(recipes))}
+    arms = {f"m{n}": {"kind": "folder", "path": str(folder / "work/built" / f"m{n}")} for n in range(len(recipes))}
     inputs = {b: workload.inputs(b) for b in (1, workload.batch_size)}
-    timings = paired(arms, inputs, restarts=8, blocks=8, block_seconds=0.05, folder=folder / "timing")
+    timings = paired(arms, inputs, restarts=8, blocks=8, block_seconds=0.05, folder=folder / "work/timing")
     scores = [Scores.load(folder / "scores" / f"test-m{n}.npz") for n in range(len(recipes))]
     rows = []
     for number, name in enumerate(recipes):

@@ -136,7 +136,7 @@ class Bench:
         key = name.replace(" ", "-").replace(",", "")
         args = {"recipe": recipe.plain(), "hash": recipe.hash, "name": key, "batches": [1, self.workload.batch_size]}
         made = self.ask("realize", args, said)
-        scored = self.ask("score", {**args, "split": "test", "folder": f"built/{key}"}, said)
+        scored = self.ask("score", {**args, "split": "test", "folder": f"work/built/{key}"}, said)
         values = {**made["values"], "quality": scored["values"]["quality"]}
         self.done[name] = {"recipe": recipe.plain(), "key": key, "checkpoint": made["info"]["checkpoint"], **values}
         write_json(self.folder / "arms.json", self.done)
@@ -155,9 +155,9 @@ class Bench:
         path = self.folder / "timings.json"
         kept = read_json(path) if path.exists() else {}
         if kept.get("key") != key or kept.get("restarts") != restarts:
-            arms = {name: {"kind": "folder", "path": str(self.folder / "built" / self.done[name]["key"])} for name in names}
+            arms = {name: {"kind": "folder", "path": str(self.folder / "work/built" / self.done[name]["key"])} for name in names}
             inputs = {1: self.workload.inputs(1)}
-            made = paired(arms, inputs, restarts=restarts, blocks=8, block_seconds=0.05, folder=self.folder / "timing")
+            made = paired(arms, inputs, restarts=restarts, blocks=8, block_seconds=0.05, folder=self.folder / "work/timing")
             kept = {"key": key, "restarts": restarts, "timings": made.plain()}
             write_json(path, kept)
         timings = Timings.from_plain(kept["timings"])

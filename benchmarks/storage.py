@@ -74,7 +74,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
         }
         rows.append({**row, "times_smaller": plain / found["bytes"]})
         if arm == "int8":
-            size = zstd(options.work / "built" / found["key"], ("runtime.json", "model.onnx"))
+            size = zstd(options.work / "work/built" / found["key"], ("runtime.json", "model.onnx"))
             rows.append({**row, "arm": "int8 + zstd", "bytes": size, "times_smaller": plain / size})
     return rows
 

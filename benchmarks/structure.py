@@ -84,7 +84,7 @@ def built(workload: Workload, out: Path, baseline: Recipe, recipes: Mapping[str,
         told = desk.do("realize", args)
         if told["status"] != "complete":
             raise SystemExit(f"{name}: {told['reason']}")
-        folders[name] = out / "built" / f"alone-{number}"
+        folders[name] = out / "work/built" / f"alone-{number}"
     return folders
 
 
@@ -97,7 +97,7 @@ def compared(name: str, reference: str, floor: str, budget: str, work: Path, res
     arms = {n: {"kind": "folder", "path": str(f)} for n, f in folders.items()}
     batches = tuple(sorted({1, workload.batch_size}))
     inputs = {b: workload.inputs(b) for b in batches}
-    timings = paired(arms, inputs, restarts=restarts, blocks=8, block_seconds=0.05, folder=out / "timing", timeout=600)
+    timings = paired(arms, inputs, restarts=restarts, blocks=8, block_seconds=0.05, folder=out / "work/timing", timeout=600)
     over = {n: {str(b): timings.ratio(n, PICK, b).plain() for b in batches} for n in folders if n != PICK}
     winner = found["winner"] or {}
     steps = Recipe.from_plain(winner.get("recipe", []))

@@ -67,8 +67,8 @@ def achieved(desk: Any, recipe: Recipe, batch: int, restarts: int) -> Row:
     for name, steps in (("before", recipe.steps[1:]), ("after", recipe.steps)):
         made = desk.do("build", {"recipe": Recipe(steps).plain(), "name": name, "batches": (batch,)})
         assert made["status"] == "complete", made
-    arms = {name: {"kind": "folder", "path": str(desk.folder / "built" / name)} for name in ("before", "after")}
-    timings = paired(arms, {batch: desk.workload.inputs(batch)}, restarts=restarts, folder=desk.folder / "timing")
+    arms = {name: {"kind": "folder", "path": str(desk.folder / "work/built" / name)} for name in ("before", "after")}
+    timings = paired(arms, {batch: desk.workload.inputs(batch)}, restarts=restarts, folder=desk.folder / "work/timing")
     ratio = timings.ratio("before", "after", batch)
     assert ratio is not None, timings.errors
     latency = timings.latency(batch, "before")

@@ -115,7 +115,7 @@ def train(
     /,
     *,
     recipe: Path | None = None,
-    out: Path = Path("out"),
+    out: Path = Path("train-out"),
     track: Literal["jsonl", "tensorboard", "mlflow"] | None = None,
     nproc: int | None = None,
     restarts: int = 3,
@@ -260,10 +260,9 @@ def report(out: Path, /, *, as_json: Json = False) -> int:
         out: the study's folder.
         as_json: print the files' paths as one JSON object.
     """
-    from quadriga.core.files import read_json
-    from quadriga.report import write
+    from quadriga.report import again
 
-    paths = write(read_json(out / "records.json"), out)
+    paths = again(out)
     return _done({"written": [str(p) for p in paths]}, as_json)
 
 

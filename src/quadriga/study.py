@@ -14,6 +14,7 @@ from quadriga.core.metric import Floor
 from quadriga.core.recipe import Recipe
 from quadriga.core.workload import Workload
 from quadriga.engine.opening import Where
+from quadriga.stages import seal
 from quadriga.stages.ablate import Ablation, Ablator
 from quadriga.stages.baseline import check_floor, measure_baseline
 from quadriga.stages.compare import compare
@@ -77,6 +78,7 @@ def run(
     options = Options(Floor.parse(floor), minimize, dict(limits or {}), float(budget), seed=seed, command=command, **chosen)
     with open_study(workload, options, Path(out), progress or (lambda event: None), where) as study:
         if (done := study.store.get("result")) is not None:
+            seal.check(study.store, study.folder)
             study.say("done", "this study is finished; its result is shown again")
             write_json(study.folder / "result.json", done)
             return dict(done)
@@ -123,6 +125,7 @@ def _stations(study: Study) -> dict[str, Any]:
             study.forget()
             heat(study, explorer, verify)
     frozen = _frozen(study, explorer, verify)
+    study.budget.whole()
     with study.budget.phase("verification"):
         conclusion = Judge(study).run(frozen)
     return _finish(study, explorer, conclusion, smallest)
@@ -172,6 +175,7 @@ def _finish(
     report.write(everything, study.folder)
     write_json(study.folder / "result.json", outcome)
     study.store.put("result", outcome)
+    seal.seal(study.store, study.folder)
     clear(study)
     return outcome
 

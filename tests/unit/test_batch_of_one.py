@@ -269,7 +269,7 @@ def test_quality_is_scored_through_both_and_the_worse_counts(tmp_path, monkeypat
     assert plain["status"] == wrong["status"] == "complete", (plain, wrong)
     assert wrong["values"]["quality"] < plain["values"]["quality"] - 10
     assert desk.do("realize", args)["status"] == "complete"
-    scored = desk.do("score", {**args, "split": "test", "folder": "built/both"})["info"]
+    scored = desk.do("score", {**args, "split": "test", "folder": "work/built/both"})["info"]
     batch, single = (Scores.load(tmp_path / scored[key]).value for key in ("scores", "alone"))
     assert batch + single == pytest.approx(100, abs=20), "two classes, and the signs are turned: wrong where it was right"
 
@@ -295,7 +295,7 @@ def test_the_floor_has_to_hold_through_both(tmp_path, spoiled, holds):
     metric = tiny_mlp().metric
     scores = {n: Scores(v, base, v.astype(int), 100 * v.mean(), 0.0) for n, v in parts.items()}
     study = SimpleNamespace(workload=SimpleNamespace(metric=metric), options=SimpleNamespace(floor=Floor.parse("-3pt")))
-    finalist = Finalist(Recipe(), None, "built/final")
+    finalist = Finalist(Recipe(), None, "work/built/final")
     Judge(study)._judge_quality([finalist], scores)
     assert finalist.quality["holds"] == (not finalist.why_not) == holds
     assert finalist.quality["difference"] == pytest.approx(-0.5 if holds else -10)

@@ -57,7 +57,7 @@ def judge(sessions: list[Timings], left: float = 1000.0, monkeypatch=None, profi
 
 
 def finalist() -> Finalist:
-    return Finalist(Recipe(), None, "built/final", trial=Trial(2, "final", Recipe(), values={"bytes": 1.0}))
+    return Finalist(Recipe(), None, "work/built/final", trial=Trial(2, "final", Recipe(), values={"bytes": 1.0}))
 
 
 ARMS = {"eager": {}, "final-0": {}}

@@ -145,10 +145,7 @@ def test_an_order_whose_worker_died_is_tried_again_and_not_for_ever(tmp_path):
     cluster.end("order-7", Died("again"))
     number, result = engine.wait(0.1)
     assert (
-        number == 7
-        and result["status"] == Status.LOST
-        and "died 3 times" in result["reason"]
-        and "again" in result["reason"]
+        number == 7 and result["status"] == Status.LOST and "died 3 times" in result["reason"] and "again" in result["reason"]
     )
     assert len(cluster.dead) == 3 and sum(len(p.workers) for p in engine.places) == 4, "each was replaced"
 

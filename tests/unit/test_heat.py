@@ -63,7 +63,7 @@ class Machine(Engine):
         name = NAMES[Recipe.from_plain(order.args["recipe"]).hash]
         self.done.append((order.task, name))
         if "name" in order.args:
-            (place := self.folder / "built" / order.args["name"]).mkdir(parents=True)
+            (place := self.folder / "work/built" / order.args["name"]).mkdir(parents=True)
             (place / "load.py").touch()
         values = {"bytes": 100.0, "parameters": 10.0, "flops": 1.0}
         if order.task == "cost":

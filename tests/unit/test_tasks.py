@@ -98,7 +98,7 @@ def test_memory_is_what_the_arm_grew_by():
     timings = Timings.empty([1], ["eager", "final-0"], 1)
     timings.add("eager", {}, {"peak": 500, "growth": 100})
     timings.add("eager", {}, {"peak": 450, "growth": 120})
-    finalist = Finalist(Recipe(), None, "built/x")
+    finalist = Finalist(Recipe(), None, "work/built/x")
     conclusion = Conclusion([finalist], finalist, timings, {})
     assert _memory(conclusion, "eager") == 120 and _memory(conclusion, "final-0") is None and _memory(None, "eager") is None
 
@@ -139,10 +139,10 @@ def test_the_time_service_realises_arms_leaves_no_scrap_and_puts_settings_back(t
             pytest.importorskip("onnxruntime")
         found = place._time(arms, spec)
         assert len(found) == 3 and all(0 < seconds < 1 for seconds in found)
-    assert model.training and torch.get_num_threads() == threads and not list((tmp_path / "built").iterdir())
+    assert model.training and torch.get_num_threads() == threads and not list((tmp_path / "work/built").iterdir())
     with pytest.raises(NotApplicable):
         place._time([(nn.ReLU(), torch.randn(2, 3))], RuntimeSpec("onnxruntime", quant=QuantSpec()))
-    assert not list((tmp_path / "built").iterdir())
+    assert not list((tmp_path / "work/built").iterdir())
 
 
 def test_a_probe_a_training_and_a_pace_see_the_same_decision(tmp_path):

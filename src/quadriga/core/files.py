@@ -14,6 +14,7 @@ from quadriga.core.errors import BadInput, Mishap
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no room, no quota, an error of the disk
 DEPTH = 16  # errors that an error may stand on
+MOST_TEXT = 1 << 28  # bytes of a text file that is read
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
@@ -70,6 +71,30 @@ def write_json(path: str | Path, value: Any) -> None:
     atomic_write(path, json.dumps(value, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
 
 
+def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
+    """Read a text file in UTF-8.
+
+    Args:
+        most: bytes; a larger one is refused before it is read.
+
+    Raises:
+        BadInput: it is missing, no file, too large, or not UTF-8.
+    """
+    path = Path(path)
+    try:
+        if path.exists() and not path.is_file():
+            raise BadInput(f"{path} is no file", "check the path")
+        if (size := path.stat().st_size) > most:
+            raise BadInput(f"{path} has {size:,} bytes, and {most:,} are read at most", "check the path")
+        return path.read_bytes().decode()
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} does not exist", "check the path") from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is damaged, or not in UTF-8: {error}", "save it in UTF-8") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read: {error.strerror or error}", "check the path and its permissions") from error
+
+
 def read_json(path: str | Path) -> Any:
     """Read a JSON file.
 
@@ -77,11 +102,30 @@ def read_json(path: str | Path) -> Any:
         BadInput: it is missing or damaged.
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise BadInput(f"{path} does not exist", "check the path") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} is damaged: {error}", "restore it, or delete it to start again") from error
+        return parse_json(read_text(path))
+    except BadInput as error:
+        remedy = error.remedy or "restore it, or delete it to start again"
+        raise BadInput(
+            error.problem if str(path) in error.problem else f"{path} is damaged: {error.problem}", remedy
+        ) from error
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        BadInput: it is none, is nested too deeply, or has a number that no computer keeps.
+
+    Example:
+        >>> parse_json('{"a": [1, 2]}')
+        {'a': [1, 2]}
+    """
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise BadInput("it is nested too deeply") from error
+    except (ValueError, TypeError) as error:
+        raise BadInput(str(error)) from error
 
 
 def sha256(path: str | Path) -> str:

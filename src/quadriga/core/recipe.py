@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.core.errors import BadInput
+from quadriga.core.files import parse_json, read_text
 
 TRAIN = "train"
+MOST, DEEP = 1 << 20, 8  # bytes of a recipe's file; lists and tables within one another in a field
 TRAIN_FIELDS = {"epochs": float, "continue": bool, "baseline": bool}
 
 
@@ -108,13 +111,18 @@ class Recipe:
         """Read the plain form; checks shape and `train` fields, not the methods' fields.
 
         Raises:
-            BadInput: a row without a method, or a bad train step.
+            BadInput: a row without a method, a bad train step, or a value that no file can say.
         """
+        if not isinstance(rows, Iterable) or isinstance(rows, str | bytes | Mapping):
+            raise BadInput(f"the steps are {_short(rows)}", "a recipe is a list of steps")
         steps = []
         for number, row in enumerate(rows, 1):
             if not isinstance(row, Mapping) or not isinstance(row.get("method"), str):
-                raise BadInput(f"step {number} is {row!r}", 'each [[step]] needs method = "name"')
+                raise BadInput(f"step {number} is {_short(row)}", 'each [[step]] needs method = "name"')
             fields = {k: v for k, v in row.items() if k != "method"}
+            if odd := [k for k, v in fields.items() if not isinstance(k, str) or not _plain(v)]:
+                problem = f"step {number}: {_short(odd[0])} is {_short(fields[odd[0]])}"
+                raise BadInput(problem, "give text, numbers, booleans, and lists and tables of these")
             if row["method"] == TRAIN:
                 _check_train(number, fields)
             steps.append(Step(row["method"], fields))
@@ -125,10 +133,14 @@ class Recipe:
         """Parse TOML: `name = "…"` is optional, then `[[step]]` tables."""
         try:
             data = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as error:
-            raise BadInput(f"the recipe {name or ''} is not TOML: {error}", "see recipes/ for examples") from error
+        except RecursionError as error:
+            raise BadInput(f"the recipe {name} is nested too deeply", "see recipes/ for examples") from error
+        except ValueError as error:  # of TOML, or a number of thousands of digits
+            raise BadInput(f"the recipe {name} is not TOML: {error}", "see recipes/ for examples") from error
         if unknown := set(data) - {"name", "about", "step"}:
             raise BadInput(f"the recipe has an unknown key {sorted(unknown)[0]!r}", "it holds name, about and [[step]]")
+        if not isinstance(data.get("name", name), str):
+            raise BadInput(f"the recipe's name is {_short(data['name'])}", "give text")
         return cls.from_plain(data.get("step", []), data.get("name", name))
 
     @classmethod
@@ -141,19 +153,42 @@ class Recipe:
         path = Path(path)
         if not path.is_file():
             raise BadInput(f"there is no recipe file {path}", "give the path of a .toml or .json recipe")
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, MOST)
         if path.suffix == ".json":
             try:
-                return cls.from_plain(json.loads(text), path.stem)
-            except json.JSONDecodeError as error:
-                raise BadInput(f"{path} is not JSON: {error}", "it holds a list of steps") from error
+                rows = parse_json(text)
+            except BadInput as error:
+                raise BadInput(f"{path} is not JSON: {error.problem}", "it holds a list of steps") from error
+            return cls.from_plain(rows, path.stem)
         return cls.from_toml(text, path.stem)
 
     def to_toml(self) -> str:
         """The file form, which `from_toml` reads back equal."""
-        head = [f"name = {json.dumps(self.name)}", ""] if self.name else []
-        tables = ["\n".join(["[[step]]", *(f"{k} = {_toml(v)}" for k, v in row.items())]) for row in self.plain()]
+        head = [f"name = {_toml(self.name)}", ""] if self.name else []
+        tables = ["\n".join(["[[step]]", *(f"{_key(k)} = {_toml(v)}" for k, v in row.items())]) for row in self.plain()]
         return "\n".join(head) + "\n".join(t + "\n" for t in tables)
+
+
+def _plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value can stand in a recipe's file."""
+    if isinstance(value, Mapping):
+        return depth < DEEP and all(isinstance(k, str) and _plain(v, depth + 1) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return depth < DEEP and all(_plain(v, depth + 1) for v in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return abs(value) < 2**63
+    if isinstance(value, str):
+        return not any("\ud800" <= c <= "\udfff" for c in value)  # halves of characters, which no file can hold
+    return value is None or isinstance(value, bool | float)
+
+
+def _short(value: Any) -> str:
+    """A value in a message."""
+    try:
+        told = repr(value)
+    except (RecursionError, ValueError):
+        told = f"a {type(value).__name__}"
+    return told if len(told) <= 80 else f"{told[:79]}…"
 
 
 def _toml(value: Any) -> str:
@@ -164,17 +199,25 @@ def _toml(value: Any) -> str:
         ('{"conv1" = 8, "a.b" = 4}', '[1, 2]')
     """
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{json.dumps(k)} = {_toml(v)}" for k, v in value.items()) + "}"
-    return json.dumps(value)
+        return "{" + ", ".join(f"{_toml(k)} = {_toml(v)}" for k, v in value.items()) + "}"
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)  # JSON has other words for these
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def _key(name: str) -> str:
+    return name if name.isascii() and name.replace("_", "a").replace("-", "a").isalnum() else _toml(name)
 
 
 def _check_train(number: int, fields: Mapping[str, Any]) -> None:
     if unknown := set(fields) - set(TRAIN_FIELDS):
         raise BadInput(f'step {number}: train has no field "{sorted(unknown)[0]}"', "it takes epochs, continue and baseline")
     if "baseline" in fields and (number != 1 or fields != {"baseline": True}):
-        raise BadInput(f"step {number}: train has {fields!r}", "baseline = true stands alone, in the first step")
+        raise BadInput(f"step {number}: train has {_short(fields)}", "baseline = true stands alone, in the first step")
     epochs = fields.get("epochs")
     if epochs is not None and (isinstance(epochs, bool) or not isinstance(epochs, int | float) or not 0 < epochs < 1e6):
-        raise BadInput(f"step {number}: epochs is {epochs!r}", "give a positive number")
+        raise BadInput(f"step {number}: epochs is {_short(epochs)}", "give a positive number")
     if not isinstance(fields.get("continue", False), bool):
-        raise BadInput(f"step {number}: continue is {fields['continue']!r}", "give true or false")
+        raise BadInput(f"step {number}: continue is {_short(fields['continue'])}", "give true or false")

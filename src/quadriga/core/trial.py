@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from quadriga.core.errors import BadInput, did_you_mean
 from quadriga.core.recipe import Recipe
 
 
@@ -29,6 +30,9 @@ class Status(StrEnum):
     @classmethod
     def _missing_(cls, value: object) -> Status | None:
         return cls.FAILED if value == "crashed" else None  # as stores of version 1 have it
+
+
+FIELDS = {"number": int, "stage": str, "recipe": list, "seed": int, "status": str, "reason": str, "values": dict, "info": dict}
 
 
 @dataclass(frozen=True)
@@ -76,8 +80,21 @@ class Trial:
 
     @classmethod
     def from_plain(cls, data: Mapping[str, Any]) -> Trial:
-        """Read back what `plain` wrote."""
-        recipe = Recipe.from_plain(data["recipe"], data.get("name", ""))
+        """Read back what `plain` wrote.
+
+        Raises:
+            BadInput: it is no record of a trial.
+        """
+        if not isinstance(data, Mapping):
+            raise BadInput(f"a trial is {str(data)[:60]!r}", "it has to be a table")
+        for name, kind in FIELDS.items():
+            if not isinstance(data.get(name), kind) or isinstance(data[name], bool):
+                raise BadInput(f"a trial has {name} = {str(data.get(name))[:60]!r}", f"it has to be a {kind.__name__}")
+        if odd := [k for k, v in data["values"].items() if not isinstance(v, int | float)]:
+            raise BadInput(f"a trial has the value {odd[0]} = {str(data['values'][odd[0]])[:60]!r}", "it has to be a number")
+        if data["status"] not in (*Status, "crashed"):
+            raise BadInput(f"a trial has the status {data['status'][:60]!r}", did_you_mean(data["status"], Status))
+        recipe = Recipe.from_plain(data["recipe"], str(data.get("name", "")))
         rest = {k: data[k] for k in ("number", "stage", "seed", "reason", "values", "info")}
         return cls(recipe=recipe, status=Status(data["status"]), **rest)
 

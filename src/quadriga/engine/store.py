@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
+import hashlib
 import json
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from quadriga.core.errors import BadInput
+from quadriga.core.errors import BadInput, Mishap
+from quadriga.core.files import parse_json
+from quadriga.core.folders import claim
 from quadriga.core.trial import Trial
 
 VERSION = 1
+UNSEALED = ("seal", "spent", "phases")  # facts that a finished study may still change
 SCHEMA = """
 CREATE TABLE facts (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE trials (number INTEGER PRIMARY KEY, record TEXT NOT NULL);
@@ -25,7 +30,8 @@ class Store:
         folder: the study's output folder; made if missing, and locked until `close`.
 
     Raises:
-        BadInput: another process has it open, it is damaged or read-only, or from a newer version.
+        BadInput: another process has it open, it is damaged, from a newer version, or the folder is not ours.
+        Mishap: it cannot be written.
 
     Example:
         >>> import tempfile
@@ -36,61 +42,96 @@ class Store:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._lock, self._path = claim(folder, "study"), folder / "study.sqlite"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / "study.lock", "w")  # noqa: SIM115 (held until close)
-        except OSError as error:
-            raise BadInput(f"{folder} cannot be written: {error.strerror}", "choose another --out folder") from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._connect(folder / "study.sqlite")
-        except BlockingIOError:
-            self._lock.close()
-            raise BadInput(f"another run has {folder} open", "wait for it, or choose another --out folder") from None
-        except BadInput:
+            self._connect(self._path)
+        except BaseException:
             self._lock.close()
             raise
 
     def _connect(self, path: Path) -> None:
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise BadInput(f"{path} is no file", "remove it, or choose another --out folder")
+        self._db = sqlite3.connect(path, isolation_level=None)
         try:
-            self._db = sqlite3.connect(path, isolation_level=None)
-            self._db.execute("PRAGMA journal_mode=WAL")
-            self._db.execute("PRAGMA synchronous=FULL")
-            found = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if found == 0:
-                self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+            with self._named():
+                self._db.execute("PRAGMA journal_mode=WAL")
+                self._db.execute("PRAGMA synchronous=FULL")
+                found = self._db.execute("PRAGMA user_version").fetchone()[0]
+                if found == 0:
+                    self._db.executescript(f"BEGIN; {SCHEMA} PRAGMA user_version={VERSION}; COMMIT;")
+            if found > VERSION:
+                raise BadInput(f"{path} was written by a newer Quadriga (schema {found})", "upgrade Quadriga")
+        except BaseException:
+            self._db.close()
+            raise
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """Errors of the database as people read them."""
+        try:
+            yield
         except sqlite3.OperationalError as error:  # the file system's doing: full, read-only, an error of the disk
-            self._db.close()
-            raise BadInput(f"{path} cannot be written: {error}", "free space, or choose another --out folder") from error
-        except sqlite3.DatabaseError as error:
-            self._db.close()
-            raise BadInput(f"{path} is damaged: {error}", "delete the folder to start again") from error
-        if found > VERSION:
-            raise BadInput(f"{path} was written by a newer Quadriga (schema {found})", "upgrade Quadriga")
+            problem = f"{self._path} cannot be read or written: {error}"
+            raise Mishap(problem, "free space and run the same command again, or choose another --out folder") from error
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: object) -> BadInput:
+        return BadInput(f"{self._path} is damaged: {error}", "restore it, or delete the folder to start again")
 
     def put(self, key: str, value: Any) -> None:
         """Keep plain data under a key; durable when this returns."""
         self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
 
     def get(self, key: str, default: Any = None) -> Any:
-        """What `put` kept, or the default."""
-        row = self._db.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
-        return default if row is None else json.loads(row[0])
+        """What `put` kept, or the default.
+
+        Raises:
+            BadInput: the file is damaged.
+        """
+        with self._named():
+            row = self._db.execute("SELECT value FROM facts WHERE key = ?", (key,)).fetchone()
+        return default if row is None else self._parsed(row[0])
 
     def add(self, trial: Trial) -> None:
         """Acknowledge a trial; durable when this returns."""
         self._write("INSERT INTO trials VALUES (?, ?)", (trial.number, json.dumps(trial.plain())))
 
     def trials(self) -> list[Trial]:
-        """All acknowledged trials in order."""
-        rows = self._db.execute("SELECT record FROM trials ORDER BY number")
-        return [Trial.from_plain(json.loads(record)) for (record,) in rows]
+        """All acknowledged trials in order.
+
+        Raises:
+            BadInput: the file is damaged.
+        """
+        with self._named():
+            rows = self._db.execute("SELECT record FROM trials ORDER BY number").fetchall()
+        return [Trial.from_plain(self._parsed(record)) for (record,) in rows]
+
+    def clear(self) -> None:
+        """Forget everything."""
+        for table in ("facts", "trials"):
+            self._write(f"DELETE FROM {table}", ())
+
+    def digest(self) -> str:
+        """SHA-256 of all trials and facts but those that are named, as they lie on disk."""
+        total = hashlib.sha256()
+        with self._named():
+            for row in self._db.execute("SELECT number, record FROM trials ORDER BY number"):
+                total.update(repr(row).encode())
+            for row in self._db.execute("SELECT key, value FROM facts WHERE key NOT IN (?, ?, ?) ORDER BY key", UNSEALED):
+                total.update(repr(row).encode())
+        return total.hexdigest()
+
+    def _parsed(self, text: Any) -> Any:
+        try:
+            return parse_json(text)
+        except BadInput as error:
+            raise self._damaged(error.problem) from error
 
     def _write(self, statement: str, values: tuple[Any, ...]) -> None:
-        try:
+        with self._named():
             self._db.execute(statement, values)
-        except sqlite3.OperationalError as error:
-            raise BadInput(f"the study could not be written: {error}", "free space and run the same command again") from error
 
     def close(self) -> None:
         """Close the file and give the lock back."""

@@ -20,6 +20,7 @@ from quadriga.core.batch import Tree, call
 from quadriga.core.copies import copy_model
 from quadriga.core.errors import BadInput, Diverged, Mishap, NotApplicable, NotWorthwhile
 from quadriga.core.files import disk_is_full
+from quadriga.core.folders import BUILT, TIMING
 from quadriga.core.metric import Metric
 from quadriga.core.products import products_kept
 from quadriga.core.recipe import Recipe
@@ -120,7 +121,7 @@ class Desk:
         return values
 
     def _executable(self, walked: Walked, name: str, *, keep: bool) -> tuple[Run, int]:
-        folder = self.folder / "built" / name
+        folder = self.folder / BUILT / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         setup = walked.setup
@@ -152,7 +153,7 @@ class Desk:
         model = self.workload.build(self.seed).eval()
         self._reference = lambda inputs: call(model, inputs)
         spec = RuntimeSpec("onnxruntime", threads=1)
-        folder = self.folder / "built" / f"reference-{os.getpid()}"
+        folder = self.folder / BUILT / f"reference-{os.getpid()}"
         with suppress(Exception):  # whatever stands behind it, the candidates for that runtime say so themselves
             run = runtime.build(model, spec, Setup.of(self.workload, self.seed).context, folder).run()
             run(self.workload.inputs(self.workload.batch_size))
@@ -198,7 +199,7 @@ class Desk:
     def _train(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Train, realise, and measure quality on val through the very runtime that the recipe names.
 
-        With "keep" what was realised stays in built/train-HASH, so that it can become the artifact.
+        With "keep" what was realised stays in work/built/train-HASH, so that it can become the artifact.
         """
         walked = self._walk(recipe)
         run, size = self._executable(walked, f"train-{args['hash']}", keep=bool(args.get("keep")))
@@ -275,7 +276,7 @@ class Desk:
         """Seconds per call of each arm; for decisions inside a method, not for claims."""
         if self._context is None:
             self._context = Setup.of(self.workload, self.seed).context
-        return timed(arms, spec, self._context, self.folder / "built")
+        return timed(arms, spec, self._context, self.folder / BUILT)
 
     def plain_setup(self) -> Setup:
         """The baseline as it stands before its train step; or the untouched model, where it needs none."""
@@ -311,7 +312,7 @@ class Desk:
 
     def _export(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Export the untrained model for the runtime that asks least of it; refused, there is none that could run it."""
-        setup, folder = self._probe(recipe).setup, self.folder / "built" / f"export-{args['hash']}"
+        setup, folder = self._probe(recipe).setup, self.folder / BUILT / f"export-{args['hash']}"
         self._scrap.append(folder)
         runtime.build(setup.model.eval(), RuntimeSpec(), setup.context, folder, (1, self.workload.batch_size))
         return {"values": {}}
@@ -330,7 +331,7 @@ class Desk:
             largest = max(args["batches"])
             inputs, compute = (
                 self.workload.inputs(largest),
-                runtime.open_built(self.folder / "built" / args["name"]).entry["computes"],
+                runtime.open_built(self.folder / BUILT / args["name"]).entry["computes"],
             )
             found = equal(lambda x: call(setup.model, x), run, inputs, compute=compute, batches=(1, 2, largest))
             if not found.holds:
@@ -381,7 +382,7 @@ class Desk:
     def _timings(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:
         """Latency of arms in turn, each in its own process, as plain `Timings`: for a driver on another machine."""
         inputs = {batch: self.workload.inputs(batch) for batch in args["batches"]}
-        found = paired(args["arms"], inputs, folder=self.folder / "timing", **args["how"])
+        found = paired(args["arms"], inputs, folder=self.folder / TIMING, **args["how"])
         return {"values": {}, "info": {"timings": found.plain()}}
 
     def _hello(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from quadriga.core.files import atomic_write
+from quadriga.core.errors import BadInput
+from quadriga.core.files import atomic_write, read_json
+from quadriga.core.folders import claimed
 from quadriga.report.schema import complete, finite
 
 
@@ -37,3 +39,20 @@ def write(records: Mapping[str, Any], folder: str | Path) -> list[Path]:
     for name, content in contents.items():
         atomic_write(Path(folder) / name, content)
     return [Path(folder) / name for name in contents]
+
+
+def again(folder: str | Path) -> list[Path]:
+    """Write the report of a study again, from its records.json.
+
+    Raises:
+        BadInput: it is no study's folder, another process is at it, or its records are damaged.
+    """
+    records = read_json(Path(folder) / "records.json")
+    with claimed(folder, "study") as ours:
+        try:
+            return write(records, ours)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, BadInput):
+                raise
+            told = f"{type(error).__name__}: {str(error)[:80]}"
+            raise BadInput(f"{ours / 'records.json'} is not what a study wrote: {told}", "restore the file") from error

@@ -9,6 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from quadriga.core.folders import BUILT
 from quadriga.core.recipe import Recipe
 from quadriga.core.trial import Trial
 from quadriga.measure.stats import EQUIVALENT, UNMEASURED, ratio
@@ -195,7 +196,7 @@ class Ablator:
         part = self.study.space.cost_part(template)
         name = f"ablation-{part.hash}"
         self.study.submit("build", "build", part, limit=self.study.patience(60), args={"name": name})
-        return self.study.folder / "built" / name
+        return self.study.folder / BUILT / name
 
     def _judge(self, row: Row, template: Recipe, timing: dict[str, Any] | None) -> None:
         reason = self.study.space.illegal(template)

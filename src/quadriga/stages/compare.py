@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 from quadriga import runtime
 from quadriga.core.errors import BadInput, NotApplicable
 from quadriga.core.files import atomic_write
+from quadriga.core.folders import BUILT, TIMING, claimed
 from quadriga.core.recipe import Recipe
 from quadriga.core.setup import Setup
 from quadriga.core.slots import RuntimeSpec
@@ -25,7 +26,7 @@ from quadriga.measure.quality import Scores
 from quadriga.measure.timings import Timings
 from quadriga.runtime.standalone import Damaged
 from quadriga.stages.state import LEVEL
-from quadriga.stages.verbs import checked, completed, done, folder_for, rehearsed
+from quadriga.stages.verbs import checked, completed, done, rehearsed
 from quadriga.verify.fake import Worth, told
 from quadriga.verify.quality import compare as compare_quality
 from quadriga.workloads import load, names
@@ -72,7 +73,16 @@ def compare(
         raise BadInput(f"the batch size is {bad[0]}", "give a positive integer")
     task = workload if workload is not None else load(str(named))
     say = progress or (lambda event: None)
-    notes, folder = checked(task, say), folder_for(out)
+    with claimed(out, "comparison") as folder:
+        return _compared(task, sides, batches or tuple(sorted({1, task.batch_size})), folder, seed, say)
+
+
+def _compared(
+    task: Workload, sides: Mapping[str, Side], batches: Sequence[int], folder: Path, seed: int, say: Callable[..., None]
+) -> dict[str, Any]:
+    """Both sides made, scored and timed in a folder that is ours."""
+    a, b = (sides[name].text for name in "ab")
+    notes = checked(task, say)
     desk, ready, scores = Desk(task, folder, seed), {}, {}
     for name, side in sides.items():
         tell = partial(_tell, say, f"{name}, {side.text}")
@@ -82,7 +92,7 @@ def compare(
         tell(f"scoring it on {len(task.test):,} examples of test")
         scores[name] = _score(desk, ready[name], name, side.text)
     _tell(say, "both", f"timing in turn, each in a process of its own, {RESTARTS} times started anew; about a minute or two")
-    timings = _timings(ready, task, batches or tuple(sorted({1, task.batch_size})), folder, {"a": a, "b": b})
+    timings = _timings(ready, task, batches, folder, {"a": a, "b": b})
     return {
         "status": "complete", "a": a, "b": b, "workload": task.name,
         "latency_ratio": {str(n): r.plain() for n in timings.batches if (r := timings.ratio("a", "b", n)) is not None},
@@ -153,7 +163,7 @@ class Side:
         if self.kind == "recipe":
             recipe, _ = rehearsed(desk, recipe, self.text, lambda event: None)
         made = done(desk.do("realize", args), self.text, recipe)
-        folder, known = desk.folder / "built" / args["name"], {"fakes": tuple(made["info"]["fakes"])}
+        folder, known = desk.folder / BUILT / args["name"], {"fakes": tuple(made["info"]["fakes"])}
         if desk.workload.reference is not None and (self.kind == "workload" or made["info"]["live"]):
             return replace(self._live(desk, recipe, made), **known)  # as its user runs it
         return replace(_in_folder(folder, self.text, recipe), **known, runtime=made["info"]["realized"][0])
@@ -168,7 +178,7 @@ class Side:
 
     def _onnx(self, desk: Desk) -> Ready:
         """Another's file under our load.py: inputs and outputs are those of the workload's model, by place."""
-        folder = desk.folder / "built" / f"onnx-{Path(self.text).stem}"
+        folder = desk.folder / BUILT / f"onnx-{Path(self.text).stem}"
         shutil.rmtree(folder, ignore_errors=True)
         try:
             runtime.build(desk.workload.build(), RuntimeSpec("onnxruntime"), Setup.of(desk.workload).context, folder)
@@ -203,7 +213,7 @@ def _score(desk: Desk, one: Ready, name: str, text: str) -> Scores:
 
 
 def _timings(
-    ready: Mapping[str, Ready], task: Workload, batches: tuple[int, ...], folder: Path, texts: Mapping[str, str]
+    ready: Mapping[str, Ready], task: Workload, batches: Sequence[int], folder: Path, texts: Mapping[str, str]
 ) -> Timings:
     inputs = {n: task.inputs(n) for n in batches}
     timings = paired(
@@ -212,7 +222,7 @@ def _timings(
         restarts=RESTARTS,
         blocks=8,
         block_seconds=0.04,
-        folder=folder / "timing",
+        folder=folder / TIMING,
     )
     for name, error in timings.errors.items():
         raise BadInput(f"{texts[name]} cannot be timed: {error}", "see that it runs on this workload at each batch size")

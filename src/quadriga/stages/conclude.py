@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quadriga.core.folders import BUILT
 from quadriga.core.recipe import Recipe, Step
 from quadriga.core.trial import Trial
 from quadriga.measure.latency import LEAST_RESTARTS
@@ -100,7 +101,7 @@ class Judge:
 
     def run(self, frozen: list[tuple[Recipe, Ablation | None]]) -> Conclusion:
         """Freeze the finalists, realise them and the opponents, score on test, time, decide."""
-        finalists = [Finalist(r, a, f"built/final-{r.hash}") for r, a in frozen]
+        finalists = [Finalist(r, a, f"{BUILT}/final-{r.hash}") for r, a in frozen]
         if not finalists:
             return Conclusion([], None, None, {})
         self._freeze(finalists)
@@ -136,6 +137,8 @@ class Judge:
         until = max(0.45 * study.budget.left, min(verification_seconds(study), 0.8 * study.budget.left))
         self._order_controls(finalists[0].recipe, until)
         for finalist in finalists:
+            if study.find(("final",), finalist.recipe) and (study.folder / finalist.folder / "load.py").is_file():
+                continue  # by a session that was broken off
             own = {"name": Path(finalist.folder).name, "baseline_bytes": int(study.baseline.values["bytes"])}
             study.submit("final", "realize", finalist.recipe, args=own)
         for name, trial in self._lossless().items():
@@ -190,7 +193,7 @@ class Judge:
 
     def _arms(self, finalists: list[Finalist]) -> dict[str, dict[str, Any]]:
         study = self.study
-        built = study.folder / "built"
+        built = study.folder / BUILT
         arms: dict[str, dict[str, Any]] = {}
         if study.workload.reference is not None:
             kept = study.baseline.info.get("checkpoint")
@@ -216,27 +219,37 @@ class Judge:
         return {k: a for k, a in arms.items() if a["kind"] == "eager" or (Path(a["path"]) / "load.py").is_file()}
 
     def _open_test(self, finalists: list[Finalist]) -> dict[str, Scores]:
-        """Score baseline, finalists and controls on test, in processes started for it."""
+        """Score baseline, finalists and controls on test, in processes started for it; nothing is scored twice."""
         study = self.study
         study.engine.renew()
-        opened = study.store.get("opened", [])
-        study.store.put("opened", [*opened, {"split": "test", "when": time.time(), "by": [f.recipe.hash for f in finalists]}])
+        orders = self._on_test(finalists)
+        done = {_scored(t): t for t in study.stage("test") if t.ok and _there(study, t)}  # by a session that was broken off
+        waiting = {name: order for name, order in orders.items() if (name, order[0].hash) not in done}
+        if waiting:
+            opened = study.store.get("opened", [])
+            by = [f.recipe.hash for f in finalists]
+            study.store.put("opened", [*opened, {"split": "test", "when": time.time(), "by": by}])
         study.say("verification", "scoring on the sealed test split")
-        wanted = {
-            "baseline": study.submit("test", "score", study.workload.baseline, args={"split": "test", "name": "baseline"})
-        }
+        for name, (recipe, args) in waiting.items():
+            study.submit("test", "score", recipe, args={"split": "test", "name": name, **args})
+        done |= {_scored(t): t for t in study.collect_all(0.0) if t.ok and t.stage == "test"}
+        study.forget()
+        found = {name: done[name, recipe.hash] for name, (recipe, _) in orders.items() if (name, recipe.hash) in done}
+        parts = {name: Scores.load(study.folder / t.info["scores"]) for name, t in found.items()}
+        alone = {f"{name}, alone": t.info["alone"] for name, t in found.items() if "alone" in t.info}
+        return parts | {name: Scores.load(study.folder / path) for name, path in alone.items()}
+
+    def _on_test(self, finalists: list[Finalist]) -> dict[str, tuple[Recipe, dict[str, Any]]]:
+        """What is scored on test: name → recipe, and its folder where it was built."""
+        study = self.study
+        wanted = {"baseline": (study.workload.baseline or Recipe(), dict[str, Any]())}
         for number, finalist in enumerate(finalists):
             if not finalist.why_not:
-                args = {"split": "test", "name": f"final-{number}", "folder": finalist.folder}
-                wanted[f"final-{number}"] = study.submit("test", "score", finalist.recipe, args=args)
+                wanted[f"final-{number}"] = finalist.recipe, {"folder": finalist.folder}
         for name, recipe in self._control_recipes(finalists[0].recipe).items():
             if study.find(("control", "search", "ablation"), recipe) is not None:
-                wanted[name] = study.submit("test", "score", recipe, args={"split": "test", "name": name})
-        made = {t.info[key] for t in study.collect_all(0.0) if t.ok for key in ("scores", "alone") if key in t.info}
-        study.forget()
-        found = {name: f"scores/test-{name}.npz" for name in wanted}
-        found |= {f"{name}, alone": f"scores/alone-test-{name}.npz" for name in wanted}
-        return {name: Scores.load(study.folder / path) for name, path in found.items() if path in made}
+                wanted[name] = recipe, {}
+        return wanted
 
     def _judge_quality(self, finalists: list[Finalist], scores: dict[str, Scores]) -> None:
         metric, base = self.study.workload.metric, scores["baseline"]
@@ -380,3 +393,13 @@ class Judge:
             for name in ("same_training", "from_scratch", "by_chance")
             if name in scores
         }
+
+
+def _scored(trial: Trial) -> tuple[str, str]:
+    """The name and the recipe of what a trial scored on test."""
+    return Path(trial.info["scores"]).stem.removeprefix("test-"), trial.recipe.hash
+
+
+def _there(study: Study, trial: Trial) -> bool:
+    """Whether what a trial scored lies on disk."""
+    return all((study.folder / trial.info[key]).is_file() for key in ("scores", "alone") if key in trial.info)

@@ -87,8 +87,7 @@ class Explorer:
     def _fits(self, recipe: Recipe) -> bool:
         reason = self.study.space.illegal(recipe)
         if reason is not None and not any(t.stage == "portfolio" and t.recipe == recipe for t in self.study.trials):
-            number = len(self.study.trials)
-            self.study.add(Trial(number, "portfolio", recipe, self.study.options.seed, Status.REFUSED, reason))
+            self.study.add(Trial(self.study.number, "portfolio", recipe, self.study.options.seed, Status.REFUSED, reason))
         return reason is None
 
     def run(self) -> None:

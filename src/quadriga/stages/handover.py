@@ -9,6 +9,7 @@ from typing import Any
 
 from quadriga.artifact import announced
 from quadriga.artifact.announce import BATCH
+from quadriga.core.folders import WORK
 from quadriga.measure.scores import Scores
 from quadriga.report.schema import complete
 from quadriga.report.verdict import sentence
@@ -89,5 +90,4 @@ def _card(study: Study, evidence: dict[str, Any]) -> dict[str, Any]:
 
 def clear(study: Study) -> None:
     """Remove what only served on the way; checkpoints and the store stay."""
-    for name in ("built", "timing"):
-        shutil.rmtree(study.folder / name, ignore_errors=True)
+    shutil.rmtree(study.folder / WORK, ignore_errors=True)

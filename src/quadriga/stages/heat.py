@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from quadriga.core.folders import BUILT
 from quadriga.core.recipe import Recipe, step
 from quadriga.core.trial import Status, Trial
 from quadriga.measure.timings import Timings
@@ -138,7 +139,7 @@ def _build(study: Study, explorer: Explorer, recipe: Recipe) -> Path:
     part = study.space.cost_part(recipe)
     name, task = f"heat-{part.hash}", "build" if part.hash in explorer.costs else "cost"
     study.submit(task, task, part, limit=study.patience(60), args={"name": name})
-    return study.folder / "built" / name
+    return study.folder / BUILT / name
 
 
 def _note(study: Study, explorer: Explorer, leader: Candidate, recipe: Recipe, timings: Timings) -> bool:
@@ -157,7 +158,7 @@ def _note(study: Study, explorer: Explorer, leader: Candidate, recipe: Recipe, t
 def _acknowledge(study: Study, explorer: Explorer, recipe: Recipe, values: Mapping[str, float]) -> None:
     """Its cost, as the heat found it, is what the explorer goes by from now on."""
     part = study.space.cost_part(recipe)
-    trial = Trial(len(study.trials), "cost", part, study.options.seed, Status.COMPLETE, "", values, {"heat": True})
+    trial = Trial(study.number, "cost", part, study.options.seed, Status.COMPLETE, "", values, {"heat": True})
     study.add(trial)
     explorer.costs[part.hash] = trial
 
@@ -187,7 +188,7 @@ def _take_over(study: Study, explorer: Explorer, candidate: Candidate, rung: int
     trial = min(same, key=lambda t: study.paired(t)[0])
     size = sum(t.values["bytes"] for t in {t.number: t for t in same}.values())
     info = {**trial.info, "template": candidate.recipe.plain(), "as": trial.number}
-    taken = replace(trial, number=len(study.trials), recipe=explorer.exact(candidate.recipe, rung), info=info)
+    taken = replace(trial, number=study.number, recipe=explorer.exact(candidate.recipe, rung), info=info)
     study.add(replace(taken, values={**trial.values, "bytes": size}))
     explorer.remember(study.trials[-1])
 

@@ -48,10 +48,7 @@ def open_study(
         notes = check(workload)
         _check_unit(workload, options)
         identity = json.loads(json.dumps({**options.identity(), "workload": workload_key(workload)}))
-        if (known := store.get("identity")) not in (None, identity):
-            differs = sorted(k for k in identity if known.get(k) != identity[k])
-            raise BadInput(f"{out} holds a study with another {', '.join(differs)}", "choose another --out folder")
-        store.put("identity", identity)
+        notes += _same_study(store, identity, out)
         model = workload.build(options.seed)
         traits = Setup.of(workload, options.seed, model).traits | ({TEACHER} if can_teach(workload) else set())
         cards = {c["name"]: _for_search(c, options.families) for c in methods.cards()}
@@ -69,6 +66,22 @@ def open_study(
                 study.budget.keep()
         finally:
             engine.close()
+
+
+def _same_study(store: Store, identity: Mapping[str, Any], out: Path) -> list[str]:
+    """See that the folder holds this very study, or none that got as far as a trained baseline; notes.
+
+    Raises:
+        BadInput: it holds another.
+    """
+    known = store.get("identity")
+    differs = sorted(k for k in identity if known.get(k) != identity[k]) if isinstance(known, Mapping) else []
+    if differs and any(t.ok and t.stage == "baseline" for t in store.trials()):
+        raise BadInput(f"{out} holds a study with another {', '.join(differs)}", "choose another --out folder")
+    if differs:
+        store.clear()
+    store.put("identity", dict(identity))
+    return [f"begun anew, with another {', '.join(differs)}: nothing had been trained yet"] if differs else []
 
 
 def _check_machine(store: Store, engine: Engine, out: Path) -> None:

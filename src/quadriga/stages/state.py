@@ -21,6 +21,7 @@ from quadriga.engine.store import Store
 from quadriga.measure.machine import fingerprint
 from quadriga.measure.quality import Scores
 from quadriga.search.space import Space
+from quadriga.stages.again import code_key, counts, told
 
 PROBE, SHARE = 80, 10  # training steps, as long as which a probe may take; it may take one part in so many of the budget
 LEVEL = 0.975  # one-sided, of the quality claim, divided among the finalists (ICH E9 convention)
@@ -108,7 +109,7 @@ class Options:
 
 
 class Budget:
-    """Wall-clock seconds of all sessions of a study; the time between sessions does not count.
+    """Wall-clock seconds of all sessions of a study; the time between sessions does not count, nor that of a broken-off end.
 
     Args:
         total: seconds.
@@ -118,7 +119,7 @@ class Budget:
 
     def __init__(self, total: float, store: Store, clock: Callable[[], float] = time.monotonic) -> None:
         self.total, self._store, self._clock = total, store, clock
-        self._before = float(store.get("spent", 0.0))
+        self._before = float(store.get("whole", store.get("spent", 0.0)))
         self._start = clock()
         self.phases: dict[str, float] = dict(store.get("phases", {}))
 
@@ -136,6 +137,10 @@ class Budget:
         """Make what was spent durable."""
         self._store.put("spent", self.spent)
         self._store.put("phases", self.phases)
+
+    def whole(self) -> None:
+        """From here to the study's end all is done in one go: broken off, it is begun anew with the time that is left now."""
+        self._store.put("whole", self._store.get("whole", self.spent))
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -156,10 +161,13 @@ class Study:
         self.workload, self.options, self.folder = workload, options, folder
         self.store, self.engine, self.space = store, engine, space
         self.budget = Budget(options.budget, store)
-        self.trials = store.trials()
+        self.code = code_key(workload.reference)
+        known = store.trials()
+        self.trials, lost = [t for t in known if counts(t, self.code)], [t for t in known if not counts(t, self.code)]
+        self._next = 1 + max((t.number for t in known), default=-1)
         self.progress = progress
         self.machine = engine.resources().target  # facts of the one machine whose timings are compared
-        self.notes: list[str] = []
+        self.notes: list[str] = told(lost)
         self.left_out: dict[tuple[str, str], dict[str, None]] = {}  # what of a recipe, and why → names of the recipes
         self.portfolio: list[Recipe] = []
         self.later: list[tuple[str, str, Recipe]] = []  # stage, task and recipe of opponents that are probed during the search
@@ -258,12 +266,18 @@ class Study:
         stage, recipe, info = self._orders.pop(found[0])
         self._doing.pop(found[0], None)
         result = self._comparable(found[1])
+        code = {"code": self.code} if result["status"] == Status.FAILED else {}
         trial = Trial(
-            len(self.trials), stage, recipe, self.options.seed, Status(result["status"]), result.get("reason", ""),
-            result.get("values", {}), {**info, **result.get("info", {}), **_extra(result)},
+            self.number, stage, recipe, self.options.seed, Status(result["status"]), result.get("reason", ""),
+            result.get("values", {}), {**info, **result.get("info", {}), **_extra(result), **code},
         )  # fmt: skip
         self.add(trial)
         return trial
+
+    @property
+    def number(self) -> int:
+        """Of the next trial."""
+        return self._next
 
     def _comparable(self, result: dict[str, Any]) -> dict[str, Any]:
         """The result, unless it was timed on a machine unlike the target: unlike machines are never ranked together."""
@@ -278,6 +292,7 @@ class Study:
         self.store.add(trial)
         self.budget.keep()
         self.trials.append(trial)
+        self._next = max(self._next, trial.number + 1)
 
     def collect_all(self, deadline: float) -> list[Trial]:
         """Wait for every order under way, until so many seconds of budget are left."""

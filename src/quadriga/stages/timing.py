@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from quadriga.core.folders import TIMING
 from quadriga.core.recipe import Recipe
 from quadriga.measure.latency import paired
 from quadriga.measure.machine import Busy, busy, others
@@ -44,7 +45,7 @@ def timed(
     """
     if study.engine.resources().here:
         inputs = {batch: study.workload.inputs(batch) for batch in study.batches}
-        return paired(arms, inputs, folder=study.folder / "timing", told=study.add_word, enough=enough, **how)
+        return paired(arms, inputs, folder=study.folder / TIMING, told=study.add_word, enough=enough, **how)
     limit = how.get("budget") or max(5.0, study.budget.left)
     study.submit("timing", "timings", Recipe(), limit=limit + EXTRA, args={"arms": dict(arms), "how": how})
     done = [t for t in study.collect_all(0.0) if t.stage == "timing"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from quadriga.artifact.announce import BATCH, Announcement, announced
 from quadriga.core import world
 from quadriga.core.errors import BadInput, Failed
 from quadriga.core.files import write_json
+from quadriga.core.folders import BUILT, WORK, claimed
 from quadriga.core.recipe import Recipe
 from quadriga.core.roofline import bounds
 from quadriga.core.trial import Status
@@ -32,12 +34,14 @@ from quadriga.search.space import Space
 from quadriga.train.track import Tracker, open_tracker, tracking
 from quadriga.workloads.check import CHECKING, check
 
+Say = Callable[[Mapping[str, Any]], None]
+
 
 def train(
     workload: Workload,
     *,
     recipe: Recipe | None = None,
-    out: str | Path = "out",
+    out: str | Path = "train-out",
     seed: int = 0,
     track: str | None = None,
     progress: Any = None,
@@ -64,10 +68,22 @@ def train(
         Failed: the training diverged, crashed or ran out of memory.
     """
     say = progress or (lambda event: None)
-    notes = checked(workload, say)
-    given, recipe = recipe, completed(workload, recipe)
+    with claimed(out, "training") if world.found().first else nullcontext(Path(out)) as folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        return _trained(workload, recipe, folder, seed, track, say)
+
+
+def _trained(
+    workload: Workload,
+    given: Recipe | None,
+    folder: Path,
+    seed: int,
+    track: str | None,
+    say: Say,
+) -> dict[str, Any]:
+    """Train in a folder that is ours."""
+    notes, recipe = checked(workload, say), completed(workload, given)
     notes += _begins(workload, given, recipe, say)
-    folder = folder_for(out)
     desk = Desk(workload, folder, seed, lambda part: say(_course(part)))
     here = world.found()
     if here.size > 1:
@@ -94,7 +110,7 @@ def train(
     return result
 
 
-def checked(workload: Workload, say: Callable[[Mapping[str, Any]], None]) -> list[str]:
+def checked(workload: Workload, say: Say) -> list[str]:
     """Look a workload over, and say so; what is worth knowing is said at once, and returned.
 
     Raises:
@@ -120,7 +136,7 @@ def completed(workload: Workload, recipe: Recipe | None) -> Recipe:
     return Space({c["name"]: c for c in cards()}, traits, baseline, frozenset()).complete(recipe)
 
 
-def _begins(workload: Workload, given: Recipe | None, recipe: Recipe, say: Callable[[Mapping[str, Any]], None]) -> list[str]:
+def _begins(workload: Workload, given: Recipe | None, recipe: Recipe, say: Say) -> list[str]:
     """Say that the baseline's training was put in front of a recipe."""
     if given is None or recipe.steps == given.on(workload.baseline or Recipe()).steps:
         return []
@@ -129,7 +145,7 @@ def _begins(workload: Workload, given: Recipe | None, recipe: Recipe, say: Calla
     return [note]
 
 
-def rehearsed(desk: Desk, recipe: Recipe, what: str, say: Callable[[Mapping[str, Any]], None]) -> tuple[Recipe, list[str]]:
+def rehearsed(desk: Desk, recipe: Recipe, what: str, say: Say) -> tuple[Recipe, list[str]]:
     """Carry out a recipe without its training, so that what it is refused for is said before anything is trained.
 
     Of processes that train together the first one does so.
@@ -159,7 +175,7 @@ def rehearsed(desk: Desk, recipe: Recipe, what: str, say: Callable[[Mapping[str,
     return recipe, notes
 
 
-def _taught(workload: Workload, recipe: Recipe, say: Callable[[Mapping[str, Any]], None]) -> list[str]:
+def _taught(workload: Workload, recipe: Recipe, say: Say) -> list[str]:
     """Say that the baseline is trained first, where the recipe learns from it and does not begin with it."""
     found = pupils(workload, recipe)
     if not found:
@@ -179,7 +195,7 @@ def _examples(workload: Workload) -> str:
     return f"{len(workload.train):,} examples" if workload.train is not None else "no training data"
 
 
-def _guess(workload: Workload, trained: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None]) -> list[str]:
+def _guess(workload: Workload, trained: Mapping[str, Any], say: Say) -> list[str]:
     """A note where what was trained is no better than guessing, which is said at once."""
     found, metric = trained["info"].get("guess"), workload.metric
     if not found or found["beaten"]:
@@ -190,13 +206,11 @@ def _guess(workload: Workload, trained: Mapping[str, Any], say: Callable[[Mappin
     return [note]
 
 
-def _handed_over(
-    desk: Desk, recipe: Recipe, trained: Mapping[str, Any], say: Callable[[Mapping[str, Any]], None]
-) -> dict[str, Any]:
+def _handed_over(desk: Desk, recipe: Recipe, trained: Mapping[str, Any], say: Say) -> dict[str, Any]:
     """Write the artifact and load it as its user would; what that changes of the result."""
     say({"stage": "artifact", "text": "writing it"})
     written = desk.do("artifact", _order(desk, recipe, trained))
-    shutil.rmtree(desk.folder / "built", ignore_errors=True)
+    shutil.rmtree(desk.folder / WORK, ignore_errors=True)
     if written["status"] != Status.COMPLETE:
         return _failed(f"there is no artifact: {written['reason']}", written.get("remedy", ""))
     found = _announced(desk, recipe, trained, lambda text: say({"stage": "artifact", "text": text}))
@@ -214,7 +228,7 @@ def _order(desk: Desk, recipe: Recipe, trained: Mapping[str, Any]) -> dict[str, 
     """What the desk has to know to write the artifact: of the very files that were measured, where there are some."""
     evidence = {"quality_on_val": trained["values"]["quality"], "verified": False}
     order = {"recipe": recipe.plain(), "batches": (1, desk.workload.batch_size), "evidence": evidence}
-    kept = Path("built") / f"train-{recipe.hash}"
+    kept = Path(BUILT) / f"train-{recipe.hash}"
     return {**order, "folder": str(kept)} if (desk.folder / kept / "runtime.json").is_file() else order
 
 
@@ -273,20 +287,6 @@ def done(result: Mapping[str, Any], what: str, recipe: Recipe | None = None) -> 
     raise kind(f"{what}: {result['status']}{step}: {result['reason']}", remedy)
 
 
-def folder_for(out: str | Path) -> Path:
-    """The output folder, made where it is missing.
-
-    Raises:
-        BadInput: it cannot be made.
-    """
-    folder = Path(out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadInput(f"{out} cannot be made a folder: {error.strerror}", "choose another --out folder") from error
-    return folder
-
-
 def profile(
     workload: Workload, *, batch: int | None = None, seed: int = 0, out: str | Path | None = None, progress: Any = None
 ) -> dict[str, Any]:
@@ -311,13 +311,18 @@ def profile(
     if batch < 1:
         raise BadInput(f"the batch is {batch}", "give a positive integer")
     say = progress or (lambda event: None)
+    with nullcontext(None) if out is None else claimed(out, "profile") as folder:
+        found = _profiled(workload, batch, seed, say)
+        return found if folder is None else {**found, "report": write_profile(found, folder)[0].name}
+
+
+def _profiled(workload: Workload, batch: int, seed: int, say: Say) -> dict[str, Any]:
     notes = checked(workload, say)
-    folder = None if out is None else folder_for(out)
     say({"stage": "profile", "text": "measuring what this machine can do at most: arithmetic and memory, some seconds"})
     limits = ceilings(torch.get_num_threads())
     say({"stage": "profile", "text": f"timing the layers on batches of {batch}", "keep": True})
     rows = layers(workload.build(seed), workload.inputs(batch), ceiling=limits)
-    found = {
+    return {
         "workload": workload.name,
         "batch": batch,
         "seconds": sum(row["seconds"] for row in rows),
@@ -327,4 +332,3 @@ def profile(
         "layers": rows,
         **({"notes": notes} if notes else {}),
     }
-    return found if folder is None else {**found, "report": write_profile(found, folder)[0].name}

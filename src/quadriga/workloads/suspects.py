@@ -34,25 +34,31 @@ def suspect(reference: str | None) -> str:
 
     target = Path(parse(reference)[0]) if reference else Path()
     for calls in (ENTROPY, DRAWS):
-        for file in _files(target):
+        for file in files(target):
             if found := next(_calls(file, calls), None):
                 line, text, what = found
                 return f"{file.name}:{line}: {text}; {what}"
     return UNKNOWN
 
 
-def _files(main: Path) -> list[Path]:
-    """The file, and those beside it that it imports."""
-    if not main.is_file():
+def files(main: Path) -> list[Path]:
+    """A Python file and those of its folder that it imports, and so on; none where it is no file."""
+    found, waiting = list[Path](), [main] if main.suffix == ".py" and main.is_file() else []
+    while waiting:
+        found.append(waiting.pop(0))
+        waiting += [p for p in _beside(found[-1]) if p not in found and p not in waiting]
+    return found
+
+
+def _beside(file: Path) -> list[Path]:
+    try:
+        nodes = list(ast.walk(ast.parse(file.read_bytes())))
+    except (SyntaxError, ValueError, RecursionError):
         return []
-    names = [
-        alias.name if isinstance(node, ast.Import) else node.module or ""
-        for node in ast.walk(ast.parse(main.read_bytes()))
-        if isinstance(node, ast.Import | ast.ImportFrom)
-        for alias in node.names
-    ]
-    beside = [main.parent / f"{name.split('.')[0]}.py" for name in dict.fromkeys(names)]
-    return [main, *(p for p in beside if p.is_file() and p != main)]
+    names = [a.name for n in nodes if isinstance(n, ast.Import) for a in n.names]
+    names += [n.module or "" for n in nodes if isinstance(n, ast.ImportFrom)]
+    near = [file.parent / f"{name.split('.')[0]}.py" for name in dict.fromkeys(names)]
+    return [p for p in near if p.is_file()]
 
 
 def _calls(file: Path, calls: dict[str, str]) -> Iterator[tuple[int, str, str]]:
