@@ -51,6 +51,38 @@ def workload():
         baseline=Recipe((step("optimizer", kind="adamw", lr=0.003), step("train", epochs=2))),
     )
 """
+RESIDUAL = """
+import torch
+from torch import nn
+from quadriga import Recipe, Workload, step
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, x):
+        return x + self.two(torch.relu(self.norm(self.one(x))))
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Conv2d(1, 16, 4, 4), nn.Linear(16, 4)
+        self.blocks = nn.Sequential(*[Block() for _ in range(3)])
+
+    def forward(self, x):
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+G = torch.Generator().manual_seed(0)
+X, Y = torch.randn(256, 1, 28, 28, generator=G), torch.randint(4, (256,), generator=G)
+
+def workload():
+    return Workload(
+        model=Residual, train=(X[:128], Y[:128]), val=(X[128:192], Y[128:192]), test=(X[192:], Y[192:]), name="residual",
+        invariances=frozenset({"horizontal_flip"}),
+        baseline=Recipe((step("optimizer", kind="adamw", lr=0.003), step("train", epochs=2))),
+    )
+"""
 TEXT = """
 import torch
 from quadriga import Workload
@@ -62,21 +94,25 @@ def workload():
     train, val, test = ((x[:, :-1].contiguous(), x[:, 1:].contiguous()) for x in X.split([128, 64, 64]))
     return Workload(model=TinyTransformer, train=train, val=val, test=test, metric="bits_per_byte", name="text")
 """
-VIT_OF, TEXT_OF = "vit.py", "text.py"
+VIT_OF, RESIDUAL_OF, TEXT_OF = "vit.py", "residual.py", "text.py"
+FEW_BLOCKS, HALF_BLOCKS = "05-channels-half-few-blocks", "05-channels-half-half-blocks"
+NO_STACK = "no stack (ModuleList or Sequential) holds two blocks"
 # (workload, recipe) → the step that is refused, and the reason.
 REFUSED = {
-    (LENET, "05-hidden-half-fewer-blocks"): (
-        "prune_blocks(ratio=0.34)",
-        "no stack (ModuleList or Sequential) holds two blocks",
-    ),
-    (LENET, "05-hidden-half-half-blocks"): ("prune_blocks(ratio=0.5)", "no stack (ModuleList or Sequential) holds two blocks"),
+    (LENET, FEW_BLOCKS): ("prune_blocks(ratio=0.67)", NO_STACK),
+    (LENET, HALF_BLOCKS): ("prune_blocks(ratio=0.5)", NO_STACK),
+    (LENET, "05-hidden-half-fewer-blocks"): ("prune_blocks(ratio=0.34)", NO_STACK),
+    (LENET, "05-hidden-half-half-blocks"): ("prune_blocks(ratio=0.5)", NO_STACK),
     (LENET, "14-thin-blocks"): ("prune_heads(ratio=0.5)", "no layer that matches is cut into heads"),
-    (LENET, "15-fewer-blocks"): ("prune_blocks(ratio=0.5)", "no stack (ModuleList or Sequential) holds two blocks"),
+    (LENET, "15-fewer-blocks"): ("prune_blocks(ratio=0.5)", NO_STACK),
     (LENET, "train-04-growing-images"): ("progressive_size(start=0.5)", "the layer fc1 does not take images of 16×16"),
     (TEXT_OF, "14-thin-blocks"): ("flip()", "flip requires IMAGES"),
     (TEXT_OF, "07-two-thirds"): ("shrink(kernel=3)", "kernel"),
 }
-FOR_TRANSFORMERS = ("05-hidden-half-fewer-blocks", "05-hidden-half-half-blocks", "14-thin-blocks", "15-fewer-blocks")
+OF_BLOCKS = [
+    *((VIT_OF, n) for n in ("05-hidden-half-fewer-blocks", "05-hidden-half-half-blocks", "14-thin-blocks", "15-fewer-blocks")),
+    *((RESIDUAL_OF, n) for n in (FEW_BLOCKS, HALF_BLOCKS)),
+]
 LENET_PARAMETERS = 61_706
 CUTS = {"shrink", "prune_channels", "low_rank", "to_latency"}
 
@@ -103,6 +139,7 @@ def train(tmp_path, monkeypatch, capsys, warm):
     monkeypatch.setenv("QUADRIGA_DATA", "shipped")
     monkeypatch.chdir(tmp_path)
     (tmp_path / VIT_OF).write_text(VIT)
+    (tmp_path / RESIDUAL_OF).write_text(RESIDUAL)
     (tmp_path / TEXT_OF).write_text(TEXT)
     monkeypatch.setattr(tasks, "PATIENCE", 0.2)
     monkeypatch.setattr(tasks.Desk, "_time", lambda self, arms, spec: fake_time(arms, spec))
@@ -141,8 +178,8 @@ def test_a_recipe_that_cannot_be_is_refused_before_anything_is_trained(train, wo
     assert not list(Path("out").rglob("*.safetensors"))
 
 
-@pytest.mark.parametrize("name", FOR_TRANSFORMERS)
-def test_what_is_for_transformers_cuts_one(train, name):
-    found = train(VIT_OF, name)
+@pytest.mark.parametrize(("workload", "name"), OF_BLOCKS)
+def test_what_is_for_networks_of_blocks_cuts_one(train, workload, name):
+    found = train(workload, name)
     assert (found["exit status"], found["status"], found.get("artifact")) == (0, "complete", "artifact"), found
-    assert found["parameters"] < sum(p.numel() for p in load(VIT_OF).build().parameters())
+    assert found["parameters"] < sum(p.numel() for p in load(workload).build().parameters())

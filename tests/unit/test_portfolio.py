@@ -152,7 +152,7 @@ def test_the_shipped_recipes_lose_what_the_workload_does_not_declare(tmp_path):
         assert not any(s.method == "flip" for r in found for s in r.steps)
         assert any(s.method == "distill" for r in found for s in r.steps)
         (line,) = left_out(study)
-        assert line.startswith('left out of "half of the channels", ') and "more: flip()" in line
+        assert line.startswith('left out of "few blocks, half of their channels", ') and "more: flip()" in line
         assert "the workload does not say that a mirrored image keeps its label" in line
 
 
