@@ -7,16 +7,18 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, Parameter
 
-from quadriga import __version__
+from quadriga import __version__, supervise
 from quadriga.arguments import parse_budget, parse_families, parse_limits
 from quadriga.console import Progress, complain, emit, paragraphs, show, table, tree
 from quadriga.core.errors import BadInput
-from quadriga.exits import STATUS, guarded
+from quadriga.core.scratch import scratch
+from quadriga.exits import STATUS, failed, guarded
 from quadriga.report.text import plain
 
 if TYPE_CHECKING:
@@ -366,7 +368,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """The command `quadriga`."""
     from quadriga.parallel.launch import over
 
-    sys.exit(0 if over() else guarded(app, list(sys.argv[1:] if arguments is None else arguments)))
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if over():
+        sys.exit(0)
+    if supervise.wanted(words):
+        sys.exit(supervise.supervised(words, partial(failed, words)))
+    supervise.begin()
+    with scratch():
+        sys.exit(supervise.end(guarded(app, words)))
 
 
 def _done(result: Mapping[str, Any], as_json: bool) -> int:
@@ -388,7 +397,8 @@ def _loaded(workload: str, progress: Say) -> Any:
     from quadriga import workloads
 
     progress({"stage": "load", "text": f"reading the workload {workload}"})
-    return workloads.load(workload)
+    with supervise.within(f"reading the workload {workload}"):
+        return workloads.load(workload)
 
 
 def _silent(event: Mapping[str, Any]) -> None:

@@ -36,7 +36,7 @@ def guarded(app: Callable[..., Any], given: list[str]) -> int:
     except KeyboardInterrupt:
         if world.found().size > 1:  # whoever waits for the ranks speaks; torchrun may start them again
             return INTERRUPTED
-        return _failed(given, "interrupted", "interrupted", f"resume with the same command: {shlex.join(['quadriga', *given])}")
+        return failed(given, "interrupted", "interrupted", f"resume with the same command: {shlex.join(['quadriga', *given])}")
 
 
 def _call(app: Callable[..., Any], given: list[str]) -> int:
@@ -45,16 +45,18 @@ def _call(app: Callable[..., Any], given: list[str]) -> int:
     except (BadInput, NotApplicable) as error:
         _trace()
         problem = error.problem if isinstance(error, BadInput) else error.reason
-        return _failed(given, "failed", problem, error.remedy) if tell(BAD_INPUT) else BAD_INPUT
+        return failed(given, "failed", problem, error.remedy) if tell(BAD_INPUT) else BAD_INPUT
     except CycloptsError as error:
         hint = "quadriga --help shows the verbs and their options"
-        return _failed(given, "failed", str(error).strip(), hint) if tell(BAD_INPUT) else BAD_INPUT
+        return failed(given, "failed", str(error).strip(), hint) if tell(BAD_INPUT) else BAD_INPUT
     except Failed as error:
         if tell(1):
-            _failed(given, "failed", error.problem, error.remedy)
+            failed(given, "failed", error.problem, error.remedy)
     except Diverged as error:
         if tell(1):
-            _failed(given, "failed", str(error))
+            failed(given, "failed", str(error))
+    except SystemExit as error:  # of user code: ours returns its status
+        failed(given, "failed", f"the code that it ran called sys.exit({error.code!r})", "take the exit out of it")
     except BrokenPipeError:  # the reader of our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:  # a mistake of ours: people get the message, we get the trace
@@ -63,11 +65,17 @@ def _call(app: Callable[..., Any], given: list[str]) -> int:
         if here.size > 1:  # often that another rank died; all are started again
             say(f"quadriga: rank {here.rank} ended: {type(error).__name__}: {error}")
         else:
-            _failed(given, "failed", f"an error inside Quadriga: {type(error).__name__}: {error}", "please report it")
+            failed(given, "failed", f"an error inside Quadriga: {type(error).__name__}: {error}", "please report it")
     return 1
 
 
-def _failed(given: list[str], status: str, problem: str, remedy: str = "") -> int:
+def failed(given: list[str], status: str, problem: str, remedy: str = "") -> int:
+    """Say how a command ended that came to no result, in JSON too where that was asked for; the exit status.
+
+    Args:
+        given: the words after the program's name.
+        status: "failed" or "interrupted".
+    """
     complain(problem, remedy)
     if "--json" in given:
         named = next((word for word in given[1:] if not word.startswith("-")), "")

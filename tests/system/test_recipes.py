@@ -164,7 +164,7 @@ def test_a_shipped_recipe_ends_with_an_artifact(train, name):
     found = train(LENET, name)
     assert (found["exit status"], found["status"], found.get("artifact")) == (0, "complete", "artifact"), found
     last = Recipe.load(RECIPES[name]).steps[-1].method
-    assert open_built(Path("out/artifact")).spec.name == (last if last in ("onnxruntime", "openvino") else "eager")
+    assert open_built(Path("train-out/artifact")).spec.name == (last if last in ("onnxruntime", "openvino") else "eager")
     assert found["parameters"] < LENET_PARAMETERS or not CUTS & {s["method"] for s in found["recipe"]}
 
 
@@ -175,7 +175,7 @@ def test_a_recipe_that_cannot_be_is_refused_before_anything_is_trained(train, wo
     said = found["error"]
     assert found["exit status"] == 2 and said["remedy"]
     assert f"before anything was trained: refused at {step}: " in said["message"] and reason in said["message"]
-    assert not list(Path("out").rglob("*.safetensors"))
+    assert not list(Path("train-out").rglob("*.safetensors"))
 
 
 @pytest.mark.parametrize(("workload", "name"), OF_BLOCKS)

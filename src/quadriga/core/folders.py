@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fcntl
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,7 @@ BUILT, TIMING = f"{WORK}/built", f"{WORK}/timing"
 KINDS = {"study": "quadriga run", "training": "quadriga train", "comparison": "quadriga compare", "profile": "quadriga profile"}
 OLDER = {"study.sqlite": "study", "records.json": "study", "train.json": "training"}  # in folders without a marker
 FEW = 3  # files that are named
+PATIENCE, TICK = 3.0, 0.1  # seconds that a lock is waited for, and between two tries
 
 
 def claim(folder: str | Path, kind: str) -> IO[str]:
@@ -45,7 +47,7 @@ def claim(folder: str | Path, kind: str) -> IO[str]:
     except OSError as error:
         raise Mishap(f"{folder} cannot be written: {error.strerror}", "choose another --out folder") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(handle)
         if _kind(folder) is None:
             atomic_write(folder / MARK, json.dumps({"format": 1, "kind": kind, "by": KINDS[kind]}) + "\n")
     except BlockingIOError:
@@ -55,6 +57,16 @@ def claim(folder: str | Path, kind: str) -> IO[str]:
         handle.close()
         raise
     return handle
+
+
+def _lock(handle: IO[str], patience: float = PATIENCE, sleep: Callable[[float], None] = time.sleep) -> None:
+    """Take the lock; the processes of a command that was just killed may hold it for a moment."""
+    for _ in range(max(1, round(patience / TICK))):
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sleep(TICK)
+    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 @contextmanager

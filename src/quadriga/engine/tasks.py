@@ -43,6 +43,7 @@ from quadriga.measure.quality import Scores, score
 from quadriga.measure.roofline import profile
 from quadriga.measure.size import parameters, weight_bytes
 from quadriga.parallel import group
+from quadriga.runtime.standalone.folder import tidy
 from quadriga.train.loop import fit
 from quadriga.verify.equal import equal
 from quadriga.verify.fake import fakes
@@ -101,6 +102,7 @@ class Desk:
         finally:
             while self._scrap:
                 shutil.rmtree(self._scrap.pop(), ignore_errors=True)
+            tidy()
             gc.collect()
 
     def _cost(self, recipe: Recipe, args: Mapping[str, Any]) -> dict[str, Any]:

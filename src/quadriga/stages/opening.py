@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from quadriga import methods
+from quadriga import methods, supervise
 from quadriga.core.errors import BadInput
 from quadriga.core.method import REMEDIES
 from quadriga.core.recipe import Recipe
+from quadriga.core.scratch import scratch
 from quadriga.core.setup import Setup
 from quadriga.core.workload import Workload
 from quadriga.engine.base import Engine
@@ -43,9 +44,10 @@ def open_study(
             used, or the floor's unit is not the metric's.
     """
     out = out.resolve()  # other machines have another working directory
-    with Store(out) as store:
+    with scratch(), Store(out) as store:
         progress(CHECKING)
-        notes = check(workload)
+        with supervise.within("looking the workload over"):
+            notes = check(workload)
         _check_unit(workload, options)
         identity = json.loads(json.dumps({**options.identity(), "workload": workload_key(workload)}))
         notes += _same_study(store, identity, out)

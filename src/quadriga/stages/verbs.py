@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from quadriga import supervise
 from quadriga.artifact.announce import BATCH, Announcement, announced
 from quadriga.core import world
 from quadriga.core.errors import BadInput, Failed
@@ -117,7 +118,8 @@ def checked(workload: Workload, say: Say) -> list[str]:
         BadInput: as `workloads.check`.
     """
     say(CHECKING)
-    notes = check(workload)
+    with supervise.within("looking the workload over"):
+        notes = check(workload)
     for note in notes:
         say({"stage": "check", "text": f"note: {note}", "keep": True})
     return notes

@@ -18,14 +18,36 @@ MAGIC = b"QDZ1"
 LOWEST = 1 << 16  # of a coder's state, which takes and gives words of 16 bits
 CHUNK = 4096  # symbols of a lane, at most
 FILTERS = [{"id": lzma.FILTER_LZMA1, "preset": 9, "lc": 0, "lp": 0, "pb": 0}]
+LEAST, TIMES = 1 << 26, 256  # bytes that any file may hold, and how many times its own
 Head = tuple[dict[str, Any], bytes, int]
 
 
-def inflate(data: bytes) -> bytes:
-    """Undo the smallest of three ways to store bytes; the first byte says which."""
+def inflate(data: bytes, most: int) -> bytes:
+    """Undo the smallest of three ways to store bytes; the first byte says which.
+
+    Raises:
+        ValueError: there would be more than `most` bytes, or the data break off.
+    """
     if data[:1] == b"L":
-        return lzma.decompress(data[1:], lzma.FORMAT_RAW, filters=FILTERS)
-    return zlib.decompress(data[1:], -15) if data[:1] == b"Z" else data[1:]
+        lzma_ = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=FILTERS)
+        found = lzma_.decompress(data[1:], most + 1)
+        whole = lzma_.eof
+    elif data[:1] == b"Z":
+        zlib_ = zlib.decompressobj(-15)
+        found = zlib_.decompress(data[1:], most + 1)
+        whole = zlib_.eof
+    else:
+        found, whole = data[1:], True
+    if len(found) > most:
+        raise ValueError(f"it would take more than {most:,} bytes")
+    if not whole:
+        raise ValueError("its compressed data break off")
+    return found
+
+
+def bound(data: bytes) -> int:
+    """Bytes that a packed file may hold: many times its own, for weights that are nearly all zero, and never without limit."""
+    return LEAST + TIMES * len(data)
 
 
 def read_head(data: bytes) -> Head:
@@ -37,7 +59,7 @@ def read_head(data: bytes) -> Head:
     if data[:4] != MAGIC:
         raise ValueError("it does not begin as a packed file")
     end = 8 + int.from_bytes(data[4:8], "little")
-    text, _, rest = inflate(data[8:end]).partition(b"\n")
+    text, _, rest = inflate(data[8:end], bound(data)).partition(b"\n")
     return json.loads(text), rest, end
 
 
@@ -64,7 +86,7 @@ def _joined(data: bytes, head: dict[str, Any], rest: bytes, end: int, number: in
     skeleton, cuts = rest[start : start + sizes[number]], head["files"][number][1:]
     if not cuts:
         return skeleton
-    pools = units(head, rest[sum(sizes) :], data[end:])
+    pools = units(head, rest[sum(sizes) :], data[end:], bound(data))
     cursors = [0] * len(pools)
     for earlier in head["files"][:number]:
         for unit, size in zip(earlier[2::3], earlier[3::3], strict=True):
@@ -76,8 +98,20 @@ def _joined(data: bytes, head: dict[str, Any], rest: bytes, end: int, number: in
     return b"".join([*parts, skeleton[place:]])
 
 
-def units(head: dict[str, Any], tables: bytes, body: bytes) -> list[bytes]:
-    """The bytes of every unit: its columns side by side."""
+def _check(head: dict[str, Any], most: int) -> None:
+    """See that what the head announces can be, before memory is taken for it."""
+    numbers = [number for unit in head["units"] for number in unit] + [head["words"], head["bits"]]
+    if not all(type(number) is int and number >= 0 for number in numbers) or head["bits"] > 16:
+        raise ValueError("its head holds impossible numbers")
+    if any(width not in (1, 2, 4, 8) or max(kinds, default=0) > 1 << 16 for width, _, *kinds in head["units"]):
+        raise ValueError("its head holds impossible widths")
+    if sum(width * count for width, count, *_ in head["units"]) > most:
+        raise ValueError(f"it would take more than {most:,} bytes")
+
+
+def units(head: dict[str, Any], tables: bytes, body: bytes, most: int) -> list[bytes]:
+    """The bytes of every unit: its columns side by side, `most` bytes in all at most."""
+    _check(head, most)
     columns, values, counts = [], [], []  # a column: (width of a value, symbols, number of values; 0 where it is stored)
     for width, count, *kinds in head["units"]:
         columns += [(width if len(kinds) == 1 else 1, count, kind) for kind in kinds]
@@ -92,7 +126,7 @@ def units(head: dict[str, Any], tables: bytes, body: bytes) -> list[bytes]:
     words = np.frombuffer(body, "<u2", head["words"])
     coded = [(count, number) for (_, count, kind), number in zip(columns, counts, strict=True) if kind > 1]
     symbols = iter(decode(words, coded, head["bits"]))
-    stored, place, made = inflate(body[2 * head["words"] :]), 0, []
+    stored, place, made = inflate(body[2 * head["words"] :], most), 0, []
     for (width, count, kind), table in zip(columns, values, strict=True):
         if kind:
             one = np.ascontiguousarray(table).view(f"<u{width}").ravel()

@@ -20,7 +20,13 @@ from typing import Any
 FORMAT = 1
 NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,99}"  # a plain file name
 PACKED = "model.qdz"  # the model files and what runtime.json says else, in one entropy-coded file
+PLACES: list[Path] = []  # folders into which packed files were decoded
 RUNTIMES: dict[str, Callable[..., Any]] = {}  # name → (folder, entry, threads) → callable; filled by the parts that follow
+# what readers raise where bytes are not what was written
+BROKEN = (
+    ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError, EOFError, StopIteration, MemoryError,
+    lzma.LZMAError, zlib.error,
+)  # fmt: skip
 
 
 class Damaged(RuntimeError):
@@ -43,7 +49,7 @@ def read_entry(folder: Path) -> dict[str, Any]:
         entry = json.loads(inside(folder, "runtime.json").read_text(encoding="utf-8"))
         entry = _packed_entry(folder, entry) if "packed" in entry else entry
         format_, used = entry["format"], runtimes(entry)
-    except (ValueError, TypeError, KeyError) as error:
+    except BROKEN as error:
         raise Damaged(f"runtime.json is damaged: {error!r}") from error
     if format_ != FORMAT or not set(used) <= set(RUNTIMES):
         raise Damaged(f"runtime.json has format {format_!r} and runtime {used[-1]!r}, which this load.py cannot run")
@@ -60,22 +66,29 @@ def _packed_entry(folder: Path, short: Mapping[str, Any]) -> dict[str, Any]:
     try:
         entry = _decoder().read_head(inside(folder, short["packed"]).read_bytes())[0]["entry"]
         return {**entry, "packed": entry["files"], "files": [short["packed"]]}
-    except (ValueError, TypeError, KeyError, IndexError, lzma.LZMAError, zlib.error) as error:
+    except BROKEN as error:
         raise Damaged(f"{short['packed']} is damaged: {error!r}") from error
 
 
 def unpacked(folder: Path, entry: Mapping[str, Any]) -> Path:
     """Decode the packed model files into a private folder, which goes with the process."""
     data, place = inside(folder, entry["files"][0]).read_bytes(), Path(tempfile.mkdtemp(prefix="quadriga-"))
-    atexit.register(shutil.rmtree, place, ignore_errors=True)
+    PLACES.append(place)
     for number, name in enumerate(entry["packed"]):
         if not re.fullmatch(NAME, name):
             raise Damaged(f"{name!r} is not a plain file name")
         try:
             (place / name).write_bytes(_decoder().unpack(data, number))
-        except (ValueError, TypeError, KeyError, IndexError, lzma.LZMAError, zlib.error) as error:
+        except BROKEN as error:
             raise Damaged(f"{entry['files'][0]} is damaged: {error!r}") from error
     return place
+
+
+@atexit.register
+def tidy() -> None:
+    """Remove what was unpacked; models that were loaded from there, and called, go on."""
+    while PLACES:
+        shutil.rmtree(PLACES.pop(), ignore_errors=True)
 
 
 def _decoder() -> types.ModuleType:
@@ -97,7 +110,7 @@ def check_files(folder: Path) -> int:
         manifest = json.loads(text)
         canonical = (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode()
         files = {name: (row["sha256"], row["bytes"]) for name, row in manifest["files"].items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except BROKEN as error:
         raise Damaged(f"manifest.json is damaged: {error!r}") from error
     if canonical != text or manifest.get("format") != FORMAT:
         raise Damaged("manifest.json is damaged: it is not as it was written")
