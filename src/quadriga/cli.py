@@ -18,6 +18,7 @@ from quadriga.arguments import parse_budget, parse_families, parse_limits
 from quadriga.console import Progress, complain, emit, paragraphs, show, table, tree
 from quadriga.core.errors import BadInput
 from quadriga.core.scratch import scratch
+from quadriga.core.secrets import hidden
 from quadriga.exits import STATUS, failed, guarded
 from quadriga.report.text import plain
 
@@ -365,16 +366,21 @@ def _examined(found: Mapping[str, Any]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
-    """The command `quadriga`."""
+    """The command `quadriga`, in a process of its own; in this one where the words are given.
+
+    Args:
+        arguments: the words after the program's name.
+    """
     from quadriga.parallel.launch import over
 
     words = list(sys.argv[1:] if arguments is None else arguments)
     if over():
         sys.exit(0)
-    if supervise.wanted(words):
-        sys.exit(supervise.supervised(words, partial(failed, words)))
+    if arguments is None and supervise.wanted(words):
+        with hidden():
+            sys.exit(supervise.supervised(words, partial(failed, words)))
     supervise.begin()
-    with scratch():
+    with scratch(), hidden():
         sys.exit(supervise.end(guarded(app, words)))
 
 

@@ -424,9 +424,9 @@ def test_what_failed_is_said_on_stderr_and_is_status_1(fake, capsys):
 def test_something_is_said_before_anything_heavy_is_imported():
     """The first line came after seconds of imports."""
     code = (
-        "import sys, builtins\nfrom quadriga import cli\nplain = builtins.__import__\n"
+        "import os, sys, builtins\nfrom quadriga import cli\nplain = builtins.__import__\n"
         "def traced(name, *a, **k):\n"
-        "    if name == 'torch': print('importing torch', file=sys.stderr, flush=True); sys.exit(0)\n"
+        "    if name == 'torch': print('importing torch', file=sys.stderr, flush=True); os._exit(0)\n"
         "    return plain(name, *a, **k)\n"
         "builtins.__import__ = traced\ncli.main(sys.argv[1:])"
     )

@@ -5,6 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+LONG = 800  # characters of a message; what was given may be of any length
+
+
+def brief(text: str) -> str:
+    """A text that people can read, without its middle where it is longer than that.
+
+    Example:
+        >>> len(brief("x" * 10_000)) <= LONG, brief("short")
+        (True, 'short')
+    """
+    return text if len(text) <= LONG else f"{text[: LONG - 110]} … {text[-100:]}"
+
 
 class BadInput(ValueError):
     """What the user gave cannot be used. Exit status 2.
@@ -19,6 +31,7 @@ class BadInput(ValueError):
     """
 
     def __init__(self, problem: str, remedy: str = "") -> None:
+        problem = brief(problem)
         super().__init__(f"{problem}; {remedy}" if remedy else problem)
         self.problem, self.remedy = problem, remedy
 

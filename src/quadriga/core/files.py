@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quadriga.core.errors import BadInput, Mishap
+from quadriga.core.secrets import redacted
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EIO)  # no room, no quota, an error of the disk
 DEPTH = 16  # errors that an error may stand on
@@ -18,7 +19,7 @@ MOST_TEXT = 1 << 28  # bytes of a text file that is read
 
 
 def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write a file whole or not at all; an older file of that name stays until the new one is safe.
+    """Write a file whole or not at all; an older file of that name stays until the new one is safe. Text goes without secrets.
 
     Raises:
         Mishap: no space is left, or the folder cannot be written; nothing of the old file is lost.
@@ -28,7 +29,7 @@ def atomic_write(path: str | Path, data: bytes | str) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            file.write(redacted(data).encode() if isinstance(data, str) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)

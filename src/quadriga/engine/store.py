@@ -13,6 +13,7 @@ from typing import Any, Self
 from quadriga.core.errors import BadInput, Mishap
 from quadriga.core.files import parse_json
 from quadriga.core.folders import claim
+from quadriga.core.secrets import redacted
 from quadriga.core.trial import Trial
 
 VERSION = 1
@@ -82,7 +83,7 @@ class Store:
 
     def put(self, key: str, value: Any) -> None:
         """Keep plain data under a key; durable when this returns."""
-        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, json.dumps(value)))
+        self._write("INSERT OR REPLACE INTO facts VALUES (?, ?)", (key, redacted(json.dumps(value))))
 
     def get(self, key: str, default: Any = None) -> Any:
         """What `put` kept, or the default.
@@ -96,7 +97,7 @@ class Store:
 
     def add(self, trial: Trial) -> None:
         """Acknowledge a trial; durable when this returns."""
-        self._write("INSERT INTO trials VALUES (?, ?)", (trial.number, json.dumps(trial.plain())))
+        self._write("INSERT INTO trials VALUES (?, ?)", (trial.number, redacted(json.dumps(trial.plain()))))
 
     def trials(self) -> list[Trial]:
         """All acknowledged trials in order.

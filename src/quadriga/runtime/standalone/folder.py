@@ -32,6 +32,9 @@ BROKEN = (
 class Damaged(RuntimeError):
     """A file of the folder is missing or changed, or the model does not compute what it did when it was made."""
 
+    def __init__(self, problem: str) -> None:
+        super().__init__(problem if len(problem) <= 800 else f"{problem[:800]} …")
+
 
 def inside(folder: Path, name: str) -> Path:
     """The path of a file of the folder; a name that could leave it, and a link, are refused."""
