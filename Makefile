@@ -1,6 +1,6 @@
 # The two commands: `make demo` and `make test`. Each sets up everything it needs in .venv; nothing global is touched.
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines bench-user-models bench-timm bench-widths matrix bench-gpu kills clean
+.PHONY: help install demo test test-all lint types bench bench-spine bench-structure bench-training bench-hogwild bench-hardware bench-parallel bench-faults bench-engines bench-user-models bench-timm bench-widths matrix bench-gpu fuzz kills clean
 
 BIN := .venv/bin
 CODE := src tests benchmarks examples
@@ -114,6 +114,9 @@ matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and
 
 kills: .venv/.run-stamp  ## SIGKILL a study at ten random times, each time run the same command again (15 minutes)
 	$(BIN)/python benchmarks/kills.py
+
+fuzz: .venv/.dev-stamp  ## 10,000 mutations for each parser (an hour)
+	QUADRIGA_MUTATIONS=10000 $(BIN)/python -m pytest tests/unit/test_fuzz.py --timeout 7200
 
 bench-gpu: .venv/.dev-stamp  ## what needs an NVIDIA GPU: its tests; training steps and finished networks as a line of JSON
 	$(BIN)/python -m pytest -m gpu tests/unit
