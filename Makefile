@@ -112,8 +112,8 @@ bench-widths: .venv/.dev-stamp  ## widths that each runtime runs fast, and netwo
 matrix: .venv/.dev-stamp  ## every ordered pair of methods on a CNN, an LSTM and a GPT (half an hour)
 	$(BIN)/python benchmarks/matrix.py --jobs 2
 
-kills: .venv/.run-stamp  ## SIGKILL a study at ten random times, each time run the same command again (15 minutes)
-	$(BIN)/python benchmarks/kills.py
+kills: .venv/.run-stamp  ## SIGKILL a study right before its writes, each time run the same command again; KILLS=1000 for a night (20 minutes)
+	$(BIN)/python benchmarks/kills.py --kills $(or $(KILLS),10)
 
 fuzz: .venv/.dev-stamp  ## 10,000 mutations for each parser (an hour)
 	QUADRIGA_MUTATIONS=10000 $(BIN)/python -m pytest tests/unit/test_fuzz.py --timeout 7200

@@ -155,7 +155,9 @@ class Bench:
         path = self.folder / "timings.json"
         kept = read_json(path) if path.exists() else {}
         if kept.get("key") != key or kept.get("restarts") != restarts:
-            arms = {name: {"kind": "folder", "path": str(self.folder / "work/built" / self.done[name]["key"])} for name in names}
+            arms = {
+                name: {"kind": "folder", "path": str(self.folder / "work/built" / self.done[name]["key"])} for name in names
+            }
             inputs = {1: self.workload.inputs(1)}
             made = paired(arms, inputs, restarts=restarts, blocks=8, block_seconds=0.05, folder=self.folder / "work/timing")
             kept = {"key": key, "restarts": restarts, "timings": made.plain()}
