@@ -136,6 +136,29 @@ def test_what_is_fastest_alone_leads(opened):
     assert costs["bf16, all threads"].values["speed/1"] == pytest.approx(5.0) and "ort" not in costs
 
 
+def test_a_large_budget_leaves_time_for_the_clock(opened, monkeypatch):
+    """Of 90 s in a study of 25 minutes 60 were kept for scoring; what was built in the others was not timed."""
+    study, explorer = opened(budget=1500.0)
+    now = [0.0]
+    study.budget = Budget(1500.0, study.store, lambda: now[0])
+    monkeypatch.setattr(heat, "share", lambda study: 90.0)
+    real = study.engine.wait
+
+    def wait(timeout):
+        now[0] += 6.0
+        return real(timeout)
+
+    monkeypatch.setattr(study.engine, "wait", wait)
+    heat.heat(study, explorer, 1500.0 - 90.0 - explorer.ablating(next(iter(explorer.finalists()))))
+    assert [task for task, _ in study.engine.done].count("timed") == 1 and names(explorer)[0] == "bf16, all threads"
+
+
+def test_what_was_not_timed_is_noted(opened):
+    study, explorer = opened()
+    heat.heat(study, explorer, 1e6)
+    assert any("were not timed alone" in note for note in study.notes)
+
+
 def test_what_is_not_built_in_half_of_the_time_is_not_timed(opened, monkeypatch):
     """Else builds of 10 s, as of a quantized ResNet-20, would leave no time, and the leader of a busy machine would stay."""
     study, explorer = opened()

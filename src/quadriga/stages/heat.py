@@ -25,7 +25,7 @@ from quadriga.stages.timing import timed
 
 SHARE, ALONE = 0.08, 0.18  # of the budget; the second where hardware is all that is searched
 MOST = 90.0  # seconds that it takes beside a search of all families
-SCORING = 0.04  # of the budget, from that: for the quality of what comes out fastest
+SCORING = 1 / 3  # of that: for the quality of what comes out fastest
 NEAR = 1.8  # times as slow as the leader, by the search's timing, and still in the heat
 ENDINGS = 3  # each with one thread and with as many as its runtime takes
 
@@ -52,10 +52,10 @@ def heat(study: Study, explorer: Explorer, reserve: float) -> None:
     reserve += explorer.ablating(leader)
     if (kept := study.store.get("heat")) is None:
         recipes = field_of(study.space, explorer, leader)
-        kept = [r.plain() for r in _run(study, explorer, leader, recipes, reserve + SCORING * study.options.budget)]
+        kept = [r.plain() for r in _run(study, explorer, leader, recipes, reserve + SCORING * share(study))]
         study.store.put("heat", kept)
     ranked = [explorer.retimed(Recipe.from_plain(plain)) for plain in kept]
-    late = reserve - SCORING * study.options.budget  # a faster runtime is worth some of the ablation's time
+    late = reserve - SCORING * share(study)  # a faster runtime is worth some of the ablation's time
     for candidate in sorted(ranked, key=lambda c: -c.gain):
         if candidate.gain <= leader.gain + CLEARLY:
             break
@@ -122,6 +122,9 @@ def _run(study: Study, explorer: Explorer, leader: Candidate, recipes: list[Reci
     study.forget()
     arms = {name: {"kind": "folder", "path": str(f)} for name, f in folders.items() if (f / "load.py").is_file()}
     if leader.recipe.hash not in arms or len(arms) < 2 or study.budget.left < reserve:
+        study.notes.append(
+            f"the endings of the best network were not timed alone: {len(arms)} of {len(recipes)} were built in time"
+        )
         return []
     left = max(5.0, study.budget.left - reserve)
     timings = timed(study, arms, restarts=3, blocks=4, block_seconds=0.03, seed=2, budget=left)
