@@ -133,7 +133,7 @@ def train(
         workload: a ready-made name, or file.py:function.
         recipe: a .toml or .json file; the workload's own training without it, and before a recipe for trained models.
         out: the folder for checkpoint and artifact.
-        track: write losses, rates and quality for others to watch, below out/track.
+        track: write losses, rates and quality for others to watch, below OUT/track.
         nproc: start so many processes on this machine, by torchrun.
         restarts: how often all start again from the last checkpoint when one dies.
         seed: of everything random.
