@@ -4,9 +4,9 @@
     python benchmarks/structure.py --only resnet20_fashion --budget 25m     # a part of it
 
 For each workload `quadriga run` searches over all four families. Its artifact is then timed in turn with what the same study
-costed of the unchanged network: its fastest int8 that holds the floor on val, and its fastest export that loses nothing, built
-again from the very weights that this study trained. Each arm has its own process; ratios are of wall time with Student's 99 %
-interval over restarts. Quality is that of the artifacts on the whole test split.
+costed of the unchanged network: its fastest int8 (of those that hold the floor on val, where one was scored) and its fastest
+export that loses nothing, built again from the very weights that this study trained. Each arm has its own process; ratios are of
+wall time with Student's 99 % interval over restarts. Quality is that of the artifacts on the whole test split.
 """
 
 from __future__ import annotations
@@ -51,14 +51,18 @@ def alone(out: Path, floor: float) -> dict[str, Recipe]:
         if t["stage"] in ("search", "ablation") and t["values"]["quality"] >= base["values"]["quality"] - floor
     ]
     own = [Recipe.from_plain(t["recipe"][rest:]) for t in scored if t["recipe"][:rest] == base["recipe"]]
-    int8 = [r for r in own if _only(r) and any(s.method == "quantize_int8" for s in r.steps)]
-    plain = [r for r in map(Recipe.from_plain, [t["recipe"] for t in trials if t["stage"] == "cost"]) if _lossless(r)]
+    costed = [Recipe.from_plain(t["recipe"]) for t in trials if t["stage"] == "cost"]
+    bare = [Recipe(r.steps[1:]) for r in costed if r.steps and r.steps[0].is_train]  # costed as if the network were trained
+    int8 = [r for r in own if _int8(r)] or [r for r in bare if _int8(r)]
+    plain = [r for r in costed if _lossless(r)]
     found = {INT8: int8, LOSSLESS: plain}
     return {name: max(rs, key=lambda r: _speed(cost, r)) for name, rs in found.items() if rs}
 
 
-def _only(recipe: Recipe) -> bool:
-    return all(s.method in ("quantize_int8", "threads", "onnxruntime", "openvino") for s in recipe.steps)
+def _int8(recipe: Recipe) -> bool:
+    """Whether it leaves the network as it is, in int8."""
+    names = [s.method for s in recipe.steps]
+    return "quantize_int8" in names and set(names) <= {"quantize_int8", "threads", "onnxruntime", "openvino"}
 
 
 def _lossless(recipe: Recipe) -> bool:
