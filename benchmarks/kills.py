@@ -4,7 +4,7 @@
     python benchmarks/kills.py --kills 1000     # writes at random, a night's run
     python benchmarks/kills.py --every 1        # each write in turn
 
-A write is a call of `os.fsync`, `os.replace` or `os.rename`, or a statement to the store, in the driver or a worker. Right before
+A write is a call of `os.fsync`, `os.replace` or `os.rename`, or a statement to the store, in driver or worker. Right before
 it the whole command is killed (SIGKILL). The study's objective is bytes, which no clock has a say in: so the same command again
 has to hand over the same recipe and the same model files, and nothing that was acknowledged may be missing.
 """

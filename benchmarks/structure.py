@@ -5,8 +5,8 @@
 
 For each workload `quadriga run` searches over all four families. Its artifact is then timed in turn with what the same study
 costed of the unchanged network: its fastest int8 (of those that hold the floor on val, where one was scored) and its fastest
-export that loses nothing, built again from the very weights that this study trained. Each arm has its own process; ratios are of
-wall time with Student's 99 % interval over restarts. Quality is that of the artifacts on the whole test split.
+export that loses nothing, built again from the very weights that this study trained. Each arm has its own process; ratios are
+of wall time with Student's 99 % interval over restarts. Quality is that of the artifacts on the whole test split.
 """
 
 from __future__ import annotations
