@@ -138,12 +138,14 @@ class _Signals:
             self._process.send_signal(number)
 
     def _stop(self, number: int, frame: object) -> None:
-        assert self._process is not None
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGSTOP)
+        self._group(signal.SIGSTOP)
         os.kill(os.getpid(), signal.SIGSTOP)  # until the shell lets it go on
+        self._group(signal.SIGCONT)
+
+    def _group(self, number: int) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGCONT)
+            if self._process is not None:
+                os.killpg(self._process.pid, number)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
