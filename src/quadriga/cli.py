@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, Parameter
 
-from quadriga import __version__, supervise
+from quadriga import __version__
 from quadriga.arguments import parse_budget, parse_families, parse_limits
 from quadriga.console import Progress, complain, emit, paragraphs, show, table, tree
+from quadriga.core import supervise
 from quadriga.core.errors import BadInput
 from quadriga.core.scratch import scratch
 from quadriga.core.secrets import hidden

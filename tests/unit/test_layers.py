@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 SOURCE = Path(__file__).parents[2] / "src" / "quadriga"
-PLAIN = {f"core.{name}" for name in ("recipe", "measurement", "trial", "method", "errors", "files", "roofline")}
+PLAIN = {f"core.{name}" for name in ("recipe", "measurement", "trial", "method", "errors", "files", "folders", "roofline")}
 RULES = {
     "core": {"core"},
     "methods": {"core", "methods", "verify.promise"},  # which reads core alone

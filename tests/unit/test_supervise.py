@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from quadriga.core.scratch import LOCK, PREFIX, scratch, sweep
-from quadriga.supervise import VARIABLE, _Heard, _why, wanted
+from quadriga.core.supervise import VARIABLE, _Heard, _why, wanted
 
 FILE = """
 import os, sys, time

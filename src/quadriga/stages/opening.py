@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import nn
 
-from quadriga import methods, supervise
+from quadriga import methods
+from quadriga.core import supervise
 from quadriga.core.errors import BadInput
 from quadriga.core.method import REMEDIES
 from quadriga.core.recipe import Recipe
@@ -25,6 +26,7 @@ from quadriga.engine.teacher import TEACHER, can_teach
 from quadriga.engine.walk import workload_key
 from quadriga.measure.machine import fingerprint
 from quadriga.search.space import Space
+from quadriga.stages.again import FIRST
 from quadriga.stages.state import Options, Progress, Study
 from quadriga.verify.fake import fakes
 from quadriga.workloads.check import CHECKING, check
@@ -71,19 +73,21 @@ def open_study(
 
 
 def _same_study(store: Store, identity: Mapping[str, Any], out: Path) -> list[str]:
-    """See that the folder holds this very study, or none that got as far as a trained baseline; notes.
+    """See that the folder holds this very study, or one whose baseline failed and whose workload was mended since; notes.
 
     Raises:
         BadInput: it holds another.
     """
     known = store.get("identity")
     differs = sorted(k for k in identity if known.get(k) != identity[k]) if isinstance(known, Mapping) else []
-    if differs and any(t.ok and t.stage == "baseline" for t in store.trials()):
+    first = [t for t in store.trials() if t.stage in FIRST] if differs else []
+    mended = differs == ["workload"] and any(not t.ok for t in first) and not any(t.stage == "baseline" and t.ok for t in first)
+    if differs and not mended:
         raise BadInput(f"{out} holds a study with another {', '.join(differs)}", "choose another --out folder")
-    if differs:
+    if mended:
         store.clear()
     store.put("identity", dict(identity))
-    return [f"begun anew, with another {', '.join(differs)}: nothing had been trained yet"] if differs else []
+    return ["begun anew, with another workload: of the one before no baseline could be trained"] if mended else []
 
 
 def _check_machine(store: Store, engine: Engine, out: Path) -> None:

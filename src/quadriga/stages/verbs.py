@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from quadriga import supervise
 from quadriga.artifact.announce import BATCH, Announcement, announced
-from quadriga.core import world
+from quadriga.core import supervise, world
 from quadriga.core.errors import BadInput, Failed
 from quadriga.core.files import write_json
 from quadriga.core.folders import BUILT, WORK, claimed
