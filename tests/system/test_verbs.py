@@ -183,9 +183,9 @@ def test_what_a_recipe_is_refused_for_is_said_before_anything_is_trained(call, f
     for name in ("heads", "flip", "late", "again"):
         (folder / f"{name}.toml").write_text(bad[name])
         for words in (("train", "mine.py", "--recipe", f"{name}.toml"), ("compare", f"{name}.toml", "mine.py")):
-            said = call(*words, "--out", f"refused-{name}", status=2)["error"]
+            said = call(*words, "--out", f"refused-{name}-{words[0]}", status=2)["error"]
             assert f"before anything was trained: refused at {step[name]}: " in said["message"] and said["remedy"]
-        assert not list((folder / f"refused-{name}").rglob("*.safetensors"))
+        assert not [p for of in folder.glob(f"refused-{name}-*") for p in of.rglob("*.safetensors")]
 
 
 def test_who_is_to_learn_from_the_baseline_has_it_trained_first(call, folder):
