@@ -108,7 +108,7 @@ def test_a_worker_that_is_killed_each_time_is_lost_and_says_how_often(engine, tm
 @pytest.mark.parametrize("mood", ["forks", "forks away"])
 def test_a_forked_child_neither_outlives_the_time_limit_nor_holds_up_the_answer(engine, mood, tmp_path):
     here = engine(mood)
-    found = answer(here, Order(1, "train", TRAIN, limit=6.0))
+    found = answer(here, Order(1, "train", TRAIN, limit=10.0))
     assert found["status"] == Status.TIMED_OUT, found
     child = int((tmp_path / "mark").read_text())
     end = time.monotonic() + 20
