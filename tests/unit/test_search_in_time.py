@@ -40,7 +40,7 @@ class Clocked(Engine):
 
     def __init__(self, start, rise):
         super().__init__(workers=2)
-        self.now, self.start, self.rise, self.ends = 0.0, start, rise, []
+        self.now, self.start, self.rise, self.ends, self.plain = 0.0, start, rise, [], 2.0
 
     def resources(self):
         return Resources(self.workers, {}, startup=STARTUP)
@@ -63,7 +63,7 @@ class Clocked(Engine):
 
     def values(self, order, recipe):
         ratio = next((s.fields["ratio"] for s in recipe.steps if s.method == "prune_channels"), 0.0)
-        runtime = 4.0 if INT8 in recipe.steps else 2.0
+        runtime = 4.0 if INT8 in recipe.steps else self.plain
         speed = runtime / (1 - ratio) ** 1.5
         found = {"bytes": 100.0 * (1 - ratio), "parameters": 10.0, **{f"speed/{b}": speed for b in order.args["batches"]}}
         if order.task != "train":
@@ -120,6 +120,35 @@ def test_the_fastest_that_can_recover_wins_and_the_ending_is_the_best_of_the_unc
     assert winner.recipe.name in ("without 0.5", "without 0.7") and math.exp(winner.gain) > 8
     heads = {s.method for r in trainings(study) for s in r.steps if s.method in ("openvino", "onnxruntime")}
     assert heads == {"openvino"}, "none was trained with the slower ending"
+
+
+def test_one_network_is_not_trained_twice_at_once(search, monkeypatch):
+    """Two workers trained each network of MobileNetV2 side by side, for two endings, and nothing was left for its recovery."""
+    study, explorer = search()
+    study.engine.plain = 3.5  # two endings that are nearly as fast
+    submit, under_way, twice = study.engine.submit, {}, []
+
+    def watched(order):
+        recipe = Recipe.from_plain(order.args["recipe"])
+        if order.task == "train" and any(s.method == "prune_channels" for s in recipe.steps):
+            front = str([s for s in recipe.steps if s.method not in ("quantize_int8", "threads", "openvino", "onnxruntime")])
+            twice.extend(n for n, other in under_way.items() if other == front)
+            under_way[order.number] = front
+        submit(order)
+
+    wait = study.engine.wait
+
+    def told(timeout):
+        found = wait(timeout)
+        if found is not None:
+            under_way.pop(found[0], None)
+        return found
+
+    monkeypatch.setattr(study.engine, "submit", watched)
+    monkeypatch.setattr(study.engine, "wait", told)
+    monkeypatch.setattr("quadriga.stages.explore.Explorer._keep_the_faster", lambda self, candidate: None)
+    explorer.run()
+    assert not twice and any(s.method == "prune_channels" for s in explorer.finalists()[0].recipe.steps)
 
 
 def test_a_rising_candidate_is_carried_on_until_it_holds(search):

@@ -140,8 +140,15 @@ class Explorer:
     def _reach(self, candidate: Candidate) -> int:
         """The longest rung that a candidate can be trained to in the time that is left."""
         first = max(candidate.scores, default=-1)
+        if self._under_way(candidate):
+            return first
         able = [r for r in range(first + 1, len(self.rungs)) if self._seconds(candidate, r) < self._left(candidate, r)]
         return max(able, default=first)
+
+    def _under_way(self, candidate: Candidate) -> bool:
+        """Whether its network is being trained for another ending: that training is there for both when it is done."""
+        others = (c for c in self.candidates.values() if c.running and c.trains and c is not candidate)
+        return any(self.lead.same_network(candidate.recipe, other.recipe) for other in others)
 
     def _tell(self) -> None:
         best = self.allocator.qualified(self.candidates.values())
