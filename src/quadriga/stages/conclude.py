@@ -135,12 +135,12 @@ class Judge:
         study.say("verification", "building the finalists and their opponents")
         base = study.workload.baseline
         until = max(0.45 * study.budget.left, min(verification_seconds(study), 0.8 * study.budget.left))
-        self._order_controls(finalists[0].recipe, until)
         for finalist in finalists:
             if study.find(("final",), finalist.recipe) and (study.folder / finalist.folder / "load.py").is_file():
                 continue  # by a session that was broken off
             own = {"name": Path(finalist.folder).name, "baseline_bytes": int(study.baseline.values["bytes"])}
             study.submit("final", "realize", finalist.recipe, args=own)
+        self._order_controls(finalists[0].recipe, until)
         for name, trial in self._lossless().items():
             study.submit(
                 "opponent", "realize", Recipe((*base.steps, *trial.recipe.steps), trial.recipe.name), args={"name": name}
@@ -148,6 +148,8 @@ class Judge:
         if study.workload.reference is None:
             study.submit("opponent", "realize", base, args={"name": "eager"})
         study.collect_all(until)
+        while study.under_way("final"):  # the workers of a resumed study have just begun to load; each order has its limit
+            study.collect(1.0)
         study.forget()
         for finalist in finalists:
             finalist.trial = next((t for t in study.stage("final")[::-1] if t.recipe == finalist.recipe), None)
