@@ -146,16 +146,16 @@ def test_nothing_qualifies_then_the_baseline_comes_back(folder):
 
 def test_killed_and_called_again_nothing_acknowledged_is_lost(folder):
     out = folder / "killed"
-    process = subprocess.Popen(command("mine.py", out), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command("mine.py", out, budget="90s"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while len(before := acknowledged(out)) < 6:
         assert process.poll() is None
         time.sleep(0.2)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     before = acknowledged(out)
-    status, result, errors = run(folder, "mine.py", out)
+    status, result, errors = run(folder, "mine.py", out, budget="90s")
     assert acknowledged(out)[: len(before)] == before
-    assert (status, result["status"]) in ((0, "verified"), (1, "unmeasured")), errors[-2000:]  # as busy as the machine is
+    assert (status, result["status"]) == (0, "verified"), errors[-2000:]
 
 
 def test_a_trained_model_without_training_data_gets_methods_that_need_none(folder):
