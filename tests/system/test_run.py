@@ -146,7 +146,9 @@ def test_nothing_qualifies_then_the_baseline_comes_back(folder):
 
 def test_killed_and_called_again_nothing_acknowledged_is_lost(folder):
     out = folder / "killed"
-    process = subprocess.Popen(command("mine.py", out, budget="90s"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command("mine.py", out, budget="90s"), cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while len(before := acknowledged(out)) < 6:
         assert process.poll() is None
         time.sleep(0.2)
